@@ -1,0 +1,62 @@
+# Every target sets itself up: a fresh clone needs python3 (3.10 to 3.12), make and the network, nothing before it.
+#
+#   make quickstart   compress the embedded teacher end to end on this machine, with a report at the end
+#   make test         the whole suite; the last line says how many passed
+#   make lint         ruff, mypy and the floors between the rooms
+#   make bench        every benchmark, each with the question it answers
+#   make docs         what the documents promise: their commands, their YAML and their links
+#
+# PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
+# MINITRON_USE_SYSTEM=1 keeps the torch, megatron-core and NeMo the machine has, as in docker/Dockerfile.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
+HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
+CONSTRAINTS := $(if $(HAS_CUDA),,-c constraints/cpu.txt)
+DEV_TOOLS := hatchling import-linter mypy pytest pytest-timeout ruff
+
+.DELETE_ON_ERROR:
+.PHONY: quickstart test lint bench docs setup
+
+quickstart: $(STAMP)
+	$(BIN)/minitron compress recipe=quickstart
+
+# One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@set -e; for benchmark in $(wildcard benchmarks/[a-z]*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+
+docs: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \
+	    tests/test_shell.py::test_every_link_in_the_documents_leads_somewhere
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints/cpu.txt src/minitron_nemo/__init__.py
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \
+	    echo "$(PYTHON) is $$($(PYTHON) --version 2>&1), but Python 3.10, 3.11 or 3.12 is needed." >&2; \
+	    echo "Name one that fits: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' || { \
+	    echo "$(PYTHON) cannot create virtual environments: it has no ensurepip." >&2; \
+	    echo "Install it (Debian: apt-get install python3-venv), then run make again." >&2; exit 1; }
+ifeq ($(MINITRON_USE_SYSTEM),1)
+	$(PYTHON) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install $(DEV_TOOLS)
+	$(BIN)/python -m pip install --no-deps -e .
+else
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e '.[dev]'
+endif
+	@touch $@

@@ -1,0 +1,8 @@
+"""correct-teacher: `python launch/correct_teacher.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["correct-teacher", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""distill: `python launch/distill.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["distill", *sys.argv[1:]]))

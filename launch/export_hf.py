@@ -1,0 +1,8 @@
+"""export-hf: `python launch/export_hf.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["export-hf", *sys.argv[1:]]))

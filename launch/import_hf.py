@@ -1,0 +1,8 @@
+"""import-hf: `python launch/import_hf.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["import-hf", *sys.argv[1:]]))

@@ -1,0 +1,8 @@
+"""pretrain: `python launch/pretrain.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

@@ -1,0 +1,178 @@
+"""An artifact: a directory that one stage made, complete or not there at all.
+
+    with writing(output, stage="prune", config=..., inputs=[teacher]) as draft:
+        ... write files under draft.path ...
+        draft.metrics["parameters"] = 1234
+
+The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
+be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
+stage made it, from which config and inputs (with digests), with which versions, and what it measured.
+
+Under several ranks every rank enters the block with the same output; rank 0 writes the manifest and renames.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from minitron_nemo.checks import require
+
+MANIFEST = "manifest.json"
+_VERSIONED = ("minitron-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
+
+
+@dataclass
+class Draft:
+    """An artifact being written: files go under `path`, figures into `metrics`, what later stages need into `facts`."""
+
+    path: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.manifest["metrics"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.manifest["facts"]
+
+    @property
+    def digest(self) -> str:
+        """Identity of what was made: sha256 over the manifest, which holds config, inputs' digests and files' sizes."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+
+def is_artifact(path: Path | str) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def open_artifact(path: Path | str, *, made_by: Sequence[str] = (), key: str = "input") -> Artifact:
+    """Read a finished artifact.
+
+    Args:
+        made_by: stages whose artifacts fit; empty accepts any.
+        key: the user's config key that named the path, for the message.
+    Raises: FileNotFoundError: nothing there, or unfinished. ValueError: made by another kind of stage.
+    """
+    path = Path(path)
+    require(
+        path.exists(), f"{key}={path} does not exist. Run the stage that makes it, or correct {key}.", FileNotFoundError
+    )
+    require(
+        is_artifact(path),
+        f"{key}={path} is not a finished artifact: it has no {MANIFEST}. "
+        f"Run the stage that makes it to its end, or correct {key}.",
+        FileNotFoundError,
+    )
+    artifact = Artifact(path, json.loads((path / MANIFEST).read_text()))
+    require(
+        not made_by or artifact.stage in made_by,
+        f"{key}={path} was made by stage {artifact.stage}, but one made by {' or '.join(made_by)} is needed here. "
+        f"Set {key} to such an artifact.",
+    )
+    return artifact
+
+
+@contextmanager
+def writing(
+    output: Path | str, *, stage: str, config: dict[str, Any], inputs: Sequence[Artifact] = ()
+) -> Iterator[Draft]:
+    """Write an artifact; see the module's text. An OSError (disk full) leaves the older artifact untouched."""
+    output = Path(output)
+    partial = output.with_name(output.name + ".partial")
+    first = _rank() == 0
+    if first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    _barrier()
+    draft = Draft(partial)
+    started = time.time()
+    try:
+        yield draft
+        _barrier()
+        if first:
+            manifest = {
+                "stage": stage,
+                "config": config,
+                "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
+                "versions": _versions(),
+                "metrics": draft.metrics,
+                "facts": draft.facts,
+                "seconds": round(time.time() - started, 3),
+                "files": {
+                    str(file.relative_to(partial)): file.stat().st_size
+                    for file in sorted(partial.rglob("*"))
+                    if file.is_file()
+                },
+            }
+            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+            _replace(partial, output)
+        _barrier()
+    except OSError as error:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(
+                error.errno,
+                f"No space left while writing {output}; what stood there before is intact. "
+                "Free disk space or set run_dir to a larger disk, then run the same command again.",
+            ) from error
+        raise
+    except BaseException:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _replace(partial: Path, output: Path) -> None:
+    """Put `partial` where `output` stands; the old one is moved aside first, as a directory cannot be overwritten."""
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in _VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # a container may carry it without metadata
+            found[package] = "unknown"
+    return found
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _barrier() -> None:
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,40 @@
+"""Causal self-attention without transformer-engine, on torch's fused scaled_dot_product_attention.
+
+Megatron-core's local spec writes out the [b, n, s, s] scores, casts them to float32 and back, and keeps them for the
+backward pass; on a CPU that is half of a training step. This is the same function with nothing of that size.
+
+    query            [s, b, n/tp, d]
+    key, value       [s, b, g/tp, d]
+    context          [s, b, (n/tp) * d]
+
+Communication: none; heads are split over tp and every rank holds the whole sequence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from torch import Tensor
+
+
+class FusedCausalAttention(DotProductAttention):
+    """Drop-in core attention for causal models without dropout; has no parameters."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        assert attention_bias is None and packed_seq_params is None
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)

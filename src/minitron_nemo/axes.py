@@ -1,0 +1,385 @@
+"""The axis table: for every parameter of a Megatron-core GPT model, which named axes its dims are.
+
+    decoder.layers.{i}.self_attention.linear_qkv.weight    (QKV rows, hidden)      tp splits dim 0
+    decoder.layers.{i}.mlp.linear_fc2.weight               (hidden, ffn)           tp splits dim 1
+
+Pruning, tensor-parallel splitting, import, export and counting all read this table, so a new architecture is new rows.
+A dim is an axis expression: a named axis as it is (`hidden`, `ffn`, `vocab`, `kv_channels`), or one spelled out
+
+    QKV rows            group x (heads per group + 2) x kv_channels: per group its query heads, then key, then value
+    projection columns  head x kv_channels
+    fc1 rows            [gate; up] x ffn where gated, else ffn; each tp rank holds [its gate; its up]
+
+Full means not split: what one rank holds at tensor_model_parallel_size=1, under its global layer index. Names are those
+of the bare `megatron.core` GPTModel, in the local spec; the transformer-engine spec keeps the two layer norms inside
+the linear that follows (`local_name`, `name_in_spec`). Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.checks import require
+from minitron_nemo.shape import ModelShape
+
+Kept = Mapping[str, Tensor]
+"""Named axis (`hidden`, `ffn`, `head`, `group`) -> kept global indices [k], int64, for one parameter's layer.
+An axis that is absent is kept whole."""
+
+# ---- axis expressions ------------------------------------------------------------------------------------------------
+
+
+class Axis:
+    """What one dim of a parameter is made of."""
+
+    def size(self, shape: ModelShape) -> int:
+        """Length of the dim in full form."""
+        raise NotImplementedError
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        """Positions along this dim that stay, in the order of the result; None: all of them."""
+        raise NotImplementedError
+
+    def stretches(self, shape: ModelShape) -> tuple[int, ...]:
+        """Lengths of the consecutive stretches that tensor parallelism splits each by itself."""
+        return (self.size(shape),)
+
+    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+        """`full` with this dim cut down to what is kept: the one place where a plan entry meets a weight."""
+        rows = self.kept_rows(shape, kept)
+        return full if rows is None else full.index_select(dim, rows.to(full.device))
+
+    def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        """The separate matrices fused along dim 0; a plain axis fuses nothing."""
+        return (full,)
+
+    def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        """Inverse of `unfuse`."""
+        (full,) = parts
+        return full
+
+
+_DIM_OF_AXIS = {
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "vocab": "padded_vocab_size",
+    "kv_channels": "kv_channels",
+}
+
+
+@dataclass(frozen=True)
+class Named(Axis):
+    """A named axis as it is."""
+
+    axis: str
+
+    def size(self, shape: ModelShape) -> int:
+        return getattr(shape, _DIM_OF_AXIS[self.axis])
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        return kept.get(self.axis)
+
+
+@dataclass(frozen=True)
+class Fc1Rows(Axis):
+    """[gate; up] x ffn where gated, else ffn."""
+
+    def size(self, shape: ModelShape) -> int:
+        return shape.fc1_size
+
+    def stretches(self, shape: ModelShape) -> tuple[int, ...]:
+        return (shape.ffn_hidden_size,) * (2 if shape.gated_linear_unit else 1)
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        neurons = kept.get("ffn")
+        if neurons is None or not shape.gated_linear_unit:
+            return neurons
+        return torch.cat([neurons, neurons + shape.ffn_hidden_size])
+
+    def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        """gate, up: [f, ...] each; ungated: up alone."""
+        return full.split(list(self.stretches(shape)))
+
+    def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        return torch.cat(list(parts))
+
+
+@dataclass(frozen=True)
+class QkvRows(Axis):
+    """group x (heads per group + 2) x kv_channels."""
+
+    def size(self, shape: ModelShape) -> int:
+        return shape.qkv_projection_size
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        grouped = kept_heads_by_group(shape, kept)
+        if grouped is None:
+            return None
+        slots = shape.heads_per_group + 2
+        blocks = []
+        for group, heads in grouped:
+            first = group * slots
+            blocks += [first + head - group * shape.heads_per_group for head in heads]
+            blocks += [first + slots - 2, first + slots - 1]  # the group's key and value
+        return _rows_of_blocks(blocks, shape.kv_channels)
+
+    def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
+        """query [n*d, ...], key [g*d, ...], value [g*d, ...], each head after head."""
+        blocks = full.unflatten(0, (shape.num_query_groups, shape.heads_per_group + 2, shape.kv_channels))
+        query, key, value = blocks.split([shape.heads_per_group, 1, 1], dim=1)
+        return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+
+    def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
+        blocks = [part.unflatten(0, (shape.num_query_groups, -1, shape.kv_channels)) for part in parts]
+        return torch.cat(blocks, dim=1).flatten(0, 2)
+
+
+@dataclass(frozen=True)
+class ProjectionColumns(Axis):
+    """head x kv_channels."""
+
+    def size(self, shape: ModelShape) -> int:
+        return shape.query_projection_size
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        grouped = kept_heads_by_group(shape, kept)
+        if grouped is None:
+            return None
+        return _rows_of_blocks([head for _, heads in grouped for head in heads], shape.kv_channels)
+
+
+def kept_heads_by_group(shape: ModelShape, kept: Kept) -> list[tuple[int, list[int]]] | None:
+    """Each kept group with its kept heads, global indices, in the order the target model holds them; None: all stay.
+
+    Raises: ValueError: a kept head lies in a group that is not kept, or the groups keep unequal numbers of heads.
+    """
+    if "head" not in kept and "group" not in kept:
+        return None
+    per_group = shape.heads_per_group
+    groups = kept["group"].tolist() if "group" in kept else list(range(shape.num_query_groups))
+    if "head" in kept:
+        heads = kept["head"].tolist()
+    else:
+        heads = [group * per_group + slot for group in groups for slot in range(per_group)]
+    homeless = [head for head in heads if head // per_group not in groups]
+    require(
+        not homeless,
+        f"kept heads {homeless} belong to query groups that are not kept (kept groups: {groups}, {per_group} heads per "
+        "group). Keep their groups too, or drop these heads.",
+    )
+    grouped = [(group, [head for head in heads if head // per_group == group]) for group in groups]
+    counts = [len(heads_of_group) for _, heads_of_group in grouped]
+    require(
+        len(set(counts)) == 1 and counts[0] > 0,
+        f"the kept query groups {groups} would keep {counts} heads: each needs equally many, at least one. "
+        "Rank heads within their group.",
+    )
+    return grouped
+
+
+def _rows_of_blocks(blocks: list[int], channels: int) -> Tensor:
+    """Rows of consecutive blocks of `channels` rows each: [len(blocks) * channels]."""
+    return (torch.tensor(blocks).unsqueeze(1) * channels + torch.arange(channels)).flatten()
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ParameterAxes:
+    """One row of the table."""
+
+    pattern: str
+    """Name in the local spec, `{i}` for the global layer index."""
+    axes: tuple[Axis, ...]
+    """What each dim is."""
+    tp_dim: int | None = None
+    """The dim tensor parallelism splits; None: every tensor-parallel rank holds all of it."""
+    present: Callable[[ModelShape], bool] = lambda shape: True
+    """Whether a model of this shape has the parameter."""
+
+
+def _biased_norm(shape: ModelShape) -> bool:
+    return shape.normalization != "RMSNorm"
+
+
+def _qkv_bias(shape: ModelShape) -> bool:
+    return shape.add_bias_linear or shape.add_qkv_bias
+
+
+def _linear_bias(shape: ModelShape) -> bool:
+    return shape.add_bias_linear
+
+
+def _qk_norm(shape: ModelShape) -> bool:
+    return shape.qk_layernorm
+
+
+def _biased_qk_norm(shape: ModelShape) -> bool:
+    return shape.qk_layernorm and _biased_norm(shape)
+
+
+def _untied(shape: ModelShape) -> bool:
+    return not shape.share_embeddings_and_output_weights
+
+
+_HIDDEN, _FFN, _VOCAB, _CHANNELS = Named("hidden"), Named("ffn"), Named("vocab"), Named("kv_channels")
+_QKV, _PROJECTION, _FC1 = QkvRows(), ProjectionColumns(), Fc1Rows()
+_LAYER = "decoder.layers.{i}."
+_ATTENTION = _LAYER + "self_attention."
+
+AXIS_TABLE: tuple[ParameterAxes, ...] = (
+    ParameterAxes("embedding.word_embeddings.weight", (_VOCAB, _HIDDEN), tp_dim=0),
+    ParameterAxes(_LAYER + "input_layernorm.weight", (_HIDDEN,)),
+    ParameterAxes(_LAYER + "input_layernorm.bias", (_HIDDEN,), present=_biased_norm),
+    ParameterAxes(_ATTENTION + "linear_qkv.weight", (_QKV, _HIDDEN), tp_dim=0),
+    ParameterAxes(_ATTENTION + "linear_qkv.bias", (_QKV,), tp_dim=0, present=_qkv_bias),
+    ParameterAxes(_ATTENTION + "q_layernorm.weight", (_CHANNELS,), present=_qk_norm),
+    ParameterAxes(_ATTENTION + "q_layernorm.bias", (_CHANNELS,), present=_biased_qk_norm),
+    ParameterAxes(_ATTENTION + "k_layernorm.weight", (_CHANNELS,), present=_qk_norm),
+    ParameterAxes(_ATTENTION + "k_layernorm.bias", (_CHANNELS,), present=_biased_qk_norm),
+    ParameterAxes(_ATTENTION + "linear_proj.weight", (_HIDDEN, _PROJECTION), tp_dim=1),
+    ParameterAxes(_ATTENTION + "linear_proj.bias", (_HIDDEN,), present=_linear_bias),
+    ParameterAxes(_LAYER + "pre_mlp_layernorm.weight", (_HIDDEN,)),
+    ParameterAxes(_LAYER + "pre_mlp_layernorm.bias", (_HIDDEN,), present=_biased_norm),
+    ParameterAxes(_LAYER + "mlp.linear_fc1.weight", (_FC1, _HIDDEN), tp_dim=0),
+    ParameterAxes(_LAYER + "mlp.linear_fc1.bias", (_FC1,), tp_dim=0, present=_linear_bias),
+    ParameterAxes(_LAYER + "mlp.linear_fc2.weight", (_HIDDEN, _FFN), tp_dim=1),
+    ParameterAxes(_LAYER + "mlp.linear_fc2.bias", (_HIDDEN,), present=_linear_bias),
+    ParameterAxes("decoder.final_layernorm.weight", (_HIDDEN,)),
+    ParameterAxes("decoder.final_layernorm.bias", (_HIDDEN,), present=_biased_norm),
+    ParameterAxes("output_layer.weight", (_VOCAB, _HIDDEN), tp_dim=0, present=_untied),
+)
+"""Every parameter of a dense Megatron-core GPT model, in the order they are streamed; layers repeat as a block."""
+
+_ROW_OF_PATTERN = {row.pattern: row for row in AXIS_TABLE}
+
+_TRANSFORMER_ENGINE_NAMES = {
+    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+_LAYER_INDEX = re.compile(r"^decoder\.layers\.(\d+)\.")
+
+
+def layer_of(name: str) -> int | None:
+    """Global layer index, from 0, of a parameter; None outside the layers."""
+    found = _LAYER_INDEX.match(name)
+    return int(found.group(1)) if found else None
+
+
+def with_layer(name: str, index: int) -> str:
+    """The same parameter of layer `index`; a name outside the layers stays as it is."""
+    return _LAYER_INDEX.sub(f"decoder.layers.{index}.", name)
+
+
+def local_name(name: str) -> str:
+    """The local-spec name of a parameter named in either spec."""
+    for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
+        name = name.replace(fused, local)
+    return name
+
+
+def name_in_spec(name: str, spec: str) -> str:
+    """A local-spec name as it is called in `spec`: "local" or "transformer_engine"."""
+    require(
+        spec in ("local", "transformer_engine"), f"spec={spec!r} is not known; use 'local' or 'transformer_engine'."
+    )
+    if spec == "transformer_engine":
+        for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
+            name = name.replace(local, fused)
+    return name
+
+
+def parameter_names(shape: ModelShape, spec: str = "local") -> list[str]:
+    """Names of every parameter of a model of this shape, embedding first, output layer last."""
+    rows = [row for row in AXIS_TABLE if row.present(shape)]
+    in_layers = [row.pattern for row in rows if "{i}" in row.pattern]
+    first_layer = next(position for position, row in enumerate(rows) if "{i}" in row.pattern)
+    names = [row.pattern for row in rows[:first_layer]]
+    names += [pattern.replace("{i}", str(layer)) for layer in range(shape.num_layers) for pattern in in_layers]
+    names += [row.pattern for row in rows[first_layer + len(in_layers) :]]
+    return [name_in_spec(name, spec) for name in names]
+
+
+def parameter_axes(name: str) -> ParameterAxes:
+    """The table's row for a parameter, named in either spec.
+
+    Raises: ValueError: the table has no such parameter; lists those it has.
+    """
+    row = _ROW_OF_PATTERN.get(_LAYER_INDEX.sub(_LAYER, local_name(name)))
+    require(
+        row is not None,
+        f"Unknown parameter {name}: the axis table has no row for it, so it can neither be split nor pruned. "
+        f"Known patterns: {', '.join(_ROW_OF_PATTERN)}.",
+    )
+    assert row is not None
+    return row
+
+
+def full_shape(name: str, shape: ModelShape) -> tuple[int, ...]:
+    """Sizes of a parameter in full form."""
+    return tuple(axis.size(shape) for axis in parameter_axes(name).axes)
+
+
+# ---- tensor parallelism ----------------------------------------------------------------------------------------------
+
+
+def split_for_tp(full: Tensor, axes: ParameterAxes, shape: ModelShape, rank: int, size: int) -> Tensor:
+    """What tensor-parallel rank `rank` of `size` holds of a full parameter; a view where one stretch is split.
+
+    Raises: ValueError: the dim does not divide by `size`.
+    """
+    if axes.tp_dim is None:
+        return full
+    axis = axes.axes[axes.tp_dim]
+    for length in axis.stretches(shape):
+        require(
+            length % size == 0,
+            f"{axes.pattern}: a dim of {length} cannot be split over tensor_model_parallel_size={size}. "
+            "Use a size that divides it.",
+        )
+    stretches = full.split(list(axis.stretches(shape)), dim=axes.tp_dim)
+    pieces = [stretch.chunk(size, dim=axes.tp_dim)[rank] for stretch in stretches]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=axes.tp_dim)
+
+
+def join_from_tp(shards: Sequence[Tensor], axes: ParameterAxes, shape: ModelShape) -> Tensor:
+    """The full parameter from every tensor-parallel rank's shard, in rank order; inverse of `split_for_tp`."""
+    if axes.tp_dim is None or len(shards) == 1:
+        return shards[0]
+    lengths = [length // len(shards) for length in axes.axes[axes.tp_dim].stretches(shape)]
+    pieces = [shard.split(lengths, dim=axes.tp_dim) for shard in shards]
+    return torch.cat([rank[i] for i in range(len(lengths)) for rank in pieces], dim=axes.tp_dim)
+
+
+# ---- pruning ---------------------------------------------------------------------------------------------------------
+
+
+def take(full: Tensor, name: str, source_shape: ModelShape, kept: Kept) -> Tensor:
+    """A full parameter pruned along its named axes: rows and columns in the target model's order.
+
+    Args:
+        full: the source's parameter, `full_shape(name, source_shape)`, any dtype and device.
+        kept: for the parameter's layer, named axis -> kept global indices [k]; absent axes stay whole. Heads stay in
+            their group; every kept group keeps equally many.
+    Returns:
+        a new tensor, or `full` itself where nothing along its axes is pruned.
+    Raises: ValueError: unknown parameter, another shape than the source's, or heads that do not fit their groups.
+    """
+    row = parameter_axes(name)
+    require(
+        tuple(full.shape) == full_shape(name, source_shape),
+        f"{name} has shape {list(full.shape)}, but the source model's is {list(full_shape(name, source_shape))}. "
+        "Prune full parameters of the plan's source model.",
+    )
+    for dim, axis in enumerate(row.axes):
+        full = axis.reduce(full, dim, source_shape, kept)
+    return full

@@ -1,0 +1,34 @@
+"""The sentence a user gets when what they typed cannot work: the value, the limit, the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise `error(message)` unless `condition` holds; for what a person typed, never for our own invariants."""
+    if not condition:
+        raise error(message)
+
+
+def nearest_multiples(value: int, divisor: int) -> str:
+    """The multiples of `divisor` around `value` that are at least one, for the mend of a divisibility error."""
+    below = value // divisor * divisor
+    return ", ".join(str(multiple) for multiple in (below, below + divisor) if multiple > 0)
+
+
+def require_divisible(name: str, value: int, by_name: str, by: int) -> None:
+    """`value` must be a multiple of `by`; both are named in the user's own keys."""
+    require(
+        value % by == 0,
+        f"{name}={value} cannot be split over {by_name}={by}. "
+        f"Nearest that can: {nearest_multiples(value, by)}. Change {name} or {by_name}.",
+    )
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' where something near exists, else the sorted list of what is known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."

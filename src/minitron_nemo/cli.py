@@ -1,0 +1,90 @@
+"""`minitron <stage> recipe=<name> key=value ...`: every stage by name, with Hydra overrides.
+
+Nothing heavy is imported at the top: help and mistakes answer at once, and Megatron's checkpoint writer starts a
+process that imports this module again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+DOORS = (
+    "compress",
+    "prepare-data",
+    "pretrain",
+    "import-hf",
+    "correct-teacher",
+    "estimate-importance",
+    "prune",
+    "distill",
+    "evaluate",
+    "export-hf",
+    "report",
+    "submit",
+)
+_USAGE = f"""usage: minitron <stage> recipe=<name> [key=value ...]
+       torchrun --nproc-per-node N launch/<stage>.py recipe=<name> [key=value ...]
+
+stages: {", ".join(DOORS)}
+recipes: {{recipes}}
+
+Options are Hydra's: --cfg job shows the composed config, --help its groups.
+Try: minitron compress recipe=quickstart"""
+
+# Libraries below us report to their makers unless told otherwise.
+_QUIET = {
+    "NEMO_ONE_LOGGER_ENABLED": "0",
+    "ONE_LOGGER_ENABLED": "0",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "LEPTON_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "NEMO_LOG_LEVEL": "WARNING",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def quieten() -> None:
+    """Switch off telemetry and look-ups over the network; a value the user set stays."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+
+
+def conf_dir() -> Path:
+    """The Hydra tree: inside the installed package, or at the root of a source checkout."""
+    package = Path(__file__).parent
+    return package / "conf" if (package / "conf").is_dir() else package.parents[1] / "conf"
+
+
+def recipes() -> list[str]:
+    return sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one door. Returns the exit code; a mistake of the user's prints one message, without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE.format(recipes=", ".join(recipes())))
+        return 0 if arguments else 2
+    door, overrides = arguments[0].replace("_", "-"), arguments[1:]
+    quieten()
+    from minitron_nemo import doors
+
+    if door not in DOORS:
+        from minitron_nemo.checks import did_you_mean
+
+        print(f"minitron: {door} is not a stage; {did_you_mean(door, DOORS)}", file=sys.stderr)
+        return 2
+    return doors.open_door(door, overrides)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""`minitron submit`: hand a rendered chain to SLURM, each job waiting until the one before has succeeded."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.cluster.config import SlurmConfig
+from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
+from minitron_nemo.recipe import SECTIONS
+
+JOBS = "jobs.json"
+
+
+@dataclass(frozen=True)
+class SubmittedJob:
+    """A job that SLURM has accepted, and the one it waits for."""
+
+    name: str
+    script: str
+    job_id: int
+    after: int | None
+
+
+def run(config: DictConfig, overrides: Sequence[str] | None = None) -> None:
+    """Render every step of the recipe as a job and submit them; with submit.dry_run=true, only render.
+
+    Args:
+        config: a composed recipe: `run_dir`, `compress.steps`, `slurm`, `submit`.
+        overrides: the command line's, which each job repeats; by default those Hydra was started with.
+    """
+    slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SlurmConfig), config.get("slurm") or {}))
+    assert isinstance(slurm, SlurmConfig)
+    repeated = stage_overrides(HydraConfig.get().overrides.task if overrides is None else overrides)
+    scripts = render_chain(config.run_dir, [step_job(step, repeated) for step in config.compress.steps], slurm)
+    if config.submit.dry_run:
+        for script in scripts:
+            print(f"rendered {script.path}")
+        print("Nothing was submitted: submit.dry_run=true.")
+        return
+    submit_chain(scripts)
+
+
+def step_job(step: str, overrides: Sequence[str]) -> StageJob:
+    """The job of one step: its stage, told which section of the recipe to read where that is not its namesake."""
+    require(step in SECTIONS, f"compress.steps names {step}, which is no section; {did_you_mean(step, SECTIONS)}")
+    stage, _ = SECTIONS[step]
+    section = () if step.replace("_", "-") == stage else (f"++section={step}",)
+    return StageJob(stage, (*overrides, *section), name=step)
+
+
+def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
+    """The overrides a stage understands: all but those of the submission itself."""
+    own = re.compile(r"[+~]*(slurm|submit)([.=@].*)?")
+    return tuple(override for override in overrides if not own.fullmatch(override))
+
+
+def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] = print) -> list[SubmittedJob]:
+    """Submit the scripts in order, each with `afterok` on the one before; `say` gets one line per job.
+
+    The jobs are recorded in jobs.json beside the scripts. When a job fails, those after it are cancelled by SLURM
+    rather than left pending for ever. When SLURM refuses one, those already accepted are cancelled: a chain runs as
+    a whole or not at all.
+
+    Raises: FileNotFoundError: no sbatch on this machine. ChildProcessError: SLURM refused a
+    script; its words are quoted.
+    """
+    require(
+        shutil.which("sbatch") is not None,
+        "sbatch was not found: submitting needs the SLURM client commands, on a login node for instance. "
+        "The scripts are rendered all the same with submit.dry_run=true.",
+        FileNotFoundError,
+    )
+    jobs: list[SubmittedJob] = []
+    for script in scripts:
+        previous = jobs[-1].job_id if jobs else None
+        jobs.append(SubmittedJob(script.name, str(script.path), _sbatch(script, previous, jobs), previous))
+        waits = "" if previous is None else f", after job {previous}"
+        say(f"job {jobs[-1].job_id}: {script.name}{waits} ({script.path})")
+    record = scripts[0].path.with_name(JOBS)
+    record.write_text(json.dumps([asdict(job) for job in jobs], indent=2) + "\n")
+    return jobs
+
+
+def _sbatch(script: StageScript, after: int | None, accepted: Sequence[SubmittedJob]) -> int:
+    command = ["sbatch", "--parsable"]
+    if after is not None:
+        command += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
+    # No --chdir: the job starts in the directory of the submission, where relative paths in overrides were meant.
+    done = subprocess.run([*command, str(script.path)], capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout.strip().split(";")[0])  # "id" or "id;cluster"
+    cancelled = _cancel([job.job_id for job in accepted])
+    raise ChildProcessError(
+        f"SLURM refused {script.name}: {' '.join(done.stderr.split())}. {cancelled}"
+        f"Correct the config group `slurm` (partition, account, time, nodes) and submit again; script: {script.path}"
+    )
+
+
+def _cancel(job_ids: Sequence[int]) -> str:
+    """Cancel what was accepted before the refusal; says so, or which jobs are left to cancel by hand."""
+    if not job_ids:
+        return ""
+    listed = " ".join(str(job_id) for job_id in job_ids)
+    done = subprocess.run(["scancel", *listed.split()], capture_output=True, text=True)
+    return f"Jobs before it were cancelled: {listed}. " if done.returncode == 0 else f"Now run: scancel {listed}. "

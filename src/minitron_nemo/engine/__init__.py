@@ -1,0 +1,1 @@
+"""NeMo: model classes, trainer and strategy, data modules, checkpoints, HF import and export."""

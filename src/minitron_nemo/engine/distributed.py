@@ -1,0 +1,90 @@
+"""Processes and groups: one start-up for torchrun, SLURM's srun + torchrun and a plain `python`.
+
+A run starts torch.distributed once; each stage then asks for its layout. A chain of stages in one process keeps the
+process group and only rebuilds Megatron's groups when the layout changes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from minitron_nemo import platform
+from minitron_nemo.checks import require
+
+
+@dataclass
+class LayoutConfig:
+    """How one model is spread over the ranks; the rest of the world is data-parallel."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"trainer.{name}={value} must be at least 1.")
+        require(
+            not self.sequence_parallel or self.tensor_model_parallel_size > 1,
+            "trainer.sequence_parallel=true splits what tensor parallelism leaves whole; it needs "
+            "trainer.tensor_model_parallel_size of at least 2.",
+        )
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+def start() -> None:
+    """Join the process group: from torchrun's environment, or alone. Idempotent."""
+    platform.activate()
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(platform.backend())
+    else:
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def stop() -> None:
+    """Leave the process group, so that a process can start another one (tests do)."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def use_layout(layout: LayoutConfig, *, seed: int) -> None:
+    """Build Megatron's groups for `layout` and seed its random-number trackers.
+
+    Raises: ValueError where the world cannot hold the layout.
+    """
+    start()
+    world = dist.get_world_size()
+    require(
+        world % layout.model_parallel_size == 0,
+        f"{world} processes cannot hold tensor_model_parallel_size={layout.tensor_model_parallel_size} x "
+        f"pipeline_model_parallel_size={layout.pipeline_model_parallel_size} x "
+        f"context_parallel_size={layout.context_parallel_size} = {layout.model_parallel_size}. "
+        f"Start a multiple of {layout.model_parallel_size}: "
+        f"torchrun --nproc-per-node {layout.model_parallel_size} ...",
+    )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+    )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

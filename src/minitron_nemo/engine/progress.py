@@ -1,0 +1,128 @@
+"""One line of progress per job, on rank 0, and the history that reports draw.
+
+`history.jsonl` holds one object a line: training steps {step, tokens, loss, lr, grad_norm, seconds} and validations
+{step, tokens, validation_loss}; losses in nats per token.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+HISTORY = "history.jsonl"
+
+
+def progress_bar(label: str, show: bool) -> Progress:
+    """A rich bar where someone watches; a line now and then where output goes to a file (SLURM logs, CI)."""
+    return Progress(
+        TextColumn(f"[bold]{label}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=Console(file=sys.stderr),
+        disable=not (show and sys.stderr.isatty()),
+    )
+
+
+class Reporter:
+    """Progress of one job: a bar on a terminal, a line every `quiet_seconds` elsewhere."""
+
+    def __init__(self, label: str, total: int, *, show: bool = True, quiet_seconds: float = 20.0) -> None:
+        self.label, self.total, self.show, self.quiet_seconds = label, total, show, quiet_seconds
+        self.bar = progress_bar(label, show)
+        self.task = self.bar.add_task(label, total=total, note="")
+        self.started = self.last_line = time.monotonic()
+        self.first_done: int | None = None
+
+    def __enter__(self) -> Reporter:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        if self.first_done is None:
+            self.first_done = done - 1
+        self.bar.update(self.task, completed=done, note=note)
+        now = time.monotonic()
+        if self.show and self.bar.disable and (now - self.last_line >= self.quiet_seconds or done >= self.total):
+            rate = (done - self.first_done) / max(now - self.started, 1e-9)
+            left = (self.total - done) / max(rate, 1e-9)
+            print(f"{self.label} {done}/{self.total}  {note}  eta {left:.0f}s", file=sys.stderr, flush=True)
+            self.last_line = now
+
+
+class History(pl.Callback):
+    """Writes the history and shows progress with tokens per second, loss and time left; works on rank 0 only."""
+
+    def __init__(self, path: Path, *, label: str, steps: int, tokens_per_step: int) -> None:
+        self.path, self.label, self.steps, self.tokens_per_step = path, label, steps, tokens_per_step
+        self.records: list[dict[str, Any]] = []
+        self.reporter: Reporter | None = None
+        self.step_started = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        if self.path.exists():  # resumed: keep what came before the checkpoint
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            self.records = [record for record in lines if record["step"] <= trainer.global_step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in self.records))
+        self.reporter = Reporter(self.label, self.steps)
+        self.reporter.__enter__()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.step_started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if self.reporter is None:
+            return
+        seconds = time.monotonic() - self.step_started
+        metrics = trainer.callback_metrics
+        loss = float(metrics["reduced_train_loss"])
+        grad_norm = metrics.get("grad_norm")
+        self._write(
+            {
+                "step": trainer.global_step,
+                "tokens": trainer.global_step * self.tokens_per_step,
+                "loss": loss,
+                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "seconds": round(seconds, 4),
+            }
+        )
+        self.reporter.update(
+            trainer.global_step, f"loss {loss:.4f}  {self.tokens_per_step / max(seconds, 1e-9):,.0f} tokens/s"
+        )
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.reporter is not None and "val_loss" in trainer.callback_metrics:
+            step = trainer.global_step
+            loss = float(trainer.callback_metrics["val_loss"])
+            self._write({"step": step, "tokens": step * self.tokens_per_step, "validation_loss": loss})
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _close(self) -> None:
+        if self.reporter is not None:
+            self.reporter.__exit__()
+            self.reporter = None

@@ -1,0 +1,262 @@
+"""Training any of our NeMo models: NeMo's trainer and strategy, our layout, resume and history.
+
+There is no training loop here. `train` builds an `nl.Trainer` over an `nl.MegatronStrategy`, resumes from the newest
+complete checkpoint beside the output, and leaves the trained weights in `model`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from nemo import lightning as nl
+from nemo.lightning._strategy_lib import init_model_parallel
+from nemo.lightning.megatron_parallel import MegatronStep
+from nemo.lightning.pytorch.strategies.utils import setup_parallel_ranks
+
+from minitron_nemo import platform
+from minitron_nemo.checks import require, require_divisible
+from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn
+from minitron_nemo.engine.distributed import LayoutConfig
+from minitron_nemo.engine.optim import OptimConfig
+from minitron_nemo.engine.progress import HISTORY, History
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass
+class TrainerConfig(LayoutConfig):
+    """What every stage of a recipe shares: layout, precision, batch, logging."""
+
+    precision: str = "auto"
+    """bf16 (float32 master weights), fp32, or auto: bf16 where the machine multiplies faster in it."""
+    seq_length: int = 4096
+    """Tokens per sample."""
+    micro_batch_size: int = 1
+    """Samples per rank and forward pass."""
+    global_batch_size: int = 768
+    """Samples per optimizer step over all ranks. 768 in arXiv:2408.11796."""
+    num_nodes: int = 1
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    """Weights & Biases project; null logs nothing there."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.precision in PRECISIONS,
+            f"trainer.precision={self.precision} is not known; use one of {', '.join(PRECISIONS)}.",
+        )
+        for name in ("seq_length", "micro_batch_size", "global_batch_size", "num_nodes"):
+            require(getattr(self, name) >= 1, f"trainer.{name}={getattr(self, name)} must be at least 1.")
+
+    @property
+    def bf16(self) -> bool:
+        precision = platform.default_precision() if self.precision == "auto" else self.precision
+        return precision == "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_length
+
+
+@dataclass
+class TrainingConfig:
+    """One training run."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    validation_every: int = 0
+    """Steps between validations; 0 validates never."""
+    validation_batches: int = 8
+    """Global batches per validation."""
+    checkpoint_every: int = 100
+    """Steps between resumable checkpoints; 0 writes none."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
+
+
+class Strategy(nl.MegatronStrategy):
+    """NeMo's strategy in a process group that already stands (started by torchrun, or by an earlier stage)."""
+
+    def setup_distributed(self) -> None:
+        setup_parallel_ranks(self)
+        unset_num_microbatches_calculator()  # an earlier stage may have had another batch size
+        init_model_parallel(self.model)
+        if self.data_sampler:
+            self.data_sampler.setup(dist.get_rank())
+
+
+class _StandingProcesses(LightningEnvironment):
+    """Tells Lightning that every process is already running and which one this is."""
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def global_rank(self) -> int:
+        return dist.get_rank()
+
+    def local_rank(self) -> int:
+        return torch.cuda.current_device()
+
+    def node_rank(self) -> int:
+        return dist.get_rank() // max(torch.cuda.device_count(), 1)
+
+    def set_world_size(self, size: int) -> None: ...
+
+    def set_global_rank(self, rank: int) -> None: ...
+
+
+class _Step(MegatronStep):
+    """NeMo's step, with our message widths: NeMo's own needs nvidia-modelopt to say there is nothing to adjust."""
+
+    @property
+    def adjust_tensor_shapes_fn(self) -> Callable[..., Any] | None:
+        return adjust_tensor_shapes_fn(self.model)
+
+
+class MessageWidths(pl.Callback):
+    """Lets teacher and student share one pipeline message."""
+
+    def on_megatron_step_start(self, step: MegatronStep) -> MegatronStep:
+        return _Step(**{each.name: getattr(step, each.name) for each in dataclasses.fields(step)})
+
+
+class ResumableCheckpoints(pl.Callback):
+    """Every `every` steps a complete checkpoint (weights, optimizer, data position) in `directory/step-N`.
+
+    Written under a temporary name and renamed, so that the newest `step-N` is always whole; older ones are removed.
+    """
+
+    def __init__(self, directory: Path, every: int) -> None:
+        self.directory, self.every = directory, every
+
+    def newest(self) -> Path | None:
+        found = sorted(self.directory.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+        return found[-1] if found else None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        if not self.every or step % self.every or step >= trainer.max_steps:
+            return
+        writing = self.directory / f"step-{step}.partial"
+        previous = self.newest()
+        trainer.save_checkpoint(writing)
+        if trainer.is_global_zero:
+            writing.rename(self.directory / f"step-{step}")
+            if previous is not None:
+                shutil.rmtree(previous)
+        trainer.strategy.barrier()
+
+
+def build_trainer(
+    config: TrainerConfig, training: TrainingConfig, *, directory: Path, callbacks: list[pl.Callback]
+) -> nl.Trainer:
+    """An `nl.Trainer` for this machine and layout; logs go below `directory`."""
+    world = dist.get_world_size()
+    strategy = Strategy(
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        context_parallel_size=config.context_parallel_size,
+        sequence_parallel=config.sequence_parallel,
+        pipeline_dtype=config.dtype,
+        process_group_backend=platform.backend(),
+        cluster_environment=_StandingProcesses(),
+        ddp=DistributedDataParallelConfig(
+            use_distributed_optimizer=platform.supports_distributed_optimizer(),
+            grad_reduce_in_fp32=True,
+            check_for_nan_in_grad=True,
+            # Weighting by tokens is ours to do: the loss is a sum and a count on every rank
+            average_in_collective=False,
+        ),
+        ckpt_async_save=False,
+        replace_progress_bar=False,
+    )
+    strategy.timers = None  # NeMo's printer of timers reduces on rank 0 only and would hang the next collective
+    loggers: list[Logger] = []
+    if config.tensorboard:
+        loggers.append(TensorBoardLogger(str(directory), name="tensorboard", version=""))
+    if config.wandb_project:
+        loggers.append(WandbLogger(project=config.wandb_project, save_dir=str(directory)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nl.Trainer(
+            accelerator="gpu" if platform.has_accelerator() else "cpu",
+            devices=world // config.num_nodes,
+            num_nodes=config.num_nodes,
+            strategy=strategy,
+            plugins=[nl.MegatronMixedPrecision(precision="bf16-mixed" if config.bf16 else "32")],
+            max_steps=training.steps,
+            val_check_interval=training.validation_every or None,
+            check_val_every_n_epoch=None,
+            limit_val_batches=training.validation_batches if training.validation_every else 0,
+            limit_test_batches=0,
+            num_sanity_val_steps=0,
+            log_every_n_steps=10,
+            logger=loggers or False,
+            callbacks=callbacks,
+            enable_progress_bar=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+
+
+def train(
+    model: pl.LightningModule,
+    data: pl.LightningDataModule,
+    config: TrainerConfig,
+    training: TrainingConfig,
+    *,
+    directory: Path,
+    label: str,
+) -> list[dict[str, Any]]:
+    """Run `training.steps` steps; resume if `directory` holds a checkpoint of a run that was cut off.
+
+    Args:
+        model: an engine model with its optimizer; holds the trained weights afterwards.
+        directory: for checkpoints, logs and history; survives a kill.
+    Returns:
+        The history (rank 0; empty elsewhere).
+    """
+    data_parallel_size = dist.get_world_size() // config.model_parallel_size
+    require_divisible(
+        "trainer.global_batch_size",
+        config.global_batch_size,
+        "trainer.micro_batch_size x data-parallel ranks",
+        config.micro_batch_size * data_parallel_size,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    history = History(directory / HISTORY, label=label, steps=training.steps, tokens_per_step=config.tokens_per_step)
+    checkpoints = ResumableCheckpoints(directory / "checkpoints", training.checkpoint_every)
+    checkpoints.directory.mkdir(exist_ok=True)
+    trainer = build_trainer(config, training, directory=directory, callbacks=[history, checkpoints, MessageWidths()])
+    resume = checkpoints.newest()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+        trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+    return history.records

@@ -1,0 +1,6 @@
+"""Pruning: scores to plan, plan to weights."""
+
+from minitron_nemo.pruning.plan import PruningPlan, plan_from_importance
+from minitron_nemo.pruning.surgery import prune_into, pruned_parameters
+
+__all__ = ["PruningPlan", "plan_from_importance", "prune_into", "pruned_parameters"]

@@ -1,0 +1,72 @@
+"""Surgery: the teacher's weights, cut along their named axes, into the student.
+
+    teacher on TP x PP  ->  one full parameter at a time  ->  indexed along its axes  ->  the student's part of it
+
+A kept layer's parameters move to its place among the kept ones (source layer plan.layer[i] becomes layer i). The
+teacher is read only. Student and teacher live on the same ranks and may be split differently over the pipeline, as the
+student's own layers say which parameters a rank needs.
+
+Communication: that of `weights.stream_full_parameters` (tp and pp, once per parameter). Peak extra memory: one full
+parameter and its pruned copy; with tied embeddings, also the pruned embedding table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from minitron_nemo.axes import full_shape, layer_of, take, with_layer
+from minitron_nemo.parallel import Groups, group_size
+from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.weights import load_full_parameters, stream_full_parameters
+
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+def prune_into(teacher: nn.Module, student: nn.Module, plan: PruningPlan, groups: Groups) -> None:
+    """Fill `student` with what `plan` keeps of `teacher`.
+
+    Args:
+        teacher: GPTModel of shape plan.source on this rank, bare or wrapped; not changed.
+        student: GPTModel of shape plan.target on this rank; every parameter is overwritten, its dtype stays.
+    Communicates: tp and pp, for each parameter of the teacher; every rank takes part.
+    Raises: ValueError: a model's parameters do not have the plan's shapes, or the target does not split over tp.
+    """
+    plan.target.require_splits_over(group_size(groups.tp))
+    stream = pruned_parameters(teacher, plan, groups)
+    tied_embedding: dict[str, Tensor] = {}
+
+    def read(wanted: str) -> Tensor:
+        """The student asks in the stream's order, except that a tied last stage asks for the embedding at its end."""
+        if wanted in tied_embedding:
+            return tied_embedding[wanted]
+        for name, pruned in stream:
+            if name == _EMBEDDING and plan.target.share_embeddings_and_output_weights:
+                tied_embedding[name] = pruned
+            if name == wanted:
+                return pruned
+        raise ValueError(
+            f"The teacher has no {wanted}, which the student needs. Build both models from the plan's shapes."
+        )
+
+    load_full_parameters(student, plan.target, groups, read)
+    for _ in stream:  # what only other stages keep: each parameter is a collective, so every rank takes every one
+        pass
+
+
+def pruned_parameters(teacher: nn.Module, plan: PruningPlan, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """The student's full parameters under its own layer numbers, in the order of `axes.parameter_names`.
+
+    Yields: (name, tensor) in the teacher's dtype; may share the teacher's memory where nothing is cut, so read only.
+    Communicates: tp and pp, for each parameter of the teacher; every rank must take every item.
+    """
+    place = {source_layer: index for index, source_layer in enumerate(plan.layer.tolist())}
+    for name, full in stream_full_parameters(teacher, plan.source, groups):
+        layer = layer_of(name)
+        if layer is not None and layer not in place:
+            continue
+        pruned = take(full, name, plan.source, plan.kept_in_layer(layer))
+        target_name = name if layer is None else with_layer(name, place[layer])
+        assert tuple(pruned.shape) == full_shape(target_name, plan.target), (target_name, pruned.shape)
+        yield target_name, pruned

@@ -1,0 +1,98 @@
+"""Importance and plan as the pictures need them: NumPy arrays per axis, and how well the plan follows the scores.
+
+    scores["ffn"]   [l, f]    scores["head"]  [l, n]    scores["hidden"]  [h]    scores["layer"]  [l]    float64
+    kept["ffn"]     [l, k]    kept["head"]    [l, k]    kept["hidden"]    [k]    kept["layer"]    [k]    int64, global
+
+Rows of dropped layers stay, in scores and in plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from minitron_nemo.importance import Importance
+from minitron_nemo.pruning.plan import DESCRIPTION as PLAN
+from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan
+from minitron_nemo.report.run import Run
+from minitron_nemo.shape import ModelShape
+
+Scores = Mapping[str, npt.NDArray[np.float64]]
+Kept = Mapping[str, npt.NDArray[np.int64]]
+
+
+def kept_mask(kept: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
+    """True where kept: [size] for one axis of the whole model, [l, size] for an axis of every layer."""
+    rows = np.atleast_2d(kept)
+    mask = np.zeros((rows.shape[0], size), dtype=bool)
+    np.put_along_axis(mask, rows, True, axis=1)
+    return mask if kept.ndim == 2 else mask[0]
+
+
+def share_kept_from_top(scores: npt.NDArray[np.float64], kept: npt.NDArray[np.int64]) -> float:
+    """Of the kept indices, the share whose score is among the k highest of their row; 1 where the plan is top-k."""
+    score_rows, kept_rows = np.atleast_2d(scores), np.atleast_2d(kept)
+    k = kept_rows.shape[1]
+    if k == 0:
+        return 1.0
+    lowest_top = -np.sort(-score_rows, axis=1)[:, k - 1 : k]  # [l, 1]; ties with it count as top
+    return float(np.mean(np.take_along_axis(score_rows, kept_rows, axis=1) >= lowest_top))
+
+
+def counts(kept: Kept, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Per axis of the plan: how many there were, are kept and dropped (in each layer, where the axis is a layer's)."""
+    rows = []
+    for axis in DIM_OF_AXIS:
+        if axis in kept and axis in sizes:
+            of, k = sizes[axis], int(kept[axis].shape[-1])
+            rows.append({"axis": axis, "per_layer": kept[axis].ndim == 2, "of": of, "kept": k, "dropped": of - k})
+    return rows
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Scores and plan of a run; empty where the run has none."""
+
+    scores: Scores
+    kept: Kept
+    origin: str = ""
+    """Where the scores came from, in words."""
+    source: ModelShape | None = None
+    target: ModelShape | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each axis before pruning, as far as known."""
+        if self.source is not None:
+            return {axis: getattr(self.source, dim) for axis, dim in DIM_OF_AXIS.items()}
+        return {axis: array.shape[-1] for axis, array in self.scores.items()}
+
+    @classmethod
+    def read(cls, run: Run) -> Pruning:
+        """Scores and plan of the artifacts `importance` and `student_pruned`; the scores are those the plan used."""
+        plan = None
+        if (pruned := run.artifacts.get("student_pruned")) is not None and (pruned.path / PLAN).is_file():
+            plan = PruningPlan.load(pruned.path)
+        importance = Importance.load(run.artifacts["importance"].path) if "importance" in run.artifacts else None
+        how = plan.origin if plan is not None else {}
+        batch, sequence = str(how.get("batch_aggregation", "l2")), str(how.get("sequence_aggregation", "mean"))
+        scores: dict[str, npt.NDArray[np.float64]] = {}
+        origin = ""
+        if importance is not None:
+            scores = {axis: importance.scores(axis, batch, sequence).double().numpy() for axis in importance.width}
+            if importance.layer:
+                metric = how.get("depth") if how.get("depth") in importance.layer else next(iter(importance.layer))
+                scores["layer"] = importance.layer[str(metric)].double().numpy()
+            samples = f"{importance.num_samples:,} calibration samples"
+            origin = f"{batch} over {samples} of the {sequence} over a sample's tokens"
+        return cls(
+            scores=scores,
+            kept={axis: getattr(plan, axis).numpy() for axis in DIM_OF_AXIS} if plan is not None else {},
+            origin=origin,
+            source=plan.source if plan is not None else importance.shape if importance is not None else None,
+            target=plan.target if plan is not None else None,
+        )

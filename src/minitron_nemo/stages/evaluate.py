@@ -1,0 +1,58 @@
+"""evaluate: held-out loss and perplexity of a model, over all of the validation text or its first samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron.core import parallel_state
+
+from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.engine.checkpoint import open_model
+from minitron_nemo.engine.data import VALIDATION, DataConfig, batches, require_tokenizer_of, split_prefixes
+from minitron_nemo.engine.forward import mean_loss, open_core, run_forward
+from minitron_nemo.engine.tokenizer import load_tokenizer
+from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.stages.training import config_dict, prepare_layout
+
+
+@dataclass
+class EvaluateConfig:
+    model: str = ""
+    """Model artifact to measure."""
+    num_samples: int | None = None
+    """Samples over all data-parallel ranks; null takes all of the held-out text."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/evaluation"
+
+
+def run(config: EvaluateConfig) -> Artifact:
+    source = open_model(config.model, key="evaluate.model", trust_checkpoint=config.trust_checkpoint)
+    blend = [artifact for artifact, _ in config.data.blend()]
+    require_tokenizer_of(blend[0], load_tokenizer(source.tokenizer))
+    prepare_layout(config.trainer, source.shape, seed=config.seed)
+    held_out = list(
+        batches(
+            [prefix for artifact in blend for prefix in split_prefixes(artifact, VALIDATION)],
+            config.trainer.seq_length,
+            config.trainer.micro_batch_size,
+            config.num_samples,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+        )
+    )
+    core = open_core(source, config.trainer)
+    name = Path(config.output).name
+    loss, tokens = mean_loss(run_forward(core, held_out, label=name, total=len(held_out)))
+    output = Path(config.output)
+    inputs = [*source.artifacts, *blend]
+    with writing(output, stage="evaluate", config=config_dict(config), inputs=inputs) as draft:
+        draft.facts["model"] = str(source.path)
+        draft.metrics.update(
+            held_out_loss=loss, perplexity=math.exp(loss), tokens=tokens, parameters=source.shape.num_parameters
+        )
+    return open_artifact(output)

@@ -1,0 +1,112 @@
+"""export-hf: a model artifact in, a Hugging Face checkpoint out.
+
+It counts once transformers has loaded it and agrees with Megatron on the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.checks import require
+from minitron_nemo.engine.checkpoint import open_model
+from minitron_nemo.engine.distributed import is_rank_zero
+from minitron_nemo.engine.forward import last_logits, open_core
+from minitron_nemo.engine.hf import save_hf
+from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.parallel import Groups
+from minitron_nemo.stages.training import config_dict, prepare_layout
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class ExportHfConfig:
+    model: str = ""
+    """Model artifact to export."""
+    dtype: str = "bf16"
+    """Of the tensors written: bf16 or fp32."""
+    verify: bool = True
+    """Load the checkpoint with transformers in float32 and compare its logits with Megatron's."""
+    tolerance: float = 1e-4
+    """Largest |logit difference| that passes, in float32."""
+    prompt: str | None = None
+    """Text the exported model continues, for a first look; null generates nothing."""
+    new_tokens: int = 64
+    """Tokens it adds."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output: str = "runs/export"
+
+    def __post_init__(self) -> None:
+        require(self.dtype in DTYPES, f"export_hf.dtype={self.dtype} is not known; use bf16 or fp32.")
+
+
+def run(config: ExportHfConfig) -> Artifact:
+    """Raises: RuntimeError: transformers and Megatron disagree; nothing is left behind."""
+    source = open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
+    prepare_layout(config.trainer, source.shape, seed=config.seed)
+    core = open_core(source, config.trainer, dtype=DTYPES[config.dtype])
+    output = Path(config.output)
+    with writing(output, stage="export-hf", config=config_dict(config), inputs=source.artifacts) as draft:
+        save_hf(
+            core,
+            draft.path,
+            source.shape,
+            Groups.from_megatron(),
+            vocab_size=source.vocab_size,
+            tokenizer_dir=source.tokenizer,
+            dtype=DTYPES[config.dtype],
+        )
+        dist.barrier()
+        draft.metrics.update(parameters=source.shape.num_parameters)
+        if config.verify:
+            difference = _largest_difference(core.float(), source.vocab_size, draft.path, config.trainer.seq_length)
+            require(
+                difference <= config.tolerance,
+                f"The exported model's logits differ from Megatron's by up to {difference:.2e}, more than "
+                f"export_hf.tolerance={config.tolerance}. Nothing was exported; please report the model's shape.",
+                RuntimeError,
+            )
+            draft.metrics["max_logit_difference"] = difference
+        if config.prompt is not None and is_rank_zero():
+            draft.facts["sample"] = _continue(draft.path, config.prompt, config.new_tokens, config.seed)
+    return open_artifact(output)
+
+
+def _largest_difference(core: Any, vocab_size: int, path: Path, seq_length: int) -> float:
+    """max |Megatron - transformers| over the logits of a fixed random sample, float32, equal on every rank."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(seq_length, 128) // parallel_state.get_tensor_model_parallel_world_size()
+    length *= parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism splits it
+    tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
+    ours = last_logits(core, tokens)
+    difference = torch.zeros(1)
+    if is_rank_zero():
+        from transformers import AutoModelForCausalLM
+
+        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+        with torch.no_grad():
+            difference[0] = (theirs(tokens).logits - ours[..., :vocab_size].cpu()).abs().max()
+    gathered: list[Any] = [difference.item()]
+    dist.broadcast_object_list(gathered, src=0)
+    return gathered[0]
+
+
+def _continue(path: Path, prompt: str, new_tokens: int, seed: int) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    torch.manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    with torch.no_grad():
+        written = model.generate(ids, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.9)
+    return tokenizer.decode(written[0], skip_special_tokens=True)

@@ -1,0 +1,52 @@
+"""import-hf: a Hugging Face checkpoint in, a NeMo 2 checkpoint out; tensors stream one at a time from safetensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.engine.checkpoint import save_model
+from minitron_nemo.engine.forward import new_core
+from minitron_nemo.engine.hf import load_hf, shape_from_hf, vocab_size_from_hf
+from minitron_nemo.engine.tokenizer import require_tokenizer_files
+from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.parallel import Groups
+from minitron_nemo.stages.training import config_dict, prepare_layout, require_vocabulary
+
+EMBEDDED = "embedded"
+
+
+@dataclass
+class ImportHfConfig:
+    model: str = EMBEDDED
+    """Directory with config.json, safetensors and tokenizer; `embedded` is the small teacher inside this package."""
+    make_vocab_size_divisible_by: int = 1
+    """Pads the embedding table with zero rows up to a multiple, so that it splits over tensor parallelism."""
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output: str = "runs/teacher"
+
+
+def embedded_teacher() -> Path:
+    """The HF checkpoint that ships with the package."""
+    return Path(__file__).parents[1] / "teacher"
+
+
+def run(config: ImportHfConfig) -> Artifact:
+    """Raises: FileNotFoundError, ValueError: see `engine.hf`; before anything is written."""
+    source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
+    shape = shape_from_hf(source, make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
+    require_tokenizer_files(source, key="import_hf.model")
+    require_vocabulary(shape, source)
+    prepare_layout(config.trainer, shape, seed=config.seed)
+    core = new_core(shape, config.trainer)
+    load_hf(core, source, shape, Groups.from_megatron())
+    output = Path(config.output)
+    with writing(output, stage="import-hf", config=config_dict(config)) as draft:
+        save_model(core, shape, source, draft.path)
+        draft.facts["vocab_size"] = vocab_size_from_hf(source)
+        draft.metrics.update(
+            parameters=shape.num_parameters, non_embedding_parameters=shape.num_non_embedding_parameters, tokens=0
+        )
+    return open_artifact(output)

@@ -1,0 +1,198 @@
+"""prepare-data: a corpus and a tokenizer in, token files out.
+
+    corpus ──hold out whole documents──► training ──► (train a tokenizer) ──► train.bin/.idx, shuffled
+                                     └─► validation ────────────────────────► validation.bin/.idx
+
+The artifact also holds `tokenizer/`, and in its manifest the facts later stages check against: tokenizer_digest,
+vocab_size, tokens and documents of each split, sources and their weights, corpus, licence.
+
+One process does the work; under several ranks the first, while the others wait.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
+from minitron_nemo.checks import require
+from minitron_nemo.engine.corpus import STDLIB, STDLIB_LICENCE, Document, Source, Splitter, read_corpus
+from minitron_nemo.engine.data import TRAIN, VALIDATION, TokenFiles, encode_documents
+from minitron_nemo.engine.progress import Reporter
+from minitron_nemo.engine.tokenizer import (
+    copy_tokenizer,
+    load_tokenizer,
+    require_tokenizer_files,
+    require_vocab_size,
+    tokenizer_digest,
+    train_tokenizer,
+    vocabulary_size,
+)
+
+Item = TypeVar("Item")
+
+
+@dataclass
+class PrepareDataConfig:  # conf/prepare-data.yaml
+    """What `prepare-data` reads and how it splits."""
+
+    output: str = "runs/data"
+    """Directory of the artifact."""
+    corpus: Any = STDLIB
+    """`stdlib` (the interpreter's own standard library source), a path, or a list of paths or {path, weight}."""
+    text_key: str = "text"
+    """Key (JSONL) or column (Parquet) that holds the text."""
+    tokenizer: str | None = None
+    """Local Hugging Face tokenizer directory, such as the teacher's; null trains one on the training split."""
+    vocab_size: int = 4096
+    """Tokens of the tokenizer that is trained, at least 257; not read when `tokenizer` is given."""
+    validation_fraction: float = 0.02
+    """Share of the documents that is held out, above 0 and at most 0.5."""
+    seed: int = 1234
+    """Order of the training documents, at least 0."""
+    licence: str | None = None
+    """Licence of the corpus, kept in the manifest; that of `stdlib` is known."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed={self.seed} must be at least 0.")
+        require_vocab_size(self.vocab_size)
+        Splitter(self.validation_fraction)
+        read_corpus(self.corpus, text_key=self.text_key)
+
+
+def run(cfg: PrepareDataConfig) -> Artifact:
+    """Prepare the data and return the artifact.
+
+    Raises: FileNotFoundError, ValueError: a corpus or tokenizer that cannot be read, or a corpus too small to split
+        or to fill the vocabulary. Nothing is left behind then, and an older artifact stays.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the tokenizer's own threads; nothing forks here
+    sources = read_corpus(cfg.corpus, text_key=cfg.text_key)
+    splitter = Splitter(cfg.validation_fraction)
+    if cfg.tokenizer is not None:
+        require_tokenizer_files(cfg.tokenizer)
+    sizes = survey(sources, splitter) if _first_rank() else []
+    config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))  # paths as strings
+    with writing(cfg.output, stage="prepare-data", config=config) as draft:
+        if _first_rank():
+            _write(cfg, sources, splitter, sizes, draft)
+    return open_artifact(cfg.output)
+
+
+@dataclass
+class SourceSize:
+    """What the first reading of a source found, per split."""
+
+    documents: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
+    characters: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
+
+
+def survey(sources: list[Source], splitter: Splitter) -> list[SourceSize]:
+    """Read everything once, so that what cannot be read or split raises before anything is written."""
+    sizes = []
+    for source in sources:
+        size = SourceSize()
+        for document in source.documents():
+            split = _split_of(document, splitter)
+            size.documents[split] += 1
+            size.characters[split] += len(document.text)
+        require(
+            sum(size.documents.values()) > 0,
+            f"corpus={source.path} is empty: no file or record in it holds more than white space. Correct corpus.",
+        )
+        require(
+            size.documents[TRAIN] > 0,
+            f"corpus={source.path}: validation takes all of its documents ({size.documents[VALIDATION]}). "
+            "Add documents or lower validation_fraction.",
+        )
+        sizes.append(size)
+    documents = sum(sum(size.documents.values()) for size in sizes)
+    require(
+        any(size.documents[VALIDATION] > 0 for size in sizes),
+        f"validation_fraction={splitter.validation_fraction} holds out none of {documents} documents. "
+        "Raise validation_fraction, add documents, or split the corpus into more of them.",
+    )
+    return sizes
+
+
+def _write(
+    cfg: PrepareDataConfig, sources: list[Source], splitter: Splitter, sizes: list[SourceSize], draft: Draft
+) -> None:
+    directory = draft.path / "tokenizer"
+    documents = {split: sum(size.documents[split] for size in sizes) for split in (TRAIN, VALIDATION)}
+    if cfg.tokenizer is None:
+        with Reporter("training the tokenizer, documents", documents[TRAIN]) as reporter:
+            everything = (document for source in sources for document in source.documents())
+            training = (document.text for document in everything if not splitter.is_validation(document))
+            train_tokenizer(_counted(training, reporter), vocab_size=cfg.vocab_size, output=directory)
+    else:
+        copy_tokenizer(cfg.tokenizer, directory)
+    tokenizer = load_tokenizer(directory)
+    vocab_size = vocabulary_size(tokenizer)
+
+    written: list[dict[str, Any]] = []
+    with Reporter("tokenising, documents", sum(documents.values())) as reporter:
+        for index, source in enumerate(sources):
+            ending = f"-{index}" if len(sources) > 1 else ""
+            files = {split: TokenFiles(draft.path / f"{split}{ending}", vocab_size) for split in (TRAIN, VALIDATION)}
+            where: deque[str] = deque()  # the split of each text the tokenizer has taken but not given back
+            texts = _noting_split(source.documents(), splitter, where)
+            before = sum(entry["train_documents"] + entry["validation_documents"] for entry in written)
+            for ids in _counted(encode_documents(texts, tokenizer), reporter, before=before):
+                files[where.popleft()].add(ids)
+            entry: dict[str, Any] = {"path": source.path, "weight": source.weight}
+            for split, pair in files.items():
+                pair.finish(seed=cfg.seed)
+                entry[split] = pair.prefix.name if pair.documents else None
+                entry[f"{split}_documents"], entry[f"{split}_tokens"] = pair.documents, pair.tokens
+            written.append(entry)
+
+    draft.facts.update(
+        tokenizer_digest=tokenizer_digest(directory),
+        vocab_size=vocab_size,
+        sources=written,
+        different_texts=splitter.different_texts,
+        corpus=STDLIB if _is_stdlib(sources) else ", ".join(source.path for source in sources),
+        licence=cfg.licence or (STDLIB_LICENCE if _is_stdlib(sources) else "not stated; set licence"),
+    )
+    for what in ("tokens", "documents"):
+        for split in (TRAIN, VALIDATION):
+            draft.facts[f"{split}_{what}"] = sum(entry[f"{split}_{what}"] for entry in written)
+    draft.metrics["tokens"] = draft.facts["train_tokens"]
+    characters = sum(sum(size.characters.values()) for size in sizes)
+    draft.metrics["characters_per_token"] = round(
+        characters / (draft.facts["train_tokens"] + draft.facts["validation_tokens"]), 4
+    )
+
+
+def _split_of(document: Document, splitter: Splitter) -> str:
+    return VALIDATION if splitter.is_validation(document) else TRAIN
+
+
+def _noting_split(documents: Iterator[Document], splitter: Splitter, where: deque[str]) -> Iterator[str]:
+    for document in documents:
+        where.append(_split_of(document, splitter))
+        yield document.text
+
+
+def _counted(items: Iterable[Item], reporter: Reporter, *, before: int = 0) -> Iterator[Item]:
+    """The items as they come, their number shown; every hundredth, as showing takes longer than a short document."""
+    for done, item in enumerate(items, start=before + 1):
+        yield item
+        if done % 100 == 0 or done == reporter.total:
+            reporter.update(done)
+
+
+def _is_stdlib(sources: list[Source]) -> bool:
+    return all(source.path == STDLIB for source in sources)
+
+
+def _first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -1,0 +1,46 @@
+"""Stage `report`: from a run directory to one HTML file and one JSON file of what the run came to.
+
+Reads the manifests, histories, scores and plan that are there, says what is not, and computes nothing anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.checks import require
+from minitron_nemo.report import read_run, write_report
+
+
+@dataclass
+class ReportConfig:  # conf/report.yaml
+    run_dir: Path
+    """Where the chain of stages wrote its artifacts."""
+    output: Path
+    """The artifact to write: holds report.html and summary.json."""
+
+    def __post_init__(self) -> None:
+        self.run_dir, self.output = Path(self.run_dir), Path(self.output)
+        output, run_dir = self.output.resolve(), self.run_dir.resolve()
+        require(
+            output != run_dir and output not in run_dir.parents,
+            f"output={self.output} would take the place of run_dir={self.run_dir} and all it holds. "
+            f"Set output={self.run_dir / 'report'}.",
+        )
+
+
+def run(cfg: ReportConfig) -> Artifact:
+    """Write the report of `cfg.run_dir` to `cfg.output`.
+
+    Raises: FileNotFoundError: `run_dir` is not there or holds no finished artifact.
+    """
+    found = read_run(cfg.run_dir)
+    config = {field.name: str(getattr(cfg, field.name)) for field in dataclasses.fields(cfg)}
+    with writing(cfg.output, stage="report", config=config, inputs=list(found.artifacts.values())) as draft:
+        values = write_report(found, draft.path)
+        draft.metrics["held_out_loss"] = {row["name"]: row["held_out_loss"] for row in values["rows"]}
+        draft.metrics["expected_order_holds"] = values["order"]["holds"]
+        draft.metrics["missing"] = len(values["missing"])
+    return open_artifact(cfg.output, key="output")

@@ -1,0 +1,158 @@
+"""Full parameters out of and into a model that is split over ranks, one at a time.
+
+    with every rank:  model on TP x PP  ->  stream_full_parameters  ->  (name, full tensor), (name, full tensor), ...
+                      read(name) -> full tensor  ->  load_full_parameters  ->  model on TP x PP
+
+Names are the axis table's (local spec, global layer index) whichever layer spec the model was built with, so what is
+streamed from one layout and spec can be loaded into another. Peak extra memory: one full parameter, two while the
+shards of one are being joined.
+
+Communication: streaming gathers each parameter over tp and broadcasts it over pp; loading communicates nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitron_nemo.axes import (
+    full_shape,
+    join_from_tp,
+    layer_of,
+    local_name,
+    parameter_axes,
+    parameter_names,
+    split_for_tp,
+    with_layer,
+)
+from minitron_nemo.checks import require
+from minitron_nemo.parallel import (
+    Groups,
+    all_gather_shards,
+    broadcast_from,
+    gather_objects,
+    group_rank,
+    group_size,
+)
+from minitron_nemo.shape import ModelShape
+
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
+def bare_gpt(model: nn.Module) -> Any:
+    """The `megatron.core` GPTModel inside any number of wrappers (mixed precision, data parallel, NeMo's model).
+
+    Of a student beside its teacher, the student.
+    """
+    inner: Any = model
+    while not hasattr(inner, "decoder"):
+        if hasattr(inner, "student"):
+            inner = inner.student
+            continue
+        require(
+            hasattr(inner, "module"),
+            f"{type(model).__name__} holds no megatron.core GPTModel: it has neither .decoder nor .module. "
+            "Pass a built model, after configure_model().",
+            TypeError,
+        )
+        inner = inner.module
+    return inner
+
+
+def local_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """This rank's parameters under the axis table's names: local spec, global layer index; shards as they are.
+
+    The second copy of tied embeddings that the last pipeline stage keeps appears as `output_layer.weight`.
+    Raises: ValueError: a parameter the axis table does not know.
+    """
+    gpt = bare_gpt(model)
+    found = {}
+    for name, parameter in gpt.named_parameters():
+        position = layer_of(name)
+        if position is not None:
+            name = with_layer(name, gpt.decoder.layers[position].layer_number - 1)
+        parameter_axes(name)
+        found[local_name(name)] = parameter
+    return found
+
+
+def stream_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups) -> Iterator[tuple[str, Tensor]]:
+    """Every full parameter of the model, in the order of `parameter_names(shape)`, equal on every rank.
+
+    Args:
+        model: bare or wrapped GPTModel of this rank.
+    Yields:
+        (name, tensor): the model's dtype and device, detached; on one rank it may share the parameter's memory.
+        Every rank must take every item, as each one communicates.
+    Communicates: pp once for the names; per parameter one all-gather over tp on its stage, one broadcast over pp.
+    Raises: ValueError: the model and `shape` do not have the same parameters.
+    """
+    mine = local_parameters(model)
+    stages = gather_objects({name: parameter.dtype for name, parameter in mine.items()}, group=groups.pp)
+    stage_of, dtype_of = {}, {}
+    for stage, held in reversed(list(enumerate(stages))):  # the first stage that holds a name wins
+        assert isinstance(held, dict)
+        for name, dtype in held.items():
+            stage_of[name], dtype_of[name] = stage, dtype
+    if shape.share_embeddings_and_output_weights:
+        stage_of.pop(_OUTPUT, None)
+    names = parameter_names(shape)
+    _require_same_names(set(stage_of), set(names))
+    device = next(iter(mine.values())).device
+    for name in names:
+        row, sizes = parameter_axes(name), full_shape(name, shape)
+        if stage_of[name] == group_rank(groups.pp):
+            shard = mine[name].detach()
+            shards = all_gather_shards(shard, group=groups.tp) if row.tp_dim is not None else [shard]
+            full = join_from_tp(shards, row, shape).contiguous()
+            _require_sizes(name, full, sizes)
+        else:
+            full = torch.empty(sizes, dtype=dtype_of[name], device=device)
+        yield name, broadcast_from(full, source=stage_of[name], group=groups.pp)
+
+
+def load_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups, read: Callable[[str], Tensor]) -> None:
+    """Fill this rank's parameters from full ones.
+
+    Args:
+        read: name -> full parameter, any float dtype and device; called once for each parameter this rank holds a part
+            of, in table order. Ranks ask for different names, so it must not communicate.
+    The optimizer's float32 copies are not touched: load before the optimizer is built.
+    Raises: ValueError: a parameter of another size than `shape` says, or one the model lacks on every stage.
+    """
+    mine = local_parameters(model)
+    if shape.share_embeddings_and_output_weights and _OUTPUT in mine and _EMBEDDING in mine:
+        del mine[_OUTPUT]  # one stage: the two names are one tensor, or the second is unused
+    rank, size = group_rank(groups.tp), group_size(groups.tp)
+    with torch.no_grad():
+        for name in [*parameter_names(shape), _OUTPUT]:
+            parameter = mine.pop(name, None)
+            if parameter is None:
+                continue
+            tied = name == _OUTPUT and shape.share_embeddings_and_output_weights
+            full = read(_EMBEDDING if tied else name)
+            _require_sizes(name, full, full_shape(name, shape))
+            shard = split_for_tp(full, parameter_axes(name), shape, rank, size)
+            _require_sizes(name, parameter, tuple(shard.shape))
+            parameter.copy_(shard)
+    require(not mine, f"The model has parameters that its shape does not: {', '.join(mine)}. {_SAME_SHAPE}")
+
+
+_SAME_SHAPE = "Build the model from the same ModelShape."
+
+
+def _require_same_names(held: set[str], expected: set[str]) -> None:
+    missing, extra = sorted(expected - held), sorted(held - expected)
+    require(not missing, f"The model lacks parameters that its shape promises: {', '.join(missing)}. {_SAME_SHAPE}")
+    require(not extra, f"The model has parameters that its shape does not: {', '.join(extra)}. {_SAME_SHAPE}")
+
+
+def _require_sizes(name: str, tensor: Tensor, sizes: tuple[int, ...]) -> None:
+    require(
+        tuple(tensor.shape) == sizes,
+        f"{name} has shape {list(tensor.shape)} where {list(sizes)} is expected. "
+        f"{_SAME_SHAPE.removesuffix('.')}, and read weights of that shape.",
+    )

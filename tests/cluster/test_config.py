@@ -1,0 +1,36 @@
+"""What cannot work on a cluster is said before anything is submitted."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from minitron_nemo.cluster import SlurmConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"nodes": 0}, r"slurm\.nodes=0 must be at least 1"),
+        ({"gpus_per_node": 4, "processes_per_node": 8}, r"processes_per_node=8 is more than slurm\.gpus_per_node=4"),
+        ({"time": "4 hours"}, r"slurm\.time=4 hours is not a time limit\. Write minutes \(90\)"),
+        ({"memory": "64GB"}, r"slurm\.memory=64GB is not an amount of memory.*e\.g\. 64G"),
+        ({"seconds_before_end": 70000}, r"slurm\.seconds_before_end=70000 must lie in 0 to 65535"),
+        ({"container_mounts": ["/data:/data"]}, r"Set slurm\.container_image, or leave the mounts out"),
+        ({"partition": "gpu\n#SBATCH --uid=0"}, r"slurm\.partition=.* holds a line break"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_mend(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SlurmConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("time", ["90", "04:00:00", "1-00:00:00", "2-12"])
+def test_every_way_slurm_writes_a_time_limit_is_accepted(time: str) -> None:
+    assert SlurmConfig(time=time).time == time
+
+
+def test_the_dataclass_is_a_hydra_schema() -> None:
+    schema = OmegaConf.structured(SlurmConfig)
+    config = OmegaConf.to_object(OmegaConf.merge(schema, {"nodes": 4, "gpus_per_node": 8, "setup": ["module load x"]}))
+    assert config == SlurmConfig(nodes=4, gpus_per_node=8, setup=["module load x"])

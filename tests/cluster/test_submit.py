@@ -1,0 +1,139 @@
+"""A chain on a real SLURM: the jobs run one after the other, on ranks that have met, and stop where one fails."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from minitron_nemo.cluster import SlurmConfig, StageJob, render_chain, submit_chain
+from minitron_nemo.cluster.submit import run
+from support.slurm import SingleNodeSlurm
+
+SECONDS = 300.0  # two ranks import torch in about 5 s; the rest is for a busy machine
+
+# What torchrun runs in these tests in the place of minitron_nemo.cli: every rank adds 1 to a sum over all ranks.
+TOY_STAGE = """
+import json, os, sys, time
+import torch
+import torch.distributed as dist
+
+stage, *overrides = sys.argv[1:]
+started = time.time()
+dist.init_process_group("gloo")
+ranks = torch.ones(1)
+dist.all_reduce(ranks)
+if "fail=true" in overrides and dist.get_rank() == 1:
+    raise SystemExit("this stage was told to fail")
+dist.barrier()
+if dist.get_rank() == 0:
+    report = {"stage": stage, "overrides": overrides, "ranks": int(ranks), "started": started, "ended": time.time(),
+              "environment": [os.environ["MINITRON_STAGE"], os.environ["MINITRON_RUN_DIR"]]}
+    with open(os.path.join(os.environ["MINITRON_RUN_DIR"], stage + ".json"), "w") as file:
+        json.dump(report, file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def toy_slurm(tmp_path: Path) -> SlurmConfig:
+    """A SLURM config whose jobs find the module `toy_stage`."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "toy_stage.py").write_text(TOY_STAGE)
+    return SlurmConfig(
+        processes_per_node=2,
+        cpus_per_task=2,
+        time="5",
+        setup=[f"export PYTHONPATH={tmp_path / 'modules'}", "export OMP_NUM_THREADS=1"],
+    )
+
+
+@pytest.mark.slurm
+def test_a_chain_runs_in_order_with_every_rank(
+    slurm_cluster: SingleNodeSlurm, toy_slurm: SlurmConfig, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "a run"
+    awkward = ("recipe=quickstart", """note=it's "two" $words""")
+    chain = [StageJob("first", awkward), StageJob("second"), StageJob("third")]
+    said: list[str] = []
+    jobs = submit_chain(render_chain(run_dir, chain, toy_slurm, module="toy_stage"), say=said.append)
+    ids = [job.job_id for job in jobs]
+
+    assert slurm_cluster.wait_for_jobs(ids, SECONDS) == dict.fromkeys(ids, "COMPLETED"), logs(run_dir)
+
+    reports = [json.loads((run_dir / f"{job.stage}.json").read_text()) for job in chain]
+    assert [report["ranks"] for report in reports] == [2, 2, 2]
+    assert reports[0]["overrides"] == list(awkward)
+    assert reports[1]["environment"] == ["second", str(run_dir)]
+    assert all(before["ended"] < after["started"] for before, after in pairwise(reports))
+    assert [job.after for job in jobs] == [None, *ids[:2]]
+    recorded = json.loads((run_dir / "slurm" / "jobs.json").read_text())
+    assert [(job["name"], job["job_id"]) for job in recorded] == list(
+        zip(["first", "second", "third"], ids, strict=True)
+    )
+    assert said[1].startswith(f"job {ids[1]}: second, after job {ids[0]} (")
+
+
+@pytest.mark.slurm
+def test_a_failing_job_stops_the_rest(slurm_cluster: SingleNodeSlurm, toy_slurm: SlurmConfig, tmp_path: Path) -> None:
+    chain = [StageJob("first", ("fail=true",)), StageJob("second"), StageJob("third")]
+    jobs = submit_chain(render_chain(tmp_path, chain, toy_slurm, module="toy_stage"))
+    states = slurm_cluster.wait_for_jobs([job.job_id for job in jobs], SECONDS)
+    assert [states[job.job_id] for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"], logs(tmp_path)
+    assert "this stage was told to fail" in logs(tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+@pytest.mark.slurm
+def test_a_refused_job_takes_back_the_accepted_ones(
+    slurm_cluster: SingleNodeSlurm, toy_slurm: SlurmConfig, tmp_path: Path
+) -> None:
+    scripts = render_chain(tmp_path, [StageJob("first"), StageJob("second")], toy_slurm, module="toy_stage")
+    second = scripts[1].path
+    second.write_text(second.read_text().replace("#SBATCH --nodes=1", "#SBATCH --nodes=1\n#SBATCH --partition=nowhere"))
+    said: list[str] = []
+    with pytest.raises(ChildProcessError, match=r"SLURM refused second: .*invalid partition.*cancelled: \d+\. Correct"):
+        submit_chain(scripts, say=said.append)
+    (accepted,) = said
+    job_id = int(accepted.removeprefix("job ").split(":")[0])
+    assert slurm_cluster.wait_for_jobs([job_id], SECONDS) == {job_id: "CANCELLED"}
+    assert not (tmp_path / "slurm" / "jobs.json").exists()
+
+
+def test_without_sbatch_the_error_says_how_to_render_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = render_chain(tmp_path, [StageJob("first")], SlurmConfig())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"sbatch was not found.*submit\.dry_run=true"):
+        submit_chain(scripts)
+
+
+def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["prune", "from_scratch"]
+    config = OmegaConf.create(
+        {"run_dir": str(tmp_path), "compress": {"steps": steps}, "slurm": {"nodes": 2}, "submit": {"dry_run": True}}
+    )
+    run(config, ["recipe=quickstart", "slurm.nodes=2", "+slurm=site", "submit.dry_run=true", "prune.seed=7"])
+    first, second = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
+    assert "-m minitron_nemo.cli prune recipe=quickstart prune.seed=7\n" in first
+    assert "-m minitron_nemo.cli pretrain recipe=quickstart prune.seed=7 ++section=from_scratch\n" in second
+    assert "#SBATCH --nodes=2\n" in first
+    assert "Nothing was submitted" in capsys.readouterr().out
+
+
+def test_an_unknown_step_names_the_nearest_section(tmp_path: Path) -> None:
+    config = OmegaConf.create(
+        {"run_dir": str(tmp_path), "compress": {"steps": ["distil"]}, "submit": {"dry_run": True}}
+    )
+    with pytest.raises(ValueError, match=r"compress\.steps names distil, which is no section; did you mean distill\?"):
+        run(config, [])
+    assert not (tmp_path / "slurm").exists()
+
+
+def logs(run_dir: Path) -> str:
+    """What the jobs printed, for the message of a failing test."""
+    return "\n".join(f"-- {log.name}\n{log.read_text()}" for log in sorted((run_dir / "slurm").glob("*.log")))

@@ -1,0 +1,333 @@
+"""Claims about the module that holds student and teacher, driven by Megatron's own schedules, DDP and reductions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+from torch.testing import assert_close
+
+from minitron_nemo.distillation.teacher_student import DistillationConfig, TeacherStudent, adjust_tensor_shapes_fn
+from minitron_nemo.parallel import Groups
+from minitron_nemo.shape import ModelShape
+from minitron_nemo.weights import stream_full_parameters
+from support.megatron import TINY, build_gpt, causal_mask, smaller
+from support.ranks import Ranks
+
+TEACHER = TINY
+STUDENT = smaller(TINY, num_layers=2, hidden_size=16, ffn_hidden_size=28, num_attention_heads=4)
+TIED_STUDENT = smaller(STUDENT, share_embeddings_and_output_weights=True)
+REAL_VOCABULARY = 61  # of 66 padded
+MICRO_BATCHES, B, S = 3, 2, 8
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """[micro-batches, b, s + 1]"""
+    generator = torch.Generator().manual_seed(11)
+    return torch.randint(REAL_VOCABULARY, (MICRO_BATCHES, B, S + 1), generator=generator)
+
+
+def teacher_student(shape: ModelShape, config: DistillationConfig | None = None, **overrides: Any) -> TeacherStudent:
+    student = build_gpt(shape, seed=1, **overrides).train()
+    return TeacherStudent(student, build_gpt(TEACHER, seed=2, **overrides), config, vocab_size=REAL_VOCABULARY)
+
+
+def step(
+    tokens: Tensor, shape: ModelShape, config: DistillationConfig | None = None, *, training: bool = True
+) -> dict[str, Any]:
+    """On a rank: one step through the real schedule.
+
+    Returns: `losses` [micro-batches, b, s] (last stage only); `gradients`, full, by name; `teacher_moved`.
+    """
+    # The real runs free each sent message's memory early; it must not be a view of something that lives on.
+    model = teacher_student(
+        shape, config, deallocate_pipeline_outputs=True, finalize_model_grads_func=finalize_model_grads
+    )
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    wrapped.zero_grad_buffer()
+    wrapped.train(training)
+    teacher_before = {name: parameter.clone() for name, parameter in model.teacher.named_parameters()}
+
+    def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        inputs, labels = batch[:, :-1], batch[:, 1:]
+        positions = torch.arange(S).expand(B, S)
+        output = model(inputs, positions, causal_mask(S), labels=labels)
+        return output, lambda loss: (loss.mean(), loss.detach().clone())
+
+    losses = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(tokens),
+        model=wrapped,
+        num_microbatches=MICRO_BATCHES,
+        seq_length=S,
+        micro_batch_size=B,
+        forward_only=not training,
+        adjust_tensor_shapes_fn=adjust_tensor_shapes_fn(wrapped),
+    )
+    gradients = {}
+    if training:
+        with torch.no_grad():
+            for parameter in model.student.parameters():
+                parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
+        streamed = stream_full_parameters(model.student, shape, Groups.from_megatron())
+        gradients = {name: gradient.clone() for name, gradient in streamed}
+    return {
+        "losses": torch.stack(losses) if losses else None,
+        "gradients": gradients,
+        "teacher_has_gradient": any(
+            parameter.grad is not None or hasattr(parameter, "main_grad") for parameter in model.teacher.parameters()
+        ),
+        "teacher_moved": any(
+            not torch.equal(parameter, teacher_before[name]) for name, parameter in model.teacher.named_parameters()
+        ),
+    }
+
+
+def step_by_hand(tokens: Tensor, shape: ModelShape, config: DistillationConfig) -> dict[str, Any]:
+    """On one rank: both models' logits, float64 softmax over the real vocabulary, autograd; no schedule, no DDP."""
+    student, teacher = build_gpt(shape, seed=1), build_gpt(TEACHER, seed=2)
+    losses, evaluation_losses = [], []
+    for batch in tokens:
+        inputs, labels = batch[:, :-1], batch[:, 1:]
+        arguments = (inputs, torch.arange(S).expand(B, S), causal_mask(S))
+        student_logits = student(*arguments).double()
+        teacher_logits = teacher(*arguments).detach().double()[..., :REAL_VOCABULARY] / config.temperature
+        log_p_teacher = teacher_logits.log_softmax(-1)
+        log_p_student = (student_logits[..., :REAL_VOCABULARY] / config.temperature).log_softmax(-1)
+        divergence = config.temperature**2 * (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
+        # Cross-entropy is Megatron's: over the padded vocabulary.
+        cross_entropy = torch.nn.functional.cross_entropy(student_logits.transpose(1, 2), labels, reduction="none")
+        losses.append(divergence + config.cross_entropy_weight * cross_entropy)
+        evaluation_losses.append(cross_entropy.detach())
+    torch.stack(losses).mean().backward()
+    return {
+        "losses": torch.stack(losses).detach().float(),
+        "evaluation_losses": torch.stack(evaluation_losses).float(),
+        "gradients": {name: parameter.grad.clone() for name, parameter in student.named_parameters()},
+    }
+
+
+CONFIGS = {
+    "kl": DistillationConfig(),
+    "kl at temperature 2 with cross-entropy": DistillationConfig(temperature=2.0, cross_entropy_weight=0.3),
+}
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2", "tp2-sp", "pp2"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("shape", [STUDENT, TIED_STUDENT], ids=["untied", "tied"])
+def test_a_step_gives_the_losses_and_gradients_of_one_process_by_hand(
+    ranks: Ranks, tokens: Tensor, shape: ModelShape, config: DistillationConfig, layout: str
+) -> None:
+    (expected,) = ranks("single").run(step_by_hand, tokens, shape, config)
+    results = ranks(layout).run(step, tokens, shape, config)
+
+    assert any(result["losses"] is not None for result in results)
+    for rank, result in enumerate(results):
+        if result["losses"] is not None:  # the last stage
+            assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
+        assert result["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in result["gradients"].items():
+            assert_close(
+                gradient,
+                expected["gradients"][name],
+                rtol=1e-4,  # float32 sums in another order
+                atol=1e-6,
+                msg=lambda text, rank=rank, name=name: f"{name} on rank {rank} of {layout}: {text}",
+            )
+
+
+@pytest.mark.parametrize("layout", ["single", "pp2"])
+def test_the_teacher_gets_no_gradient_and_does_not_change(ranks: Ranks, tokens: Tensor, layout: str) -> None:
+    for result in ranks(layout).run(step, tokens, STUDENT):
+        assert not result["teacher_has_gradient"]
+        assert not result["teacher_moved"]
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2-sp", "pp2"])
+def test_evaluation_reports_the_cross_entropy_of_the_student(ranks: Ranks, tokens: Tensor, layout: str) -> None:
+    (expected,) = ranks("single").run(step_by_hand, tokens, STUDENT, DistillationConfig())
+    results = ranks(layout).run(step, tokens, STUDENT, training=False)
+    for losses in [result["losses"] for result in results if result["losses"] is not None]:
+        assert_close(losses, expected["evaluation_losses"], rtol=1e-5, atol=1e-6)
+
+
+def evaluate_without_a_working_teacher() -> bool:
+    model = teacher_student(STUDENT).eval()
+    model.teacher.forward = None  # calling it would raise
+    inputs = torch.zeros(1, S, dtype=torch.long)
+    return bool(model(inputs, torch.arange(S)[None], causal_mask(S), labels=inputs).isfinite().all())
+
+
+def test_the_teacher_does_not_run_in_evaluation(ranks: Ranks) -> None:
+    assert all(ranks("single").run(evaluate_without_a_working_teacher))
+
+
+def loss_of_a_student_that_is_its_teacher(tokens: Tensor) -> Tensor:
+    model = TeacherStudent(build_gpt(TEACHER, seed=2).train(), build_gpt(TEACHER, seed=2))
+    batch = tokens[0]
+    return model(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:])
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2"])
+def test_the_loss_is_zero_when_the_student_is_the_teacher(ranks: Ranks, tokens: Tensor, layout: str) -> None:
+    for loss in ranks(layout).run(loss_of_a_student_that_is_its_teacher, tokens):
+        assert loss.shape == (B, S)
+        assert loss.count_nonzero() == 0
+
+
+def keys_of_checkpoints(shape: ModelShape) -> dict[str, list[str]]:
+    """Names in plain and distributed checkpoints of a plain student, and of one beside its teacher in every wrapper."""
+    plain = build_gpt(shape, seed=1)
+    model = teacher_student(shape)
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    return {
+        "plain": sorted(plain.state_dict()),
+        "beside": sorted(model.state_dict()),
+        "wrapped": sorted(wrapped.state_dict()),
+        "for_save": sorted(model.state_dict_for_save_checkpoint()),
+        "sharded plain": sorted(f"module.{key}" for key in plain.sharded_state_dict()),
+        "sharded beside": sorted(wrapped.sharded_state_dict()),
+        "sharded keys plain": sorted(t.key for t in plain.sharded_state_dict(prefix="module.").values()),
+        "sharded keys beside": sorted(t.key for t in model.sharded_state_dict(prefix="module.").values()),
+    }
+
+
+@pytest.mark.parametrize("layout", ["single", "tp2", "pp2"])
+@pytest.mark.parametrize("shape", [STUDENT, TIED_STUDENT], ids=["untied", "tied"])
+def test_a_checkpoint_holds_the_student_under_its_own_names(ranks: Ranks, shape: ModelShape, layout: str) -> None:
+    for keys in ranks(layout).run(keys_of_checkpoints, shape):
+        assert keys["plain"] == keys["beside"] == keys["wrapped"] == keys["for_save"]
+        assert keys["sharded plain"] == keys["sharded beside"]
+        assert keys["sharded keys plain"] == keys["sharded keys beside"]
+
+
+class Nest(torch.nn.Module):
+    """A wrapper that loads by walking its tree, as Lightning's modules do."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def load_students_weights() -> dict[str, bool]:
+    other = build_gpt(STUDENT, seed=3)
+    result = {}
+    for nested in (False, True):
+        model = teacher_student(STUDENT)
+        teacher_before = {name: value.clone() for name, value in model.teacher.named_parameters()}
+        if nested:
+            Nest(Nest(model)).load_state_dict(
+                {f"module.module.{k}": v for k, v in other.state_dict().items()}, strict=True
+            )
+        else:
+            model.load_state_dict(other.state_dict(), strict=True)
+        loaded = dict(other.named_parameters())
+        result[f"student, nested={nested}"] = all(
+            torch.equal(p, loaded[n]) for n, p in model.student.named_parameters()
+        )
+        result[f"teacher, nested={nested}"] = all(
+            torch.equal(p, teacher_before[n]) for n, p in model.teacher.named_parameters()
+        )
+    return result
+
+
+def test_a_plain_student_checkpoint_loads_and_leaves_the_teacher_alone(ranks: Ranks) -> None:
+    (result,) = ranks("single").run(load_students_weights)
+    assert all(result.values()), result
+
+
+def load_with_a_missing_weight() -> None:
+    model = teacher_student(STUDENT)
+    weights = model.state_dict()
+    del weights["decoder.final_layernorm.weight"]
+    model.load_state_dict(weights, strict=True)
+
+
+def test_a_student_checkpoint_with_a_missing_weight_is_refused(ranks: Ranks) -> None:
+    with pytest.raises(
+        RuntimeError, match=r'Missing key\(s\) in state_dict: "student\.decoder\.final_layernorm\.weight"'
+    ):
+        ranks("single").run(load_with_a_missing_weight)
+
+
+def modes() -> list[bool]:
+    model = teacher_student(STUDENT)
+    return [
+        model.train().teacher.training,
+        model.student.training,
+        model.eval().student.training,
+        model.teacher.training,
+    ]
+
+
+def test_the_teacher_stays_in_eval_mode(ranks: Ranks) -> None:
+    assert ranks("single").run(modes) == [[False, True, False, False]]
+
+
+def bf16_step(tokens: Tensor) -> Tensor:
+    student, teacher = (build_gpt(shape, dtype=torch.bfloat16, seed=1) for shape in (STUDENT, TEACHER))
+    model = TeacherStudent(student.train(), teacher, DistillationConfig(cross_entropy_weight=0.5))
+    wrapped = Float16Module(model.config, model)
+    batch = tokens[0]
+    loss = wrapped(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:])
+    loss.mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.student.parameters())
+    return loss
+
+
+def test_bf16_models_give_a_float32_loss(ranks: Ranks, tokens: Tensor) -> None:
+    (loss,) = ranks("single").run(bf16_step, tokens)
+    assert loss.dtype == torch.float32 and loss.isfinite().all()
+
+
+def build_mismatched(what: str) -> None:
+    teacher = build_gpt(TEACHER)
+    if what == "vocabulary":
+        TeacherStudent(build_gpt(smaller(STUDENT, padded_vocab_size=62)), teacher)
+    if what == "sequence_parallel":
+        TeacherStudent(build_gpt(STUDENT, sequence_parallel=True), teacher)
+
+
+@pytest.mark.parametrize(
+    ("layout", "what", "message"),
+    [
+        ("single", "vocabulary", "the student's padded vocabulary of 62 is not the teacher's of 66"),
+        ("tp2", "sequence_parallel", "the student has sequence_parallel=True, the teacher False"),
+    ],
+)
+def test_models_that_cannot_stand_side_by_side_are_named(ranks: Ranks, layout: str, what: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ranks(layout).run(build_mismatched, what)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"temperature": 0.0}, r"distillation.temperature=0.0 must be above 0"),
+        ({"cross_entropy_weight": -1.0}, r"distillation.cross_entropy_weight=-1.0 must be at least 0"),
+    ],
+)
+def test_config_values_that_cannot_work_are_named(field: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistillationConfig(**field)  # type: ignore[arg-type]
+
+
+def only_pipelines_are_adjusted() -> bool:
+    model = teacher_student(STUDENT)
+    return (adjust_tensor_shapes_fn(model) is not None) == (
+        parallel_state.get_pipeline_model_parallel_world_size() > 1
+    ) and adjust_tensor_shapes_fn(model.student) is None
+
+
+@pytest.mark.parametrize("layout", ["single", "pp2"])
+def test_message_shapes_are_adjusted_only_where_there_are_messages(ranks: Ranks, layout: str) -> None:
+    assert all(ranks(layout).run(only_pipelines_are_adjusted))
