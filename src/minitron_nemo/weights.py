@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
 from minitron_nemo.axes import (
@@ -42,23 +43,19 @@ from minitron_nemo.shape import ModelShape
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-def bare_gpt(model: nn.Module) -> Any:
+def bare_gpt(model: nn.Module) -> GPTModel:
     """The `megatron.core` GPTModel inside any number of wrappers (mixed precision, data parallel, NeMo's model).
 
     Of a student beside its teacher, the student.
     """
     inner: Any = model
-    while not hasattr(inner, "decoder"):
-        if hasattr(inner, "student"):
-            inner = inner.student
-            continue
-        require(
-            hasattr(inner, "module"),
-            f"{type(model).__name__} holds no megatron.core GPTModel: it has neither .decoder nor .module. "
-            "Pass a built model, after configure_model().",
-            TypeError,
-        )
-        inner = inner.module
+    while not isinstance(inner, GPTModel):  # by type: wrappers pass attributes of what they hold through
+        held = next((name for name in ("student", "module") if name in inner._modules), None)
+        if held is None:
+            raise TypeError(
+                f"{type(model).__name__} holds no megatron.core GPTModel. Pass a built model, after configure_model()."
+            )
+        inner = inner._modules[held]
     return inner
 
 

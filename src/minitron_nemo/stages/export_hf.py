@@ -107,6 +107,15 @@ def _continue(path: Path, prompt: str, new_tokens: int, seed: int) -> str:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     torch.manual_seed(seed)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
+    room = max(1, min(new_tokens, model.config.max_position_embeddings - ids.shape[1]))
     with torch.no_grad():
-        written = model.generate(ids, max_new_tokens=new_tokens, do_sample=True, temperature=0.7, top_p=0.9)
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=tokenizer.eos_token_id,
+            max_new_tokens=room,
+            do_sample=True,
+            temperature=0.7,
+            top_p=0.9,
+        )
     return tokenizer.decode(written[0], skip_special_tokens=True)
