@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from support.door import Door
 from support.ranks import Ranks
+from support.tiny import TinyChain, compress_once
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,17 @@ def ranks() -> Iterator[Ranks]:
     ranks = Ranks()
     yield ranks
     ranks.close()
+
+
+@pytest.fixture(scope="session")
+def door() -> Iterator[Door]:
+    """Commands as a user types them: `door("prune", "recipe=quickstart")`; see support/door.py."""
+    door = Door()
+    yield door
+    door.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_chain(door: Door, tmp_path_factory: pytest.TempPathFactory) -> TinyChain:
+    """The quickstart in miniature, run once; tests read its artifacts and write elsewhere."""
+    return compress_once(door, tmp_path_factory.mktemp("tiny"))

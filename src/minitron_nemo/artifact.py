@@ -102,51 +102,89 @@ def open_artifact(path: Path | str, *, made_by: Sequence[str] = (), key: str = "
 def writing(
     output: Path | str, *, stage: str, config: dict[str, Any], inputs: Sequence[Artifact] = ()
 ) -> Iterator[Draft]:
-    """Write an artifact; see the module's text. An OSError (disk full) leaves the older artifact untouched."""
+    """Write an artifact; see the module's text. Any error (disk full: OSError) leaves the older artifact untouched."""
     output = Path(output)
     partial = output.with_name(output.name + ".partial")
     first = _rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        _make(partial, output)
     _barrier()
     draft = Draft(partial)
     started = time.time()
     try:
-        yield draft
-        _barrier()
-        if first:
-            manifest = {
-                "stage": stage,
-                "config": config,
-                "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
-                "versions": _versions(),
-                "metrics": draft.metrics,
-                "facts": draft.facts,
-                "seconds": round(time.time() - started, 3),
-                "files": {
-                    str(file.relative_to(partial)): file.stat().st_size
-                    for file in sorted(partial.rglob("*"))
-                    if file.is_file()
-                },
-            }
-            (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-            _replace(partial, output)
-        _barrier()
-    except OSError as error:
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(
-                error.errno,
-                f"No space left while writing {output}; what stood there before is intact. "
-                "Free disk space or set run_dir to a larger disk, then run the same command again.",
-            ) from error
-        raise
+        with saying_when_full(output):
+            yield draft
+            _barrier()
+            if first:
+                manifest = {
+                    "stage": stage,
+                    "config": config,
+                    "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
+                    "versions": _versions(),
+                    "metrics": draft.metrics,
+                    "facts": draft.facts,
+                    "seconds": round(time.time() - started, 3),
+                    "files": {
+                        str(file.relative_to(partial)): file.stat().st_size
+                        for file in sorted(partial.rglob("*"))
+                        if file.is_file()
+                    },
+                }
+                (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+                _replace(partial, output)
+            _barrier()
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _make(partial: Path, output: Path) -> None:
+    try:
+        with saying_when_full(output):
+            partial.mkdir(parents=True)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise OSError(
+            error.errno,
+            f"{output} cannot be made there ({error.strerror}). Set run_dir or this step's output to a place where you "
+            "may write.",
+        ) from error
+
+
+_FULL_DISK = (
+    "No space left",  # Python
+    "Disk quota exceeded",
+    "os error 28",  # safetensors
+    "os error 122",
+    "unexpected pos",  # torch's zip writer
+    "requested and",  # numpy: "4096 requested and 512 written"
+)
+"""How a full disk reads in the errors of those who write."""
+
+
+@contextmanager
+def saying_when_full(output: Path) -> Iterator[None]:
+    """A full disk becomes one OSError that says what to do; libraries wrap it in errors of their own."""
+    try:
+        yield
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if not any(words in text for text in _chain(error) for words in _FULL_DISK):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left while writing {output}; what stood there before is intact. "
+            "Free disk space or set run_dir to a larger disk, then run the same command again.",
+        ) from error
+
+
+def _chain(error: BaseException | None) -> Iterator[str]:
+    """Text of an error and of those that led to it."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or error.__context__
 
 
 def _replace(partial: Path, output: Path) -> None:

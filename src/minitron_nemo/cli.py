@@ -6,6 +6,7 @@ process that imports this module again.
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -31,14 +32,20 @@ _USAGE = f"""usage: minitron <stage> recipe=<name> [key=value ...]
 stages: {", ".join(DOORS)}
 recipes: {{recipes}}
 
-Options are Hydra's: --cfg job shows the composed config, --help its groups.
+minitron <stage> --help says what a stage does; Hydra's options follow the recipe: --cfg job shows every key.
 Try: minitron compress recipe=quickstart"""
+_STAGE_USAGE = """usage: minitron {door} recipe=<name> [key=value ...]
+
+{about}
+
+recipes: {recipes}
+keys: minitron {door} recipe=quickstart --cfg job"""
 
 # Libraries below us report to their makers unless told otherwise.
 _QUIET = {
     "NEMO_ONE_LOGGER_ENABLED": "0",
     "ONE_LOGGER_ENABLED": "0",
-    "WANDB_MODE": "offline",
+    "WANDB_ERROR_REPORTING": "false",
     "WANDB_SILENT": "true",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_OFFLINE": "1",
@@ -68,6 +75,13 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml"))
 
 
+def _about(door: str) -> str:
+    """What the stage's module says about itself, read without importing it and NeMo."""
+    package = Path(__file__).parent
+    file = package / "cluster/submit.py" if door == "submit" else package / "stages" / f"{door.replace('-', '_')}.py"
+    return ast.get_docstring(ast.parse(file.read_text())) or door
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one door. Returns the exit code; a mistake of the user's prints one message, without a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -75,14 +89,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE.format(recipes=", ".join(recipes())))
         return 0 if arguments else 2
     door, overrides = arguments[0].replace("_", "-"), arguments[1:]
-    quieten()
-    from minitron_nemo import doors
-
     if door not in DOORS:
         from minitron_nemo.checks import did_you_mean
 
         print(f"minitron: {door} is not a stage; {did_you_mean(door, DOORS)}", file=sys.stderr)
         return 2
+    if {"-h", "--help"} & set(overrides) and not any(override.startswith("recipe=") for override in overrides):
+        print(_STAGE_USAGE.format(door=door, about=_about(door), recipes=", ".join(recipes())))
+        return 0
+    quieten()
+    from minitron_nemo import doors
+
     return doors.open_door(door, overrides)
 
 

@@ -9,19 +9,20 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from minitron_nemo.cli import conf_dir, recipes
+from minitron_nemo.checks import require
+from minitron_nemo.cli import conf_dir
+from minitron_nemo.mistakes import MISTAKES, explain
 from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
 
-_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
+_RANK_ZERO_SPEAKS_FIRST = 10.0  # seconds; torchrun ends the other ranks as soon as one has left
 
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
@@ -29,6 +30,8 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     with _import_noise_held_back():
         register_schema()
     hush()
+    if "--info" in overrides:
+        logging.disable(logging.NOTSET)  # Hydra answers through its log
     sys.argv = [f"minitron {door}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions reach us, and we word them
 
@@ -37,20 +40,28 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     def run(config: DictConfig) -> None:
         try:
             _run(door, config, overrides)
-        except _MISTAKES as error:
+        except MISTAKES as error:
             mistakes.append(error)
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(run)()
         if mistakes:
             raise mistakes[0]
-    except _MISTAKES as error:
+    except MISTAKES as error:
         if os.environ.get("MINITRON_TRACEBACK"):
             raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"minitron {door}: {_explain(error)}", file=sys.stderr)
+        _say_once(f"minitron {door}: {explain(error, door, overrides)}")
         return 2
     return 0
+
+
+def _say_once(message: str) -> None:
+    """Print the message on rank 0; on another rank only if rank 0, which ends the run, did not meet the mistake too."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0:
+        time.sleep(_RANK_ZERO_SPEAKS_FIRST)
+        message = f"rank {rank}: {message}"
+    print(message, file=sys.stderr, flush=True)
 
 
 def hush() -> None:
@@ -59,6 +70,8 @@ def hush() -> None:
 
     warnings.filterwarnings("ignore")
     nemo_logging.setLevel(logging.ERROR)
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # it raises what it logs
     logging.disable(logging.INFO)  # several set their own loggers back to INFO; ours reports through `Reporter`
 
 
@@ -89,9 +102,11 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str]) -> None:
     if door == "submit":
         from minitron_nemo.cluster import submit
 
+        for step in config.compress.steps:
+            typed_section(step, config)  # what is wrong is said now, not by a job hours later
         submit.run(config, overrides)
         return
-    from minitron_nemo.engine.distributed import start
+    from minitron_nemo.engine.distributed import is_rank_zero, start
 
     if door == "compress":
         from minitron_nemo.stages import compress
@@ -101,19 +116,9 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str]) -> None:
         return
     section = config.section or door.replace("-", "_")
     values = typed_section(section, config)
+    stage = SECTIONS[section][0]
+    require(stage == door, f"section={section} is run by another stage: minitron {stage} section={section} ...")
     start()
-    stage_module(SECTIONS[section][0]).run(values)
-
-
-def _explain(error: Exception) -> str:
-    """One message a tired person can use."""
-    text = str(error).strip()
-    if "You must specify 'recipe'" in text:
-        return f"say which recipe: recipe=<name>. Known: {', '.join(recipes())}."
-    if "Could not override" in text:
-        key = text.split("'")[1]
-        return (
-            f"{key} is not a key of this recipe. The keys are shown by: minitron <stage> recipe=<name> --cfg job\n"
-            f"(Hydra: {text.splitlines()[-1] if len(text.splitlines()) > 1 else text})"
-        )
-    return text
+    artifact = stage_module(stage).run(values)
+    if is_rank_zero():
+        print(artifact.path)

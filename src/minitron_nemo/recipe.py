@@ -15,6 +15,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from minitron_nemo.checks import did_you_mean, require
 
@@ -131,4 +132,13 @@ def typed_section(section: str, config: DictConfig) -> Any:
     everything = OmegaConf.to_container(config, resolve=True)
     assert isinstance(values, dict) and isinstance(everything, dict)
     values |= {name: everything[name] for name in shared}
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), values))
+    except OmegaConfBaseException as error:  # its keys begin below the section, a user's do not
+        key = str(error.full_key)
+        key = key if key.split(".")[0] in shared else f"{section}.{key}"
+        if isinstance(error, ConfigKeyError):
+            raise ValueError(
+                f"{key} is not a key of this recipe, and a plus (+{key}=...) cannot make it one."
+            ) from error
+        raise ValueError(f"{key}: {str(error).splitlines()[0]}.") from error

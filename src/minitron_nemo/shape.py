@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_nemo.checks import did_you_mean, require, require_divisible
+from minitron_nemo.checks import did_you_mean, nearest_multiples, require, require_divisible
 
 PRUNABLE_DIMS = (
     "num_layers",
@@ -66,7 +66,8 @@ class ModelShape:
         require(
             heads % groups == 0,
             f"num_attention_heads={heads} is not a multiple of num_query_groups={groups}: each group needs equally "
-            f"many heads. With {heads} heads the groups can be {', '.join(divisors)}.",
+            f"many heads. With {heads} heads the groups can be {', '.join(divisors)}; with {groups} groups the nearest "
+            f"heads are {nearest_multiples(heads, groups)}.",
         )
         require(
             self.normalization in ("RMSNorm", "LayerNorm", "LayerNorm1p"),

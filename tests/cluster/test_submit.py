@@ -110,6 +110,16 @@ def test_without_sbatch_the_error_says_how_to_render_only(tmp_path: Path, monkey
         submit_chain(scripts)
 
 
+def test_without_sbatch_a_submission_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OmegaConf.create(
+        {"run_dir": str(tmp_path / "run"), "compress": {"steps": ["prune"]}, "submit": {"dry_run": False}}
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="sbatch was not found"):
+        run(config, [])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -120,7 +130,7 @@ def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(
     run(config, ["recipe=quickstart", "slurm.nodes=2", "+slurm=site", "submit.dry_run=true", "prune.seed=7"])
     first, second = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
     assert "-m minitron_nemo.cli prune recipe=quickstart prune.seed=7\n" in first
-    assert "-m minitron_nemo.cli pretrain recipe=quickstart prune.seed=7 ++section=from_scratch\n" in second
+    assert "-m minitron_nemo.cli pretrain recipe=quickstart prune.seed=7 section=from_scratch\n" in second
     assert "#SBATCH --nodes=2\n" in first
     assert "Nothing was submitted" in capsys.readouterr().out
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_nemo.engine.tokenizer import train_tokenizer
+from support.door import Done, Door
 
 VOCAB_SIZE = 512
 SEQ_LENGTH = 32
@@ -73,3 +75,28 @@ def quickstart_overrides(directory: Path, teacher: Path, corpus: Path) -> list[s
         "export_hf.dtype=fp32",
         *training,
     ]
+
+
+@dataclass(frozen=True)
+class TinyChain:
+    """A finished chain: what it was made of, what was typed and what came on the screen."""
+
+    directory: Path
+    teacher: Path
+    corpus: Path
+    done: Done
+
+    @property
+    def run_dir(self) -> Path:
+        return self.directory / "run"
+
+    @property
+    def overrides(self) -> list[str]:
+        return quickstart_overrides(self.directory, self.teacher, self.corpus)
+
+
+def compress_once(door: Door, directory: Path) -> TinyChain:
+    corpus = write_corpus(directory / "corpus")
+    teacher = write_teacher(directory / "teacher", corpus)
+    done = door("compress", *quickstart_overrides(directory, teacher, corpus))
+    return TinyChain(directory, teacher, corpus, done)

@@ -1,4 +1,4 @@
-"""`minitron submit`: hand a rendered chain to SLURM, each job waiting until the one before has succeeded."""
+"""submit: hand a rendered chain to SLURM, each job waiting until the one before has succeeded."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def run(config: DictConfig, overrides: Sequence[str] | None = None) -> None:
     """
     slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SlurmConfig), config.get("slurm") or {}))
     assert isinstance(slurm, SlurmConfig)
+    if not config.submit.dry_run:
+        require_sbatch()
     repeated = stage_overrides(HydraConfig.get().overrides.task if overrides is None else overrides)
     scripts = render_chain(config.run_dir, [step_job(step, repeated) for step in config.compress.steps], slurm)
     if config.submit.dry_run:
@@ -53,7 +55,7 @@ def step_job(step: str, overrides: Sequence[str]) -> StageJob:
     """The job of one step: its stage, told which section of the recipe to read where that is not its namesake."""
     require(step in SECTIONS, f"compress.steps names {step}, which is no section; {did_you_mean(step, SECTIONS)}")
     stage, _ = SECTIONS[step]
-    section = () if step.replace("_", "-") == stage else (f"++section={step}",)
+    section = () if step.replace("_", "-") == stage else (f"section={step}",)
     return StageJob(stage, (*overrides, *section), name=step)
 
 
@@ -61,6 +63,16 @@ def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
     """The overrides a stage understands: all but those of the submission itself."""
     own = re.compile(r"[+~]*(slurm|submit)([.=@].*)?")
     return tuple(override for override in overrides if not own.fullmatch(override))
+
+
+def require_sbatch() -> None:
+    """Raises: FileNotFoundError: this machine cannot submit."""
+    require(
+        shutil.which("sbatch") is not None,
+        "sbatch was not found: submitting needs the SLURM client commands, on a login node for instance. "
+        "To write the scripts without submitting them, set submit.dry_run=true.",
+        FileNotFoundError,
+    )
 
 
 def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] = print) -> list[SubmittedJob]:
@@ -73,12 +85,7 @@ def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] =
     Raises: FileNotFoundError: no sbatch on this machine. ChildProcessError: SLURM refused a
     script; its words are quoted.
     """
-    require(
-        shutil.which("sbatch") is not None,
-        "sbatch was not found: submitting needs the SLURM client commands, on a login node for instance. "
-        "The scripts are rendered all the same with submit.dry_run=true.",
-        FileNotFoundError,
-    )
+    require_sbatch()
     jobs: list[SubmittedJob] = []
     for script in scripts:
         previous = jobs[-1].job_id if jobs else None

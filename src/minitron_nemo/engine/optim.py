@@ -44,6 +44,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr={self.lr} must be positive.")
         require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
+        for name in ("warmup_steps", "decay_steps"):
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must be at least 0.")
         require(
             self.schedule in SCHEDULES,
             f"optim.schedule={self.schedule} is not known; {did_you_mean(self.schedule, SCHEDULES)}",

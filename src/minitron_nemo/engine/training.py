@@ -92,7 +92,7 @@ class TrainingConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"steps={self.steps} must be at least 1.")
+        require(self.steps >= 1, f"training.steps={self.steps} must be at least 1.")
 
 
 class Strategy(nl.MegatronStrategy):

@@ -6,7 +6,6 @@ goes on where it stopped. All steps' configs are checked before the first one st
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import require
 from minitron_nemo.engine.distributed import is_rank_zero
 from minitron_nemo.recipe import SECTIONS, stage_module, typed_section
-from minitron_nemo.stages.training import config_dict
+from minitron_nemo.stages.training import changes, config_dict
 
 
 def run(config: DictConfig) -> None:
@@ -57,39 +56,14 @@ def _is_current(values: Any, overwrite: bool) -> bool:
     return False
 
 
-_NOT_THE_RESULT = (
-    "trainer.tensor_model_parallel_size",
-    "trainer.pipeline_model_parallel_size",
-    "trainer.context_parallel_size",
-    "trainer.sequence_parallel",
-    "trainer.micro_batch_size",
-    "trainer.num_nodes",
-    "trainer.tensorboard",
-    "trainer.wandb_project",
-    "data.num_workers",
-    "training.checkpoint_every",
-)
-"""Keys that say how a step ran, not what it made: another layout gives the same numbers."""
-
-
 def _difference(artifact: Artifact, values: Any) -> str | None:
     """What about a finished artifact no longer fits, in words; None where all does."""
-    now = _flat(json.loads(json.dumps(config_dict(values), default=str)))
-    then = _flat(artifact.manifest["config"])
-    for key in sorted(now.keys() | then.keys()):
-        if key not in _NOT_THE_RESULT and now.get(key) != then.get(key):
-            return f"was made with {key}={then.get(key)}, not {now.get(key)}"
+    for key, then, now in changes(artifact.manifest["config"], config_dict(values)):
+        return f"was made with {key}={then}, not {now}"
     for given in artifact.manifest["inputs"]:
         if is_artifact(given["path"]) and open_artifact(given["path"]).digest != given["digest"]:
             return f"was made from an earlier {given['path']}"
     return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _close(config: DictConfig, sections: dict[str, Any], seconds: float) -> None:

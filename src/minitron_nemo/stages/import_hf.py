@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.checks import require
 from minitron_nemo.engine.checkpoint import save_model
 from minitron_nemo.engine.forward import new_core
 from minitron_nemo.engine.hf import load_hf, shape_from_hf, vocab_size_from_hf
@@ -36,6 +37,12 @@ def embedded_teacher() -> Path:
 def run(config: ImportHfConfig) -> Artifact:
     """Raises: FileNotFoundError, ValueError: see `engine.hf`; before anything is written."""
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
+    require(
+        (source / "config.json").is_file(),
+        f"import_hf.model={source} is no directory with a config.json. Set import_hf.model to a Hugging Face "
+        "checkpoint: config.json, *.safetensors and the tokenizer's files.",
+        FileNotFoundError,
+    )
     shape = shape_from_hf(source, make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
     require_tokenizer_files(source, key="import_hf.model")
     require_vocabulary(shape, source)

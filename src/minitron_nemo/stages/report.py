@@ -1,4 +1,4 @@
-"""Stage `report`: from a run directory to one HTML file and one JSON file of what the run came to.
+"""report: from a run directory to one HTML file and one JSON file of what the run came to.
 
 Reads the manifests, histories, scores and plan that are there, says what is not, and computes nothing anew.
 """

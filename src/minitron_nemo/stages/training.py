@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.artifact import Artifact, open_artifact, writing
+import torch.distributed as dist
+
+from minitron_nemo import platform
+from minitron_nemo.artifact import Artifact, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import require
 from minitron_nemo.engine.checkpoint import save_model
 from minitron_nemo.engine.data import DataConfig, build_data_module
-from minitron_nemo.engine.distributed import use_layout
+from minitron_nemo.engine.distributed import is_rank_zero, use_layout
 from minitron_nemo.engine.models import EngineModel
 from minitron_nemo.engine.progress import HISTORY
 from minitron_nemo.engine.tokenizer import load_tokenizer, vocabulary_size
@@ -23,6 +27,36 @@ from minitron_nemo.shape import ModelShape
 def config_dict(config: Any) -> dict[str, Any]:
     """A stage's config as the plain data its manifest keeps."""
     return dataclasses.asdict(config)
+
+
+NOT_THE_RESULT = (
+    "trainer.tensor_model_parallel_size",
+    "trainer.pipeline_model_parallel_size",
+    "trainer.context_parallel_size",
+    "trainer.sequence_parallel",
+    "trainer.micro_batch_size",
+    "trainer.num_nodes",
+    "trainer.tensorboard",
+    "trainer.wandb_project",
+    "data.num_workers",
+    "training.checkpoint_every",
+)
+"""Keys that say how a step ran, not what it made: another layout gives the same numbers."""
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, then, now) of what differs between two configs of a stage and changes what it makes."""
+    old, new = (_flat(json.loads(json.dumps(config, default=str))) for config in (then, now))
+    for key in sorted(old.keys() | new.keys()):
+        if key not in NOT_THE_RESULT and old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def require_vocabulary(shape: ModelShape, tokenizer_path: Path) -> int:
@@ -56,6 +90,7 @@ def run_training(
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
     """
     directory = output.with_name(output.name + ".training")
+    _continue_only_the_same(directory, config)
     tokenizer = load_tokenizer(tokenizer_path)
     module = build_data_module(
         data,
@@ -65,7 +100,8 @@ def run_training(
         trainer.global_batch_size,
         index_dir=directory / "index",
     )
-    history = train(model, module, trainer, training, directory=directory, label=label)
+    with saying_when_full(output):  # its checkpoints and logs stand on the same disk
+        history = train(model, module, trainer, training, directory=directory, label=label)
     with writing(output, stage=stage, config=config, inputs=inputs) as draft:
         save_model(model.core, model.shape, tokenizer_path, draft.path)
         if (directory / HISTORY).is_file() and history:
@@ -84,6 +120,25 @@ def run_training(
     return open_artifact(output)
 
 
+def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:
+    """A run that was cut off continues with the values it was started with; they are kept beside its checkpoints.
+
+    Raises: ValueError: other values; `training.steps` may change, to end a run sooner or later.
+    """
+    kept = directory / "config.json"
+    if kept.is_file():
+        for key, then, now in changes(json.loads(kept.read_text()), config):
+            require(
+                key == "training.steps",
+                f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
+                f"Continue it with {key}={then}, or remove {directory} to start over.",
+            )
+    dist.barrier()  # all have read it
+    if is_rank_zero():
+        directory.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(config, default=str))
+
+
 def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> None:
     """Build the groups of `trainer`'s layout after checking that the model's dims split over it."""
     shape.require_splits_over(trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size)
@@ -91,5 +146,10 @@ def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> N
         trainer.seq_length <= shape.seq_length,
         f"trainer.seq_length={trainer.seq_length} is longer than the model's context of {shape.seq_length} tokens. "
         f"Set trainer.seq_length to at most {shape.seq_length}.",
+    )
+    require(
+        trainer.context_parallel_size == 1 or platform.has_transformer_engine(),
+        f"trainer.context_parallel_size={trainer.context_parallel_size} needs transformer-engine, whose attention "
+        "passes keys and values between ranks; this machine has none. Set trainer.context_parallel_size=1.",
     )
     use_layout(trainer, seed=seed)

@@ -1,0 +1,78 @@
+"""The quickstart, in miniature, as a user of a cluster runs it: `minitron submit` and then SLURM alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_nemo.artifact import open_artifact
+from support.slurm import SingleNodeSlurm
+from support.tiny import quickstart_overrides, write_corpus, write_teacher
+
+ROOT = Path(__file__).parents[2]
+STEPS = [  # the recipe's, less controls and measurements: each job starts two processes that import NeMo
+    "import_hf",
+    "prepare_data",
+    "correct_teacher",
+    "estimate_importance",
+    "prune",
+    "distill",
+    "export_hf",
+    "report",
+]
+JOB_SECONDS = 300.0  # about 25 s each on two idle cores
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(len(STEPS) * JOB_SECONDS)
+def test_a_submitted_quickstart_leaves_a_model_that_transformers_loads(
+    slurm_cluster: SingleNodeSlurm, tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    teacher = write_teacher(tmp_path / "hf", corpus)
+    run_dir = tmp_path / "run"
+    overrides = [
+        *quickstart_overrides(tmp_path, teacher, corpus),
+        f"compress.steps=[{','.join(STEPS)}]",
+        "trainer.tensor_model_parallel_size=2",
+        "slurm.processes_per_node=2",
+        "slurm.cpus_per_task=2",
+        "slurm.time=30",
+    ]
+    said = minitron("submit", *overrides)
+
+    jobs = json.loads((run_dir / "slurm" / "jobs.json").read_text())
+    ids = [job["job_id"] for job in jobs]
+    assert [job["name"] for job in jobs] == STEPS
+    assert [job["after"] for job in jobs] == [None, *ids[:-1]]
+    assert f"job {ids[1]}: prepare_data, after job {ids[0]} (" in said
+    assert slurm_cluster.wait_for_jobs(ids, len(STEPS) * JOB_SECONDS) == dict.fromkeys(ids, "COMPLETED"), logs(run_dir)
+
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    assert model.config.hidden_size == 24
+    assert open_artifact(run_dir / "distilled").manifest["config"]["trainer"]["tensor_model_parallel_size"] == 2
+    assert model.num_parameters() == open_artifact(run_dir / "distilled").metrics["parameters"]
+    assert (run_dir / "report" / "report.html").is_file()
+
+
+def minitron(*arguments: str) -> str:
+    """What `minitron` prints, run as its users' shells run it; the jobs inherit its environment, as SLURM's do."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "minitron_nemo.cli", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def logs(run_dir: Path) -> str:
+    """What the jobs printed, for the message of a failing test."""
+    return "\n".join(f"-- {log.name}\n{log.read_text()[-3000:]}" for log in sorted((run_dir / "slurm").glob("*.log")))

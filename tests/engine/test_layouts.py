@@ -1,0 +1,204 @@
+"""Whatever the layout, a stage makes the same artifact: what two ranks train, score, prune and evaluate, one does too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron_nemo.engine.data import DataConfig
+from minitron_nemo.engine.optim import OptimConfig
+from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
+from minitron_nemo.importance import Importance, ImportanceConfig
+from minitron_nemo.stages import distill, estimate_importance, evaluate, pretrain, prune
+from support.ranks import Ranks, current_layout
+from support.tiny_run import TARGET, TinyRun, read_weights, trainer_values
+
+LAYOUTS = ["tp2", "pp2", "dp2", "tp2-sp"]
+STEPS = 3
+LOSS_TOLERANCE = 1e-4  # float32 sums in another order, for three steps
+GRAD_NORM_TOLERANCE = 1e-4  # relative, for the same reason
+WEIGHT_TOLERANCE = (
+    1e-3  # of training's largest change to the parameter; Adam divides small gradients' noise by their size
+)
+EVALUATION_TOLERANCE = 1e-5  # float32 sums in another order, without training
+
+
+def trainer() -> TrainerConfig:
+    """The trainer of the layout this rank was started for."""
+    layout = current_layout()
+    return TrainerConfig(
+        **trainer_values(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            sequence_parallel=layout.sequence_parallel,
+        )
+    )
+
+
+def training() -> TrainingConfig:
+    return TrainingConfig(steps=STEPS, checkpoint_every=0, optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1))
+
+
+# ---- what runs on the ranks ------------------------------------------------------------------------------------------
+
+
+def run_distill(run: TinyRun, output: str) -> None:
+    distill.run(
+        distill.DistillConfig(
+            teacher=run.teacher,
+            student=run.student,
+            trainer=trainer(),
+            training=training(),
+            data=DataConfig(prepared=run.data),
+            output=output,
+        )
+    )
+
+
+def run_pretrain(run: TinyRun, output: str) -> None:
+    """Plain cross-entropy, from the pruned student."""
+    pretrain.run(
+        pretrain.PretrainConfig(
+            initial=run.student,
+            trainer=trainer(),
+            training=training(),
+            data=DataConfig(prepared=run.data),
+            output=output,
+        )
+    )
+
+
+def run_importance(run: TinyRun, output: str) -> None:
+    estimate_importance.run(
+        estimate_importance.EstimateImportanceConfig(
+            model=run.teacher,
+            importance=ImportanceConfig(num_samples=8),
+            trainer=trainer(),
+            data=DataConfig(prepared=run.data),
+            output=output,
+        )
+    )
+
+
+def run_prune(run: TinyRun, output: str) -> None:
+    prune.run(
+        prune.PruneConfig(model=run.teacher, importance=run.importance, target=TARGET, trainer=trainer(), output=output)
+    )
+
+
+def run_evaluate(run: TinyRun, output: str) -> float:
+    artifact = evaluate.run(
+        evaluate.EvaluateConfig(
+            model=run.teacher, num_samples=7, trainer=trainer(), data=DataConfig(prepared=run.data), output=output
+        )
+    )
+    return artifact.metrics["held_out_loss"]
+
+
+# ---- the claims ------------------------------------------------------------------------------------------------------
+
+TRAININGS: dict[str, Callable[[TinyRun, str], None]] = {
+    "distill": run_distill,
+    "distill tied": run_distill,
+    "pretrain": run_pretrain,
+}
+
+
+class OneRank:
+    """What one process makes of the same inputs; each once."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.made: dict[str, str] = {}
+
+    def train(self, what: str, run: TinyRun) -> str:
+        if what not in self.made:
+            self.made[what] = str(run.directory / f"single {what}")
+            self.ranks("single").run(TRAININGS[what], run, self.made[what])
+        return self.made[what]
+
+    def weights(self, path: str) -> dict[str, Tensor]:
+        [weights] = self.ranks("single").run(read_weights, path)
+        return weights
+
+
+@pytest.fixture(scope="module")
+def one_rank(ranks: Ranks) -> OneRank:
+    return OneRank(ranks)
+
+
+def history(path: str, key: str) -> list[float]:
+    records = [json.loads(line) for line in (Path(path) / "history.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    return [record[key] for record in records]
+
+
+@pytest.mark.parametrize(
+    ("what", "layout"),
+    [
+        ("distill", "tp2"),
+        ("distill", "pp2"),
+        ("distill", "dp2"),
+        ("distill", "tp2-sp"),
+        ("distill tied", "pp2"),  # two stages hold the table and add its gradient up
+        ("pretrain", "tp2"),
+        ("pretrain", "pp2"),
+    ],
+)
+def test_training_takes_the_same_steps_on_every_layout(
+    ranks: Ranks, tiny_run: TinyRun, one_rank: OneRank, request: pytest.FixtureRequest, what: str, layout: str
+) -> None:
+    run = request.getfixturevalue("tiny_tied_run") if what == "distill tied" else tiny_run
+    expected, output = one_rank.train(what, run), str(run.directory / f"{layout} {what}")
+    ranks(layout).run(TRAININGS[what], run, output)
+
+    torch.testing.assert_close(history(output, "loss"), history(expected, "loss"), rtol=0, atol=LOSS_TOLERANCE)
+    torch.testing.assert_close(
+        history(output, "grad_norm"), history(expected, "grad_norm"), rtol=GRAD_NORM_TOLERANCE, atol=0
+    )
+    assert history(output, "lr") == history(expected, "lr")
+    before, wanted = one_rank.weights(run.student), one_rank.weights(expected)
+    for name, tensor in one_rank.weights(output).items():
+        change = (wanted[name] - before[name]).abs().max()
+        assert change > 0, f"training left {name} as it was"
+        assert (tensor - wanted[name]).abs().max() <= WEIGHT_TOLERANCE * change, f"{name} on {layout}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_importance_scores_are_the_same_on_every_layout(ranks: Ranks, tiny_run: TinyRun, layout: str) -> None:
+    output = str(tiny_run.directory / f"{layout} importance")
+    ranks(layout).run(run_importance, tiny_run, output)
+    found, expected = Importance.load(output), Importance.load(tiny_run.importance)
+    assert found.num_samples == expected.num_samples
+    for axis, scores in expected.width.items():
+        for pair, tensor in scores.items():
+            # variances subtract: their error is of the size of the largest
+            torch.testing.assert_close(
+                found.width[axis][pair], tensor, rtol=1e-4, atol=1e-5 * float(tensor.max()), msg=f"{axis} {pair}"
+            )
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_pruning_on_two_ranks_gives_the_same_student_to_the_bit(
+    ranks: Ranks, tiny_run: TinyRun, one_rank: OneRank, layout: str
+) -> None:
+    output = str(tiny_run.directory / f"{layout} student")
+    ranks(layout).run(run_prune, tiny_run, output)
+    expected, found = one_rank.weights(tiny_run.student), one_rank.weights(output)
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_held_out_loss_is_the_same_on_every_layout(ranks: Ranks, tiny_run: TinyRun) -> None:
+    """Seven samples: where two ranks share them, one gets a sample that must not count."""
+    [expected] = ranks("single").run(run_evaluate, tiny_run, str(tiny_run.directory / "single evaluation"))
+    for layout in LAYOUTS:
+        losses = ranks(layout).run(run_evaluate, tiny_run, str(tiny_run.directory / f"{layout} evaluation"))
+        assert losses == pytest.approx([expected] * 2, rel=0, abs=EVALUATION_TOLERANCE), layout

@@ -1,0 +1,164 @@
+"""A training run that is killed and started again ends where an uninterrupted one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from minitron_nemo.engine.data import DataConfig
+from minitron_nemo.engine.optim import OptimConfig, lr_multiplier
+from minitron_nemo.engine.training import ResumableCheckpoints, TrainerConfig, TrainingConfig
+from minitron_nemo.stages import pretrain
+from support.door import environment
+from support.ranks import Ranks
+from support.tiny_run import TinyRun, read_weights, trainer_values
+
+STEPS, EVERY = 8, 2
+OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3}
+START_SECONDS = 300  # imports of NeMo on a busy machine
+
+
+def run_pretrain(run: TinyRun, output: str) -> None:
+    pretrain.run(
+        pretrain.PretrainConfig(
+            initial=run.student,
+            trainer=TrainerConfig(**trainer_values()),
+            training=TrainingConfig(
+                steps=STEPS,
+                checkpoint_every=EVERY,
+                validation_every=4,
+                validation_batches=1,
+                optim=OptimConfig(**OPTIM),
+            ),
+            data=DataConfig(prepared=run.data),
+            output=output,
+        )
+    )
+
+
+def command(run: TinyRun, output: str) -> list[str]:
+    """The same run, as a user starts it."""
+    values = {f"trainer.{key}": value for key, value in trainer_values().items()}
+    values |= {f"pretrain.training.optim.{key}": value for key, value in OPTIM.items()}
+    values |= {
+        "pretrain.training.steps": STEPS,
+        "pretrain.training.checkpoint_every": EVERY,
+        "pretrain.training.validation_every": 4,
+        "pretrain.training.validation_batches": 1,
+        "pretrain.initial": run.student,
+        "pretrain.output": output,
+        "data.prepared": run.data,
+        "run_dir": str(run.directory / "unused"),
+    }
+    return [
+        *(sys.executable, "-m", "minitron_nemo.cli", "pretrain", "recipe=quickstart"),
+        *(f"{key}={value}" for key, value in values.items()),
+    ]
+
+
+def run_until_killed(run: TinyRun, output: str, log: Path) -> Path:
+    """Start it in a process of its own and kill that outright once a checkpoint is whole. Returns the checkpoint."""
+    checkpoints = Path(output + ".training") / "checkpoints"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command(run, output), env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
+    deadline = time.monotonic() + START_SECONDS
+    try:
+        while not (found := ResumableCheckpoints(checkpoints, EVERY).newest()):
+            assert process.poll() is None, f"it ended by itself:\n{log.read_text()}"
+            assert time.monotonic() < deadline, f"no checkpoint after {START_SECONDS} s:\n{log.read_text()}"
+            time.sleep(0.01)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # its checkpoint writers too
+        process.wait()
+    return ResumableCheckpoints(checkpoints, EVERY).newest() or found
+
+
+def history(path: str) -> list[dict[str, Any]]:
+    """Every record but for how long its step took."""
+    records = [json.loads(line) for line in (Path(path) / "history.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(ranks: Ranks, tiny_run: TinyRun) -> str:
+    output = str(tiny_run.directory / "uninterrupted")
+    ranks("single").run(run_pretrain, tiny_run, output)
+    return output
+
+
+def test_a_killed_run_resumes_to_the_same_losses_and_weights_to_the_bit(
+    ranks: Ranks, tiny_run: TinyRun, uninterrupted: str, tmp_path: Path
+) -> None:
+    output = str(tiny_run.directory / "killed")
+    checkpoint = run_until_killed(tiny_run, output, tmp_path / "log")
+    assert not Path(output).exists()
+    reached = int(checkpoint.name.removeprefix("step-"))
+    assert EVERY <= reached < STEPS
+    # what a kill in the middle of a save leaves behind, for the very next save and for one that looks newest
+    for step in (reached + EVERY, 1000):
+        partial = checkpoint.with_name(f"step-{step}.partial") / "weights"
+        partial.mkdir(parents=True, exist_ok=True)
+        shutil.copy(checkpoint / "weights" / "__0_0.distcp", partial / "__7_0.distcp")
+
+    ranks("single").run(run_pretrain, tiny_run, output)
+
+    assert history(output) == history(uninterrupted)
+    [found], [expected] = (ranks("single").run(read_weights, path) for path in (output, uninterrupted))
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert not Path(output + ".training").exists()  # checkpoints go when the artifact stands
+
+
+def test_history_holds_each_steps_tokens_and_the_learning_rate_it_used(uninterrupted: str) -> None:
+    records = history(uninterrupted)
+    training = [record for record in records if "loss" in record]
+    tokens = trainer_values()["global_batch_size"] * trainer_values()["seq_length"]
+    assert [record["step"] for record in training] == list(range(1, STEPS + 1))
+    assert [record["tokens"] for record in training] == [tokens * step for step in range(1, STEPS + 1)]
+    config = OptimConfig(**OPTIM)
+    for step, record in enumerate(training):
+        expected = config.lr * lr_multiplier(step, config=config, steps=STEPS)
+        assert record["lr"] == pytest.approx(expected, rel=1e-12), f"step {step + 1}"
+    assert [record["step"] for record in records if "validation_loss" in record] == [4, 8]
+
+
+def test_training_lowers_the_loss(uninterrupted: str) -> None:
+    losses = [record["loss"] for record in history(uninterrupted) if "loss" in record]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_checkpoint_being_written_never_counts(tmp_path: Path) -> None:
+    checkpoints = ResumableCheckpoints(tmp_path, EVERY)
+    assert checkpoints.newest() is None
+    for name in ("step-2", "step-10", "step-9", "step-12.partial"):  # 10 is newer than 9, though not in the alphabet
+        (tmp_path / name).mkdir()
+    assert checkpoints.newest() == tmp_path / "step-10"
+
+
+def test_a_global_batch_that_does_not_split_names_the_mend(ranks: Ranks, tiny_run: TinyRun) -> None:
+    with pytest.raises(ValueError, match=r"trainer.global_batch_size=3 (.|\n)*trainer.micro_batch_size"):
+        ranks("dp2").run(run_uneven, tiny_run, str(tiny_run.directory / "uneven"))
+
+
+def run_uneven(run: TinyRun, output: str) -> None:
+    pretrain.run(
+        pretrain.PretrainConfig(
+            initial=run.student,
+            trainer=TrainerConfig(**trainer_values(global_batch_size=3)),
+            training=TrainingConfig(steps=1),
+            data=DataConfig(prepared=run.data),
+            output=output,
+        )
+    )

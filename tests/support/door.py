@@ -1,0 +1,139 @@
+"""The doors as a user meets them: one process that has imported everything once and runs command after command.
+
+    done = door("prune", "recipe=quickstart", "prune.target.hidden_size=999")
+    done.code, done.out, done.err
+
+A command is what follows `minitron` on the command line. It runs through `minitron_nemo.cli.main` in the process that
+ran the commands before it, as the steps of a chain do, with its standard output and error kept apart by descriptor, so
+what libraries print counts too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+TESTS = Path(__file__).resolve().parents[1]
+ROOT = TESTS.parent
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left on the screen."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def mistake(self) -> str:
+        """The one message of a command that was refused."""
+        assert self.code == 2, f"exit code {self.code}, not 2\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err + self.out, self.err + self.out
+        assert self.err.count("minitron ") >= 1 and self.err.count("\nminitron ") == 0, self.err
+        return self.err
+
+
+def environment() -> dict[str, str]:
+    """A user's environment: this checkout's sources, nothing of a launcher, one thread a process."""
+    variables = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
+    return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+
+
+class Door:
+    """The warm process; started by the first command."""
+
+    def __init__(self) -> None:
+        self._home = tempfile.TemporaryDirectory()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: IO[str] | None = None
+        self._answers: IO[str] | None = None
+
+    def __call__(self, *command: str) -> Done:
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._requests is not None and self._answers is not None
+        self._requests.write(json.dumps(command) + "\n")
+        self._requests.flush()
+        answer = self._answers.readline()
+        assert answer, f"the process ended while it ran: minitron {' '.join(command)}"
+        return Done(**json.loads(answer))
+
+    def _start(self) -> None:
+        request_read, request_write = os.pipe()
+        answer_read, answer_write = os.pipe()
+        self._process = subprocess.Popen(
+            # by module name: a script's own directory on the path would hide megatron behind support/megatron.py
+            [sys.executable, "-m", "support.door", str(request_read), str(answer_write)],
+            stdin=subprocess.DEVNULL,
+            env=environment(),
+            cwd=self._home.name,
+            pass_fds=(request_read, answer_write),
+        )
+        os.close(request_read)
+        os.close(answer_write)
+        self._requests, self._answers = os.fdopen(request_write, "w"), os.fdopen(answer_read)
+
+    @property
+    def working_directory(self) -> Path:
+        return Path(self._home.name)
+
+    def close(self) -> None:
+        if self._process is None:
+            return
+        for pipe in (self._requests, self._answers):
+            if pipe is not None:
+                pipe.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None
+        self._home.cleanup()
+
+
+# ---- the warm process's side -----------------------------------------------------------------------------------------
+
+
+def _serve(requests: IO[str], answers: IO[str]) -> None:
+    for line in requests:
+        answers.write(json.dumps(_run(json.loads(line))) + "\n")
+        answers.flush()
+
+
+def _run(command: list[str]) -> dict[str, int | str]:
+    from minitron_nemo.cli import main
+
+    saved = [os.dup(1), os.dup(2)]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        os.dup2(out.fileno(), 1)
+        os.dup2(err.fileno(), 2)
+        try:
+            code = main(command)
+        except SystemExit as leaving:
+            code = leaving.code if isinstance(leaving.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, original in zip((1, 2), saved, strict=True):
+                os.dup2(original, descriptor)
+                os.close(original)
+        out.seek(0)
+        err.seek(0)
+        return {"code": code, "out": out.read().decode(), "err": err.read().decode()}
+
+
+if __name__ == "__main__":  # Megatron-core's checkpoint writer starts processes that read this file again
+    _serve(os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w"))

@@ -1,0 +1,155 @@
+"""An artifact is complete or not there at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, saying_when_full, writing
+from support.artifacts import contents, full_disk
+from support.door import environment
+
+
+def write(output: Path, text: str = "a", *, inputs: Any = (), **config: Any) -> Artifact:
+    with writing(output, stage="prune", config=config, inputs=inputs) as draft:
+        (draft.path / "folder").mkdir()
+        (draft.path / "folder" / "weights").write_text(text)
+        draft.metrics["parameters"] = len(text)
+        draft.facts["vocab_size"] = 512
+    return open_artifact(output)
+
+
+def test_an_artifact_says_what_made_it_from_what_and_what_it_measured(tmp_path: Path) -> None:
+    teacher = write(tmp_path / "teacher")
+    student = write(tmp_path / "student", "abc", inputs=[teacher], seed=7)
+    assert student.stage == "prune" and student.metrics == {"parameters": 3} and student.facts == {"vocab_size": 512}
+    assert student.manifest["config"] == {"seed": 7}
+    assert student.manifest["inputs"] == [{"path": str(teacher.path), "stage": "prune", "digest": teacher.digest}]
+    assert student.manifest["files"] == {"folder/weights": 3}
+    assert {"torch", "megatron-core", "nemo-toolkit"} <= student.manifest["versions"].keys()
+
+
+def test_nothing_stands_at_the_output_while_it_is_written(tmp_path: Path) -> None:
+    output = tmp_path / "student"
+    with writing(output, stage="prune", config={}) as draft:
+        (draft.path / "weights").write_text("half")
+        assert not output.exists() and not is_artifact(draft.path)
+    assert is_artifact(output) and os.listdir(tmp_path) == ["student"]
+
+
+def test_a_directory_whose_writing_was_cut_off_is_not_mistaken_for_an_artifact(tmp_path: Path) -> None:
+    killed = "import os, sys; from minitron_nemo.artifact import writing\n" + (
+        f"with writing({str(tmp_path / 'student')!r}, stage='prune', config={{}}) as draft:\n"
+        "    (draft.path / 'weights').write_text('half'); os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", killed], check=False, env=environment())
+    assert os.listdir(tmp_path) == ["student.partial"]
+    for place in ("student", "student.partial"):
+        with pytest.raises(FileNotFoundError, match=place):
+            open_artifact(tmp_path / place)
+    assert open_artifact(write(tmp_path / "student").path).stage == "prune"  # the next run takes its place
+    assert os.listdir(tmp_path) == ["student"]
+
+
+@pytest.mark.parametrize("error", [ValueError("does not fit"), KeyboardInterrupt(), OSError("unplugged")])
+def test_an_error_while_writing_leaves_the_older_artifact_as_it_was(tmp_path: Path, error: BaseException) -> None:
+    older = write(tmp_path / "student")
+    before = contents(tmp_path)
+    with pytest.raises(type(error)), writing(tmp_path / "student", stage="prune", config={}) as draft:
+        (draft.path / "weights").write_text("half")
+        raise error
+    assert contents(tmp_path) == before and open_artifact(older.path).digest == older.digest
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with full_disk(tmp_path, kibibytes=64) as directory:
+        yield directory
+
+
+def test_a_full_disk_is_named_and_leaves_the_older_artifact_as_it_was(small_disk: Path) -> None:
+    older = write(small_disk / "student")
+    before = contents(small_disk)
+    with pytest.raises(OSError, match="No space left while writing .*student; what stood there before is intact"):
+        write(small_disk / "student", "a" * 100_000)
+    assert contents(small_disk) == before and open_artifact(older.path).digest == older.digest
+
+
+@pytest.mark.parametrize("writer", ["python", "numpy", "safetensors", "torch"])
+def test_a_full_disk_is_recognised_whoever_writes(small_disk: Path, writer: str) -> None:
+    import numpy as np
+    import torch
+    from safetensors.torch import save_file
+
+    file = small_disk / "file"
+    write_much = {
+        "python": lambda: file.write_bytes(bytes(200_000)),
+        "numpy": lambda: np.save(file, np.zeros(200_000)),
+        "safetensors": lambda: save_file({"x": torch.zeros(200_000)}, file),
+        "torch": lambda: torch.save(torch.zeros(200_000), file),
+    }[writer]
+    with pytest.raises(OSError, match="No space left while writing"), saying_when_full(small_disk / "student"):
+        write_much()
+
+
+def test_an_error_that_is_not_about_the_disk_stays_what_it_is() -> None:
+    with pytest.raises(ValueError, match="another matter"), saying_when_full(Path("student")):
+        raise ValueError("another matter")
+
+
+def test_a_place_where_nothing_can_be_made_is_named_with_its_mend(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file/student cannot be made there .* Set run_dir or this step's output"):
+        write(tmp_path / "file" / "student")
+
+
+def test_the_digest_changes_with_config_inputs_and_content(tmp_path: Path) -> None:
+    teacher, other = write(tmp_path / "teacher"), write(tmp_path / "other", "longer")
+
+    def digest(text: str = "a", teacher: Artifact = teacher, **config: Any) -> str:
+        artifact = write(tmp_path / "student", text, inputs=[teacher], **config)
+        timeless = {**artifact.manifest, "seconds": 0.0}  # how long it took is part of the manifest as well
+        return dataclasses.replace(artifact, manifest=timeless).digest
+
+    first = digest()
+    assert digest() == first
+    assert len({first, digest(seed=1), digest(teacher=other), digest("ab")}) == 4
+
+
+def test_an_artifact_of_another_stage_is_refused_with_the_key_that_named_it(tmp_path: Path) -> None:
+    write(tmp_path / "student")
+    assert open_artifact(tmp_path / "student", made_by=["distill", "prune"]).stage == "prune"
+    with pytest.raises(ValueError) as refusal:
+        open_artifact(tmp_path / "student", made_by=["estimate-importance"], key="prune.importance")
+    assert str(refusal.value) == (
+        f"prune.importance={tmp_path / 'student'} was made by stage prune, but one made by estimate-importance is "
+        "needed here. Set prune.importance to such an artifact."
+    )
+
+
+def test_the_manifest_is_plain_json_a_person_can_read(tmp_path: Path) -> None:
+    text = (write(tmp_path / "student", seed=7).path / "manifest.json").read_text()
+    assert '"seed": 7' in text and list(json.loads(text)) == sorted(json.loads(text))
+
+
+def write_together(output: str) -> tuple[bool, str]:
+    """On every rank: each writes its own file into the one artifact."""
+    import torch.distributed as dist
+
+    with writing(output, stage="distill", config={}) as draft:
+        (draft.path / f"rank-{dist.get_rank()}").write_text("shard")
+    return is_artifact(output), open_artifact(output).digest
+
+
+def test_ranks_write_one_artifact_together(ranks: Any, tmp_path: Path) -> None:
+    (whole, digest), (whole_too, digest_too) = ranks("dp2").run(write_together, str(tmp_path / "model"))
+    assert whole and whole_too and digest == digest_too
+    assert sorted(open_artifact(tmp_path / "model").manifest["files"]) == ["rank-0", "rank-1"]

@@ -1,0 +1,158 @@
+"""What a person meets at the door who mistyped something: exit code 2 and one message with the mend."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.artifacts import listing
+from support.door import ROOT, Door, environment
+from support.tiny import TinyChain
+
+MISTYPED = {
+    "a key with a typing error": (
+        ["prune", "recipe=quickstart", "distill.training.stepz=3"],
+        "distill.training.stepz is not a key of this recipe; did you mean distill.training.steps? "
+        "All keys: minitron prune recipe=quickstart --cfg job",
+    ),
+    "a key that is nearly another": (
+        ["prune", "recipe=quickstart", "trainer.tensor_parallel_size=2"],
+        "did you mean trainer.tensor_model_parallel_size?",
+    ),
+    "a key without its section": (
+        ["distill", "recipe=quickstart", "hidden_size=64"],
+        "hidden_size is not a key of this recipe; did you mean prune.target.hidden_size?",
+    ),
+    "a key like no other": (
+        ["distill", "recipe=quickstart", "slurm.zzz=64"],
+        "slurm.zzz is not a key of this recipe; known below slurm: ",
+    ),
+    "a key of a group that follows another": (
+        ["compress", "recipe=quickstart", "from_scratch.training.steps=5"],
+        "from_scratch.training is that of distill.training, whole. Set distill.training.steps",
+    ),
+    "a dim with a typing error": (
+        ["prune", "recipe=quickstart", "prune.target.hiden_size=64"],
+        "prune.target.hiden_size is not in this recipe; did you mean prune.target.hidden_size?",
+    ),
+    "a dim the recipe leaves alone": (
+        ["prune", "recipe=quickstart", "prune.target.num_query_groups=1"],
+        "is written with a plus: +prune.target.num_query_groups=...",
+    ),
+    "an unknown key forced in": (
+        ["compress", "recipe=quickstart", "+distill.training.extra=3"],
+        "distill.training.extra is not a key of this recipe",
+    ),
+    "a word for a number": (
+        ["prune", "recipe=quickstart", "distill.training.steps=many"],
+        "distill.training.steps=many: Value 'many' of type 'str' could not be converted to Integer.",
+    ),
+    "a number out of range": (
+        ["distill", "recipe=quickstart", "distill.training.steps=0"],
+        "training.steps=0 must be at least 1.",
+    ),
+    "no equals sign": (
+        ["prune", "recipe=quickstart", "distill.training.steps"],
+        "distill.training.steps cannot be read as key=value (missing EQUAL at '<EOF>')",
+    ),
+    "half a list": (["prune", "recipe=quickstart", "prune.layers=[0"], "prune.layers=[0 cannot be read as key=value"),
+    "an unknown recipe": (["prune", "recipe=quickstrat"], "recipe=quickstrat is not a file under"),
+    "no recipe": (["prune"], "say which recipe: recipe=<name>. Known: embedded_teacher, quickstart."),
+    "an unknown stage": (["prone", "recipe=quickstart"], "prone is not a stage; did you mean prune?"),
+    "an unknown section": (["prune", "recipe=quickstart", "section=prun"], "did you mean prune?"),
+    "a section of another stage": (
+        ["prune", "recipe=quickstart", "section=pruned_ce"],
+        "section=pruned_ce is run by another stage: minitron pretrain section=pruned_ce",
+    ),
+    "an unknown step": (
+        ["compress", "recipe=quickstart", "compress.steps=[prune,distil]"],
+        "distil is not a section of a recipe; did you mean distill?",
+    ),
+    "a recipe without steps": (
+        ["compress", "recipe=embedded_teacher"],
+        "recipe embedded_teacher has no compress.steps",
+    ),
+    "a reference to nothing": (["prune", "recipe=quickstart", "run_dir=${nothing}"], "'nothing' not found"),
+}
+
+
+@pytest.mark.parametrize("case", MISTYPED)
+def test_a_mistyped_command_is_answered_with_its_mend(door: Door, case: str) -> None:
+    command, expected = MISTYPED[case]
+    before = listing(door.working_directory)
+    assert expected in door(*command).mistake
+    assert listing(door.working_directory) == before
+
+
+def test_a_mistake_in_the_last_step_is_found_before_the_first_one_runs(door: Door, tmp_path: Path) -> None:
+    refused = door("compress", "recipe=quickstart", f"run_dir={tmp_path / 'run'}", "export_hf.dtype=fp8")
+    assert "export_hf.dtype=fp8 is not known; use bf16 or fp32." in refused.mistake
+    assert listing(tmp_path) == {}
+
+
+def test_the_composed_config_is_shown_on_request(door: Door) -> None:
+    shown = door("distill", "recipe=quickstart", "distill.training.steps=17", "--cfg", "job")
+    assert shown.code == 0 and "steps: 17" in shown.out and "hidden_size: 160" in shown.out
+
+
+def torchrun(*command: str) -> tuple[int, str]:
+    """Exit code and all that came on the screen, in order."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+ON_TWO_RANKS = {
+    "met by both ranks": (
+        ["launch/prune.py", "prune.model={empty}/teacher"],
+        "minitron prune: prune.model={empty}/teacher does not exist.",
+    ),
+    "met by the one that reads": (
+        ["launch/prepare_data.py", "prepare_data.corpus={empty}", "prepare_data.tokenizer=null"],
+        "minitron prepare-data: corpus={empty} is a folder without files",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ON_TWO_RANKS)
+def test_a_mistake_on_two_ranks_is_said_once_and_all_stop(tmp_path: Path, case: str) -> None:
+    (script, *overrides), message = ON_TWO_RANKS[case]
+    empty, run_dir = tmp_path / "empty", tmp_path / "run"
+    empty.mkdir()
+    overrides = [override.format(empty=empty) for override in overrides]
+    code, screen = torchrun(str(ROOT / script), "recipe=quickstart", f"run_dir={run_dir}", *overrides)
+    assert code != 0
+    assert len(re.findall("minitron [a-z-]+: ", screen)) == 1, screen
+    ours, _, of_torchrun = screen.partition(message.format(empty=empty))
+    assert of_torchrun and "Traceback" not in ours, screen
+    assert "minitron_nemo" not in of_torchrun, screen  # torchrun's own summary may follow; no stack of ours does
+    assert not run_dir.exists()
+
+
+ONLY_RANK_ONE = """
+import os, sys
+from minitron_nemo.cli import main
+if __name__ == "__main__":
+    model = "nowhere" if os.environ["RANK"] == "1" else sys.argv[1]
+    sys.exit(main(["export-hf", "recipe=quickstart", f"export_hf.model={model}", *sys.argv[2:]]))
+"""
+
+
+def test_a_mistake_only_another_rank_meets_is_said_by_it(tmp_path: Path, tiny_chain: TinyChain) -> None:
+    script = tmp_path / "export.py"
+    script.write_text(ONLY_RANK_ONE)
+    code, screen = torchrun(
+        str(script), str(tiny_chain.run_dir / "student_pruned"), "trainer.seq_length=32", f"run_dir={tmp_path / 'run'}"
+    )
+    assert code != 0
+    assert "rank 1: minitron export-hf: export_hf.model=nowhere does not exist." in screen
