@@ -27,6 +27,12 @@ def write(output: Path, text: str = "a", *, inputs: Any = (), **config: Any) -> 
     return open_artifact(output)
 
 
+def write_half(output: Path, error: BaseException) -> None:
+    with writing(output, stage="prune", config={}) as draft:
+        (draft.path / "weights").write_text("half")
+        raise error
+
+
 def test_an_artifact_says_what_made_it_from_what_and_what_it_measured(tmp_path: Path) -> None:
     teacher = write(tmp_path / "teacher")
     student = write(tmp_path / "student", "abc", inputs=[teacher], seed=7)
@@ -63,9 +69,8 @@ def test_a_directory_whose_writing_was_cut_off_is_not_mistaken_for_an_artifact(t
 def test_an_error_while_writing_leaves_the_older_artifact_as_it_was(tmp_path: Path, error: BaseException) -> None:
     older = write(tmp_path / "student")
     before = contents(tmp_path)
-    with pytest.raises(type(error)), writing(tmp_path / "student", stage="prune", config={}) as draft:
-        (draft.path / "weights").write_text("half")
-        raise error
+    with pytest.raises(type(error)):
+        write_half(tmp_path / "student", error)
     assert contents(tmp_path) == before and open_artifact(older.path).digest == older.digest
 
 
@@ -78,7 +83,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_named_and_leaves_the_older_artifact_as_it_was(small_disk: Path) -> None:
     older = write(small_disk / "student")
     before = contents(small_disk)
-    with pytest.raises(OSError, match="No space left while writing .*student; what stood there before is intact"):
+    with pytest.raises(OSError, match=r"No space left while writing .*student; what stood there before is intact"):
         write(small_disk / "student", "a" * 100_000)
     assert contents(small_disk) == before and open_artifact(older.path).digest == older.digest
 
@@ -107,7 +112,7 @@ def test_an_error_that_is_not_about_the_disk_stays_what_it_is() -> None:
 
 def test_a_place_where_nothing_can_be_made_is_named_with_its_mend(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="file/student cannot be made there .* Set run_dir or this step's output"):
+    with pytest.raises(OSError, match=r"file/student cannot be made there .* Set run_dir or this step's output"):
         write(tmp_path / "file" / "student")
 
 

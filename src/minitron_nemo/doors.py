@@ -13,8 +13,11 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import hydra
+import torch.distributed as dist
 from omegaconf import DictConfig
 
 from minitron_nemo.checks import require
@@ -22,7 +25,8 @@ from minitron_nemo.cli import conf_dir
 from minitron_nemo.mistakes import MISTAKES, explain
 from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
 
-_RANK_ZERO_SPEAKS_FIRST = 10.0  # seconds; torchrun ends the other ranks as soon as one has left
+_SAID = "minitron_nemo/said"
+_RANK_ZERO_SPEAKS_FIRST = timedelta(seconds=30)  # torchrun ends the other ranks as soon as one has left
 
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
@@ -42,12 +46,18 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
             _run(door, config, overrides)
         except MISTAKES as error:
             mistakes.append(error)
+        except RuntimeError as error:
+            if not _another_rank_left(error):
+                raise
+            mistakes.append(_Left())
 
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(run)()
         if mistakes:
             raise mistakes[0]
     except MISTAKES as error:
+        if isinstance(error, _Left):
+            return 2
         if os.environ.get("MINITRON_TRACEBACK"):
             raise
         _say_once(f"minitron {door}: {explain(error, door, overrides)}")
@@ -55,13 +65,37 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+class _Left(ValueError):
+    """Another rank has ended the run and says why."""
+
+
+def _another_rank_left(error: RuntimeError) -> bool:
+    """Whether a collective failed because its other end is gone, in the words of gloo."""
+    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
+
+
 def _say_once(message: str) -> None:
     """Print the message on rank 0; on another rank only if rank 0, which ends the run, did not meet the mistake too."""
     rank = int(os.environ.get("RANK", 0))
+    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
     if rank > 0:
-        time.sleep(_RANK_ZERO_SPEAKS_FIRST)
+        if _rank_zero_has_spoken(store):
+            return
         message = f"rank {rank}: {message}"
     print(message, file=sys.stderr, flush=True)
+    if rank == 0 and store is not None:
+        store.set(_SAID, "")
+
+
+def _rank_zero_has_spoken(store: Any) -> bool:
+    if store is None:  # a mistake in the command, which rank 0 reads too
+        time.sleep(_RANK_ZERO_SPEAKS_FIRST.total_seconds())
+        return False
+    try:
+        store.wait([_SAID], _RANK_ZERO_SPEAKS_FIRST)
+    except RuntimeError:  # torch's DistStoreError: nothing came in time
+        return False
+    return True
 
 
 def hush() -> None:

@@ -1,4 +1,4 @@
-"""Whatever the layout, a stage makes the same artifact: what two ranks train, score, prune and evaluate, one does too."""
+"""Whatever the layout, a stage makes the same artifact: trained, scored, pruned, evaluated on two ranks as on one."""
 
 from __future__ import annotations
 

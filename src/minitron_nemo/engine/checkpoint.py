@@ -22,7 +22,7 @@ from nemo.lightning.io.pl import TrainerContext
 
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.engine.models import plain_nemo_model
+from minitron_nemo.engine.models import ROPE_SCALING_FIELDS, plain_nemo_model
 from minitron_nemo.engine.weights_io import save_weights
 from minitron_nemo.shape import ModelShape
 
@@ -153,6 +153,9 @@ def shape_from_context(model_yaml: Path) -> ModelShape:
     if normalization == "LayerNorm" and config.get("layernorm_zero_centered_gamma"):
         normalization = "LayerNorm1p"
     activation = str((config.get("activation_func") or {}).get("_target_", "silu")).split(".")[-1]
+    scaling = None
+    if all(field in config for field in ROPE_SCALING_FIELDS):
+        scaling = {"rope_type": "llama3"} | {key: config[field] for field, key in ROPE_SCALING_FIELDS.items()}
     vocab = config.get("vocab_size")
     require(vocab is not None, f"{model_yaml} does not say config.vocab_size; set it there to the padded vocabulary.")
     return ModelShape(
@@ -175,6 +178,8 @@ def shape_from_context(model_yaml: Path) -> ModelShape:
         qk_layernorm=bool(config.get("qk_layernorm")),
         rotary_base=float(config.get("rotary_base", 10000.0)),
         rotary_percent=float(config.get("rotary_percent", 1.0)),
+        rope_scaling=scaling,
+        init_method_std=float(config.get("init_method_std", 0.02)),
     )
 
 

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections import llm
 from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec
+from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.collections.llm.gpt.model.mistral import MistralConfig7B
 
 from minitron_nemo import platform
@@ -28,7 +29,7 @@ from minitron_nemo.importance import Importance, ImportanceConfig
 from minitron_nemo.layer_spec import plain_block_spec
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import PruningPlan, prune_into
-from minitron_nemo.rope import apply_rope_scaling
+from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
 
@@ -46,6 +47,14 @@ _FAMILIES: dict[str, tuple[type[llm.GPTModel], type[GPTConfig]]] = {
     "qwen2": (llm.Qwen2Model, llm.Qwen2Config),
     "qwen3": (llm.Qwen3Model, llm.Qwen3Config),
 }
+
+ROPE_SCALING_FIELDS = {
+    "scale_factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "old_context_len": "original_max_position_embeddings",
+}
+"""Field of NeMo's Llama31Config -> key of HF `rope_scaling` of type llama3."""
 
 
 def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
@@ -84,6 +93,10 @@ def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
     }
     if not platform.has_transformer_engine():
         values["transformer_layer_spec"] = plain_block_spec
+    require_known_scaling(shape.rope_scaling)
+    if shape.rope_scaling is not None and config_class is llm.LlamaConfig:
+        config_class = Llama31Config  # NeMo's only class with fields for it, so that a context says it too
+        values |= {field: shape.rope_scaling[key] for field, key in ROPE_SCALING_FIELDS.items()}
     if config_class is MistralConfig7B:
         values["window_size"] = None  # full attention: sliding windows need transformer-engine and change no weight
     return config_class(**values | platform.transformer_config_overrides() | overrides)

@@ -70,6 +70,7 @@ class History(pl.Callback):
         self.records: list[dict[str, Any]] = []
         self.reporter: Reporter | None = None
         self.step_started = 0.0
+        self.lr = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -81,8 +82,9 @@ class History(pl.Callback):
         self.reporter = Reporter(self.label, self.steps)
         self.reporter.__enter__()
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.step_started = time.monotonic()
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the step's end it is already the next one's
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self.reporter is None:
@@ -96,7 +98,7 @@ class History(pl.Callback):
                 "step": trainer.global_step,
                 "tokens": trainer.global_step * self.tokens_per_step,
                 "loss": loss,
-                "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                "lr": self.lr,
                 "grad_norm": None if grad_norm is None else float(grad_norm),
                 "seconds": round(seconds, 4),
             }

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +91,16 @@ def run_training(
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
     """
     directory = output.with_name(output.name + ".training")
-    _continue_only_the_same(directory, config)
-    tokenizer = load_tokenizer(tokenizer_path)
-    module = build_data_module(
-        data,
-        tokenizer,
-        trainer.seq_length,
-        trainer.micro_batch_size,
-        trainer.global_batch_size,
-        index_dir=directory / "index",
-    )
-    with saying_when_full(output):  # its checkpoints and logs stand on the same disk
+    with saying_when_full(output), _leaving_nothing_of_a_mistake(directory):
+        _continue_only_the_same(directory, config)
+        module = build_data_module(
+            data,
+            load_tokenizer(tokenizer_path),
+            trainer.seq_length,
+            trainer.micro_batch_size,
+            trainer.global_batch_size,
+            index_dir=directory / "index",
+        )
         history = train(model, module, trainer, training, directory=directory, label=label)
     with writing(output, stage=stage, config=config, inputs=inputs) as draft:
         save_model(model.core, model.shape, tokenizer_path, draft.path)
@@ -137,6 +137,18 @@ def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:
     if is_rank_zero():
         directory.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(config, default=str))
+
+
+@contextmanager
+def _leaving_nothing_of_a_mistake(directory: Path) -> Iterator[None]:
+    """Remove what a run began to write before its first checkpoint, where the user's values turn out not to work."""
+    stood = directory.exists()
+    try:
+        yield
+    except ValueError:
+        if is_rank_zero() and not stood and not any((directory / "checkpoints").glob("step-*")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> None:
