@@ -13,6 +13,7 @@ A layout is written `tp2`, `pp2`, `dp2`, `cp2`, `tp2-sp`, `tp2-pp2`, ... or `sin
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import io
@@ -332,6 +333,7 @@ def _tear_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()  # a gloo group that a cycle keeps alive keeps its threads, and they wake a hundred times a second
     _current_layout = None
 
 

@@ -76,14 +76,26 @@ def use_layout(layout: LayoutConfig, *, seed: int) -> None:
         f"Start a multiple of {layout.model_parallel_size}: "
         f"torchrun --nproc-per-node {layout.model_parallel_size} ...",
     )
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tensor_model_parallel_size,
-        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-        context_parallel_size=layout.context_parallel_size,
-    )
+    if not _stands(layout):
+        # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
+        # a thread that wakes a hundred times a second.
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+        )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _stands(layout: LayoutConfig) -> bool:
+    """Whether Megatron's groups are those of `layout` already."""
+    return parallel_state.model_parallel_is_initialized() and (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    ) == (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size)
 
 
 def is_rank_zero() -> bool:

@@ -20,12 +20,13 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from nemo import lightning as nl
-from nemo.lightning._strategy_lib import init_model_parallel
 from nemo.lightning.megatron_parallel import MegatronStep
 from nemo.lightning.pytorch.strategies.utils import setup_parallel_ranks
+from nemo.utils import AppState
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require, require_divisible
@@ -101,7 +102,13 @@ class Strategy(nl.MegatronStrategy):
     def setup_distributed(self) -> None:
         setup_parallel_ranks(self)
         unset_num_microbatches_calculator()  # an earlier stage may have had another batch size
-        init_model_parallel(self.model)
+        # what NeMo's init_model_parallel leaves in its AppState; the groups themselves stand already
+        state = AppState()
+        state.tensor_model_parallel_group = parallel_state.get_tensor_model_parallel_group()
+        state.pipeline_model_parallel_group = parallel_state.get_pipeline_model_parallel_group()
+        state.data_parallel_group = parallel_state.get_data_parallel_group()
+        state.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        state.data_parallel_size = parallel_state.get_data_parallel_world_size()
         if self.data_sampler:
             self.data_sampler.setup(dist.get_rank())
 
