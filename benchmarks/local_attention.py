@@ -31,7 +31,7 @@ CASES = [  # seq_length, micro_batch, heads, groups, kv_channels
     (1024, 2, 8, 2, 64),
     (2048, 1, 32, 8, 128),
 ]
-REPEATS = 15
+REPEATS = 7
 
 
 def setup(case: tuple[int, ...], dtype: torch.dtype) -> dict:
