@@ -6,9 +6,9 @@
 Pruning, tensor-parallel splitting, import, export and counting all read this table, so a new architecture is new rows.
 A dim is an axis expression: a named axis as it is (`hidden`, `ffn`, `vocab`, `kv_channels`), or one spelled out
 
-    QKV rows            group x (heads per group + 2) x kv_channels: per group its query heads, then key, then value
-    projection columns  head x kv_channels
-    fc1 rows            [gate; up] x ffn where gated, else ffn; each tp rank holds [its gate; its up]
+    QKV rows       group x (heads per group + 2) x kv_channels: per group its query heads, then key, then value
+    head columns   head x kv_channels
+    fc1 rows       [gate; up] x ffn where gated, else ffn; each tp rank holds [its gate; its up]
 
 Full means not split: what one rank holds at tensor_model_parallel_size=1, under its global layer index. Names are those
 of the bare `megatron.core` GPTModel, in the local spec; the transformer-engine spec keeps the two layer norms inside
@@ -29,7 +29,9 @@ from minitron_nemo.shape import ModelShape
 
 Kept = Mapping[str, Tensor]
 """Named axis (`hidden`, `ffn`, `head`, `group`) -> kept global indices [k], int64, for one parameter's layer.
-An axis that is absent is kept whole."""
+An axis that is absent is kept whole. `hidden` may be a basis instead: [h, k] of a floating dtype, orthonormal columns.
+`head_partner` [k] int64 names for each kept head a dropped head of its group that is merged into it, or -1
+(`QueryRows`)."""
 
 # ---- axis expressions ------------------------------------------------------------------------------------------------
 
@@ -54,14 +56,30 @@ class Axis:
         rows = self.kept_rows(shape, kept)
         return full if rows is None else full.index_select(dim, rows.to(full.device))
 
+    def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
+        """The axes of the separate matrices fused along dim 0; a plain axis fuses nothing."""
+        return (self,)
+
     def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-        """The separate matrices fused along dim 0; a plain axis fuses nothing."""
+        """The separate matrices fused along dim 0, one for each of `parts`."""
         return (full,)
 
     def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-        """Inverse of `unfuse`."""
+        """Inverse of `unfuse`, for pruned parts too."""
         (full,) = parts
         return full
+
+
+class Fused(Axis):
+    """Several matrices in one, along dim 0: each is cut along its own axis."""
+
+    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+        assert dim == 0
+        whole = self.unfuse(full, shape)
+        cut = [part.reduce(piece, 0, shape, kept) for part, piece in zip(self.parts(shape), whole, strict=True)]
+        if all(after is before for after, before in zip(cut, whole, strict=True)):
+            return full
+        return self.fuse(cut, shape)
 
 
 _DIM_OF_AXIS = {
@@ -84,9 +102,67 @@ class Named(Axis):
     def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
         return kept.get(self.axis)
 
+    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+        entry = kept.get(self.axis)
+        if entry is None or not entry.is_floating_point():
+            return super().reduce(full, dim, shape, kept)
+        require(
+            full.dim() > 1,
+            f"A norm's weights cannot be turned into another basis of {self.axis}: a norm acts channel by channel. "
+            "Fold them into the matrices that read the norm first, or keep channels by their indices.",
+        )
+        # float32: products of bf16 entries summed over thousands of channels
+        turned = full.movedim(dim, -1).float() @ entry.to(full.device).float()
+        return turned.to(full.dtype).movedim(-1, dim).contiguous()
+
 
 @dataclass(frozen=True)
-class Fc1Rows(Axis):
+class HeadColumns(Axis):
+    """head x kv_channels: what the output projection reads."""
+
+    def size(self, shape: ModelShape) -> int:
+        return shape.query_projection_size
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        grouped = kept_heads_by_group(shape, kept)
+        if grouped is None:
+            return None
+        return _rows_of_blocks([head for _, heads in grouped for head in heads], shape.kv_channels)
+
+
+@dataclass(frozen=True)
+class QueryRows(HeadColumns):
+    """head x kv_channels of the query projection, where a dropped head may leave its difference to a kept one."""
+
+    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+        """Kept heads; one with a partner becomes head + (head - partner) (arXiv:2407.14679, section 2.3)."""
+        cut = super().reduce(full, dim, shape, kept)
+        partner = kept.get("head_partner")
+        if partner is None:
+            return cut
+        assert dim == 0
+        partner = partner.to(full.device)
+        paired = partner >= 0
+        heads, channels = cut.unflatten(0, (-1, shape.kv_channels)).clone(), (-1, shape.kv_channels)
+        theirs = full.unflatten(0, channels).index_select(0, partner[paired])
+        heads[paired] = (2 * heads[paired].float() - theirs.float()).to(full.dtype)
+        return heads.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class GroupRows(Axis):
+    """group x kv_channels: rows of the key or the value projection."""
+
+    def size(self, shape: ModelShape) -> int:
+        return shape.num_query_groups * shape.kv_channels
+
+    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
+        grouped = kept_heads_by_group(shape, kept)
+        return None if grouped is None else _rows_of_blocks([group for group, _ in grouped], shape.kv_channels)
+
+
+@dataclass(frozen=True)
+class Fc1Rows(Fused):
     """[gate; up] x ffn where gated, else ffn."""
 
     def size(self, shape: ModelShape) -> int:
@@ -95,11 +171,8 @@ class Fc1Rows(Axis):
     def stretches(self, shape: ModelShape) -> tuple[int, ...]:
         return (shape.ffn_hidden_size,) * (2 if shape.gated_linear_unit else 1)
 
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        neurons = kept.get("ffn")
-        if neurons is None or not shape.gated_linear_unit:
-            return neurons
-        return torch.cat([neurons, neurons + shape.ffn_hidden_size])
+    def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
+        return (Named("ffn"),) * (2 if shape.gated_linear_unit else 1)
 
     def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         """gate, up: [f, ...] each; ungated: up alone."""
@@ -110,23 +183,14 @@ class Fc1Rows(Axis):
 
 
 @dataclass(frozen=True)
-class QkvRows(Axis):
+class QkvRows(Fused):
     """group x (heads per group + 2) x kv_channels."""
 
     def size(self, shape: ModelShape) -> int:
         return shape.qkv_projection_size
 
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        grouped = kept_heads_by_group(shape, kept)
-        if grouped is None:
-            return None
-        slots = shape.heads_per_group + 2
-        blocks = []
-        for group, heads in grouped:
-            first = group * slots
-            blocks += [first + head - group * shape.heads_per_group for head in heads]
-            blocks += [first + slots - 2, first + slots - 1]  # the group's key and value
-        return _rows_of_blocks(blocks, shape.kv_channels)
+    def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
+        return (QueryRows(), GroupRows(), GroupRows())
 
     def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         """query [n*d, ...], key [g*d, ...], value [g*d, ...], each head after head."""
@@ -135,22 +199,9 @@ class QkvRows(Axis):
         return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
 
     def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-        blocks = [part.unflatten(0, (shape.num_query_groups, -1, shape.kv_channels)) for part in parts]
+        groups = parts[1].shape[0] // shape.kv_channels
+        blocks = [part.unflatten(0, (groups, -1, shape.kv_channels)) for part in parts]
         return torch.cat(blocks, dim=1).flatten(0, 2)
-
-
-@dataclass(frozen=True)
-class ProjectionColumns(Axis):
-    """head x kv_channels."""
-
-    def size(self, shape: ModelShape) -> int:
-        return shape.query_projection_size
-
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        grouped = kept_heads_by_group(shape, kept)
-        if grouped is None:
-            return None
-        return _rows_of_blocks([head for _, heads in grouped for head in heads], shape.kv_channels)
 
 
 def kept_heads_by_group(shape: ModelShape, kept: Kept) -> list[tuple[int, list[int]]] | None:
@@ -229,7 +280,7 @@ def _untied(shape: ModelShape) -> bool:
 
 
 _HIDDEN, _FFN, _VOCAB, _CHANNELS = Named("hidden"), Named("ffn"), Named("vocab"), Named("kv_channels")
-_QKV, _PROJECTION, _FC1 = QkvRows(), ProjectionColumns(), Fc1Rows()
+_QKV, _HEADS, _FC1 = QkvRows(), HeadColumns(), Fc1Rows()
 _LAYER = "decoder.layers.{i}."
 _ATTENTION = _LAYER + "self_attention."
 
@@ -243,7 +294,7 @@ AXIS_TABLE: tuple[ParameterAxes, ...] = (
     ParameterAxes(_ATTENTION + "q_layernorm.bias", (_CHANNELS,), present=_biased_qk_norm),
     ParameterAxes(_ATTENTION + "k_layernorm.weight", (_CHANNELS,), present=_qk_norm),
     ParameterAxes(_ATTENTION + "k_layernorm.bias", (_CHANNELS,), present=_biased_qk_norm),
-    ParameterAxes(_ATTENTION + "linear_proj.weight", (_HIDDEN, _PROJECTION), tp_dim=1),
+    ParameterAxes(_ATTENTION + "linear_proj.weight", (_HIDDEN, _HEADS), tp_dim=1),
     ParameterAxes(_ATTENTION + "linear_proj.bias", (_HIDDEN,), present=_linear_bias),
     ParameterAxes(_LAYER + "pre_mlp_layernorm.weight", (_HIDDEN,)),
     ParameterAxes(_LAYER + "pre_mlp_layernorm.bias", (_HIDDEN,), present=_biased_norm),
