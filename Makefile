@@ -3,7 +3,8 @@
 #   make quickstart   compress the embedded teacher end to end on this machine, with a report at the end
 #   make test         the whole suite; the last line says how many passed
 #   make lint         ruff, mypy and the floors between the rooms
-#   make bench        every benchmark, each with the question it answers
+#   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
+#                     bench-surgery, bench-ranking
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
 # PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
@@ -17,10 +18,10 @@ STAMP := $(VENV)/.installed
 # The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
 HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_CUDA),,-c constraints/cpu.txt)
-DEV_TOOLS := hatchling import-linter mypy pytest pytest-timeout ruff
+DEV_TOOLS := hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint bench docs setup
+.PHONY: quickstart test lint bench bench-% docs setup
 
 quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
@@ -37,6 +38,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	@set -e; for benchmark in $(wildcard benchmarks/[a-z]*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+
+bench-%: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$*.py
 
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \

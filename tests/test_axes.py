@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.axes import (
+    expert_of,
     full_shape,
     join_from_tp,
     layer_of,
@@ -19,10 +20,11 @@ from minitron_nemo.axes import (
     parameter_names,
     split_for_tp,
     take,
+    with_expert,
     with_layer,
 )
 from minitron_nemo.shape import ModelShape
-from support.megatron import TINY, bare_model
+from support.megatron import TINY, TINY_EXPERTS, bare_model
 
 VARIANTS = {
     "llama": {},
@@ -31,6 +33,8 @@ VARIANTS = {
     "biases": {"add_bias_linear": True},
     "qwen": {"add_qkv_bias": True, "qk_layernorm": True},
     "biased q/k norms": {"qk_layernorm": True, "normalization": "LayerNorm"},
+    "experts": {field: getattr(TINY_EXPERTS, field) for field in TINY_EXPERTS.to_dict()},
+    "experts everywhere": {"num_moe_experts": 3, "moe_ffn_hidden_size": 16, "moe_router_topk": 2},
 }
 LAYER = "decoder.layers.2."
 
@@ -69,12 +73,20 @@ def test_transformer_engine_keeps_the_norms_inside_the_linear_that_follows() -> 
     assert not any(".input_layernorm" in name or ".pre_mlp_layernorm" in name for name in names)
     assert [local_name(name) for name in names] == parameter_names(shape)
     assert [full_shape(name, shape) for name in names] == [full_shape(n, shape) for n in parameter_names(shape)]
-    assert name_in_spec(LAYER + "input_layernorm.weight", "local") == LAYER + "input_layernorm.weight"
+    assert name_in_spec(LAYER + "input_layernorm.weight", "local", shape) == LAYER + "input_layernorm.weight"
+
+
+def test_transformer_engine_numbers_the_weights_of_experts_and_keeps_their_norm_apart() -> None:
+    names = parameter_names(TINY_EXPERTS, spec="transformer_engine")
+    assert LAYER + "mlp.experts.linear_fc2.weight3" in names
+    assert LAYER + "pre_mlp_layernorm.weight" in names  # an expert layer
+    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names  # a dense one
+    assert [local_name(name) for name in names] == parameter_names(TINY_EXPERTS)
 
 
 def test_an_unknown_parameter_is_named_beside_the_known_patterns() -> None:
-    with pytest.raises(ValueError, match=r"Unknown parameter decoder.*mlp\.router\.weight: .*linear_fc1\.weight"):
-        parameter_axes("decoder.layers.0.mlp.router.weight")
+    with pytest.raises(ValueError, match=r"Unknown parameter decoder.*mlp\.router\.bias: .*linear_fc1\.weight"):
+        parameter_axes("decoder.layers.0.mlp.router.bias")
     with pytest.raises(ValueError, match=r"spec='te' is not known; use 'local' or 'transformer_engine'"):
         parameter_names(TINY, spec="te")
 
@@ -84,6 +96,14 @@ def test_layer_indices_are_read_and_replaced() -> None:
     assert layer_of("output_layer.weight") is None
     assert with_layer("decoder.layers.12.mlp.linear_fc2.weight", 3) == "decoder.layers.3.mlp.linear_fc2.weight"
     assert with_layer("output_layer.weight", 3) == "output_layer.weight"
+
+
+def test_expert_indices_are_read_and_replaced_in_either_spec() -> None:
+    third = "decoder.layers.12.mlp.experts.local_experts.3.linear_fc2.weight"
+    assert expert_of(third) == expert_of("decoder.layers.12.mlp.experts.linear_fc2.weight3") == 3
+    assert expert_of("decoder.layers.12.mlp.shared_experts.linear_fc2.weight") is None
+    assert with_expert(third, 10) == third.replace("experts.3.", "experts.10.")
+    assert with_expert("decoder.layers.12.mlp.router.weight", 10) == "decoder.layers.12.mlp.router.weight"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -181,6 +201,27 @@ def test_pruning_keeps_exactly_the_rows_and_columns_of_what_is_kept() -> None:
         pruned = take(full, name, shape, KEPT)
         assert torch.equal(pruned, pruned_by_hand(name, full)), name
         assert tuple(pruned.shape) == full_shape(name, target), name
+
+
+def test_pruning_an_expert_layer_keeps_experts_their_neurons_and_channels_apart() -> None:
+    kept = {
+        "hidden": torch.tensor([0, 3, 23]),
+        "ffn": torch.tensor([39]),  # of the dense layers: an expert layer has none
+        "expert": torch.tensor([1, 2]),
+        "expert_ffn": torch.tensor([4, 19]),
+        "shared_expert_ffn": torch.tensor([0, 5, 11]),
+    }
+    gate_and_up, shared = [4, 19, 24, 39], [0, 5, 11, 12, 17, 23]
+    rows_and_columns = {
+        "mlp.router.weight": ([1, 2], [0, 3, 23]),
+        "mlp.experts.local_experts.1.linear_fc1.weight": (gate_and_up, [0, 3, 23]),
+        "mlp.experts.local_experts.1.linear_fc2.weight": ([0, 3, 23], [4, 19]),
+        "mlp.shared_experts.linear_fc1.weight": (shared, [0, 3, 23]),
+        "mlp.shared_experts.linear_fc2.weight": ([0, 3, 23], [0, 5, 11]),
+    }
+    for name, (rows, columns) in rows_and_columns.items():
+        full = numbered(LAYER + name, TINY_EXPERTS)
+        assert torch.equal(take(full, LAYER + name, TINY_EXPERTS, kept), full[rows][:, columns]), name
 
 
 def test_pruning_a_query_group_takes_its_heads_key_and_value_along() -> None:

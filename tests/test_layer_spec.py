@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from minitron_nemo.axes import parameter_names
-from minitron_nemo.layer_spec import PlainNorm
-from support.megatron import TINY, build_gpt, start_alone, transformer_config
+from minitron_nemo.layer_spec import PlainNorm, uneven_stages
+from support.megatron import TINY, TINY_EXPERTS, build_gpt, start_alone, transformer_config
 from support.ranks import Ranks
 
 HIDDEN_STATES = torch.randn(5, 2, 24, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -50,3 +50,31 @@ def test_checkpoints_carry_every_parameter() -> None:
     model = build_gpt(dataclasses.replace(TINY, qk_layernorm=True))
     saved = {name for name in model.sharded_state_dict() if not name.endswith("_extra_state")}
     assert saved == set(parameter_names(dataclasses.replace(TINY, qk_layernorm=True)))
+
+
+def test_an_expert_layers_norm_is_saved_under_the_name_transformer_engine_has_for_it() -> None:
+    saved = {value.key for value in build_gpt(TINY_EXPERTS).sharded_state_dict().values()}
+    assert "decoder.layers.0.pre_mlp_layernorm.weight" in saved
+    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in saved  # the dense layer
+
+
+def stage_sizes(num_layers: int, stages: int) -> list[int]:
+    split = uneven_stages(num_layers, stages)
+    if not split:
+        return [num_layers // stages] * stages
+    first, last = split["num_layers_in_first_pipeline_stage"], split["num_layers_in_last_pipeline_stage"]
+    between = max(stages - 2, 1)
+    return [first] + [(num_layers - first - last) // between] * (stages - 2) + [last]
+
+
+def test_uneven_layers_make_stages_that_are_nearly_even() -> None:
+    assert stage_sizes(32, 4) == [8, 8, 8, 8]
+    assert stage_sizes(15, 2) == [8, 7]
+    assert stage_sizes(31, 4) == [8, 8, 8, 7]
+    assert stage_sizes(29, 4) == [7, 8, 8, 6]
+    assert stage_sizes(17, 8) == [3, 2, 2, 2, 2, 2, 2, 2]
+    for stages in range(1, 9):
+        for num_layers in range(stages, 100):
+            sizes = stage_sizes(num_layers, stages)
+            assert sum(sizes) == num_layers and min(sizes) >= 1, (num_layers, stages)
+            assert max(sizes) <= -(-num_layers // stages) + 2, (num_layers, stages, sizes)

@@ -13,7 +13,7 @@ from minitron_nemo.axes import parameter_names
 from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt, load_full_parameters, local_parameters, stream_full_parameters
-from support.megatron import TINY, bare_model, build_gpt, random_parameter, run_gpt
+from support.megatron import TINY, TINY_EXPERTS, bare_model, build_gpt, random_parameter, run_gpt
 from support.ranks import Ranks
 
 SHAPES = {
@@ -23,7 +23,10 @@ SHAPES = {
         TINY, normalization="LayerNorm1p", gated_linear_unit=False, activation="squared_relu", add_bias_linear=True
     ),
     "qwen": dataclasses.replace(TINY, add_qkv_bias=True, qk_layernorm=True),
+    "three layers": dataclasses.replace(TINY, num_layers=3, share_embeddings_and_output_weights=True),
+    "experts": TINY_EXPERTS,
 }
+EXPERT_LAYOUTS = ["dp2-ep2", "tp2-sp-ep2-etp1"]
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
 
 
@@ -38,8 +41,11 @@ def stream_and_run(shape: ModelShape) -> tuple[list[tuple[str, Tensor]], Tensor 
     return streamed, torch.cat(all_gather_shards(logits, group=groups.tp), dim=-1)
 
 
-@pytest.mark.parametrize("layout", ["single", "tp2", "pp2", "dp2", "tp2-sp"])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, layout) for name in SHAPES for layout in ["single", "tp2", "pp2", "dp2", "tp2-sp"]]
+    + [("experts", layout) for layout in EXPERT_LAYOUTS],
+)
 def test_every_layout_streams_the_same_full_parameters_and_computes_the_same_logits(
     ranks: Ranks, layout: str, name: str
 ) -> None:
@@ -55,6 +61,20 @@ def test_every_layout_streams_the_same_full_parameters_and_computes_the_same_log
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)  # order of float32 sums
             outputs += 1
     assert outputs == (1 if layout in ("single", "pp2") else 2)
+
+
+def stream_split_experts() -> list[tuple[str, Tensor]]:
+    shape = dataclasses.replace(TINY_EXPERTS, num_layers=2, moe_layer_freq=(0, 1))
+    return list(stream_full_parameters(build_gpt(shape), shape, Groups.from_megatron()))
+
+
+def test_experts_split_every_way_at_once_are_streamed_whole(ranks: Ranks) -> None:
+    """Of the second stage, every rank of four holds one half of two experts."""
+    shape = dataclasses.replace(TINY_EXPERTS, num_layers=2, moe_layer_freq=(0, 1))
+    for streamed in ranks("tp2-sp-dp2-ep2").run(stream_split_experts):
+        assert [name for name, _ in streamed] == parameter_names(shape)
+        for name, full in streamed:
+            assert torch.equal(full, random_parameter(name, shape)), name
 
 
 def names_of_reads(shape: ModelShape) -> list[str]:
@@ -74,6 +94,17 @@ def test_a_rank_reads_only_what_its_pipeline_stage_holds(ranks: Ranks) -> None:
     assert not set(first) & set(last)
     assert set(first) | set(last) == set(parameter_names(TINY))
     assert "decoder.layers.2.mlp.linear_fc1.weight" in last  # global index: the last stage's first layer
+
+
+def test_a_rank_reads_only_its_own_experts(ranks: Ranks) -> None:
+    first, second = (set(names) for names in ranks("dp2-ep2").run(names_of_reads, TINY_EXPERTS))
+    assert {name for name in first if ".local_experts." in name and "layers.2" in name} == {
+        f"decoder.layers.2.mlp.experts.local_experts.{expert}.linear_fc{half}.weight"
+        for expert in (0, 1)
+        for half in (1, 2)
+    }
+    assert not {name for name in first & second if ".local_experts." in name}
+    assert first | second == set(parameter_names(TINY_EXPERTS))
 
 
 def test_the_last_stage_fills_its_copy_of_tied_embeddings(ranks: Ranks) -> None:

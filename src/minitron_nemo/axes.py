@@ -2,6 +2,7 @@
 
     decoder.layers.{i}.self_attention.linear_qkv.weight    (QKV rows, hidden)      tp splits dim 0
     decoder.layers.{i}.mlp.linear_fc2.weight               (hidden, ffn)           tp splits dim 1
+    ...mlp.experts.local_experts.{e}.linear_fc2.weight     (hidden, expert_ffn)    expert tp splits dim 1
 
 Pruning, tensor-parallel splitting, import, export and counting all read this table, so a new architecture is new rows.
 A dim is an axis expression: a named axis as it is (`hidden`, `ffn`, `vocab`, `kv_channels`), or one spelled out
@@ -10,13 +11,15 @@ A dim is an axis expression: a named axis as it is (`hidden`, `ffn`, `vocab`, `k
     head columns   head x kv_channels
     fc1 rows       [gate; up] x ffn where gated, else ffn; each tp rank holds [its gate; its up]
 
-Full means not split: what one rank holds at tensor_model_parallel_size=1, under its global layer index. Names are those
-of the bare `megatron.core` GPTModel, in the local spec; the transformer-engine spec keeps the two layer norms inside
-the linear that follows (`local_name`, `name_in_spec`). Nothing here communicates.
+Full means not split: what one rank holds at tensor_model_parallel_size=1, under its global layer and expert index.
+Names are those of the bare `megatron.core` GPTModel, in the local spec; the transformer-engine spec keeps the two layer
+norms inside the linear that follows and numbers the weights of experts (`local_name`, `name_in_spec`). Nothing here
+communicates.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +31,8 @@ from minitron_nemo.checks import require
 from minitron_nemo.shape import ModelShape
 
 Kept = Mapping[str, Tensor]
-"""Named axis (`hidden`, `ffn`, `head`, `group`) -> kept global indices [k], int64, for one parameter's layer.
+"""Named axis (`hidden`, `ffn`, `head`, `group`, `expert`, `expert_ffn`, `shared_expert_ffn`) -> kept global indices
+[k], int64, for one parameter's layer, and for its expert where it has one.
 An axis that is absent is kept whole. `hidden` may be a basis instead: [h, k] of a floating dtype, orthonormal columns.
 `head_partner` [k] int64 names for each kept head a dropped head of its group that is merged into it, or -1
 (`QueryRows`)."""
@@ -54,7 +58,11 @@ class Axis:
     def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
         """`full` with this dim cut down to what is kept: the one place where a plan entry meets a weight."""
         rows = self.kept_rows(shape, kept)
-        return full if rows is None else full.index_select(dim, rows.to(full.device))
+        return full if rows is None else _choose(full, dim, rows)
+
+    def mixes(self, kept: Kept) -> bool:
+        """Whether `reduce` adds several entries of this dim up, rather than only leaving some out."""
+        return False
 
     def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
         """The axes of the separate matrices fused along dim 0; a plain axis fuses nothing."""
@@ -87,6 +95,9 @@ _DIM_OF_AXIS = {
     "ffn": "ffn_hidden_size",
     "vocab": "padded_vocab_size",
     "kv_channels": "kv_channels",
+    "expert": "num_moe_experts",
+    "expert_ffn": "moe_ffn_hidden_size",
+    "shared_expert_ffn": "moe_shared_expert_intermediate_size",
 }
 
 
@@ -102,10 +113,14 @@ class Named(Axis):
     def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
         return kept.get(self.axis)
 
-    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+    def mixes(self, kept: Kept) -> bool:
         entry = kept.get(self.axis)
-        if entry is None or not entry.is_floating_point():
+        return entry is not None and entry.is_floating_point()
+
+    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+        if not self.mixes(kept):
             return super().reduce(full, dim, shape, kept)
+        entry = kept[self.axis]
         require(
             full.dim() > 1,
             f"A norm's weights cannot be turned into another basis of {self.axis}: a norm acts channel by channel. "
@@ -133,6 +148,9 @@ class HeadColumns(Axis):
 @dataclass(frozen=True)
 class QueryRows(HeadColumns):
     """head x kv_channels of the query projection, where a dropped head may leave its difference to a kept one."""
+
+    def mixes(self, kept: Kept) -> bool:
+        return "head_partner" in kept
 
     def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
         """Kept heads; one with a partner becomes head + (head - partner) (arXiv:2407.14679, section 2.3)."""
@@ -163,16 +181,18 @@ class GroupRows(Axis):
 
 @dataclass(frozen=True)
 class Fc1Rows(Fused):
-    """[gate; up] x ffn where gated, else ffn."""
+    """[gate; up] x neurons where gated, else neurons."""
+
+    neurons: Named
 
     def size(self, shape: ModelShape) -> int:
-        return shape.fc1_size
+        return sum(self.stretches(shape))
 
     def stretches(self, shape: ModelShape) -> tuple[int, ...]:
-        return (shape.ffn_hidden_size,) * (2 if shape.gated_linear_unit else 1)
+        return tuple(part.size(shape) for part in self.parts(shape))
 
     def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
-        return (Named("ffn"),) * (2 if shape.gated_linear_unit else 1)
+        return (self.neurons,) * (2 if shape.gated_linear_unit else 1)
 
     def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
         """gate, up: [f, ...] each; ungated: up alone."""
@@ -233,6 +253,17 @@ def kept_heads_by_group(shape: ModelShape, kept: Kept) -> list[tuple[int, list[i
     return grouped
 
 
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _choose(full: Tensor, dim: int, rows: Tensor) -> Tensor:
+    """`full.index_select(dim, rows)`; columns on CPU through numpy, whose gather is 2 to 4 times faster there."""
+    if dim == 0 or dim != full.dim() - 1 or full.device.type != "cpu":
+        return full.index_select(dim, rows.to(full.device))
+    as_integers = full.detach().view(_INTEGER_OF_SIZE[full.itemsize]).numpy()  # numpy has no bf16
+    return torch.from_numpy(as_integers.take(rows.cpu().numpy(), axis=-1)).view(full.dtype)
+
+
 def _rows_of_blocks(blocks: list[int], channels: int) -> Tensor:
     """Rows of consecutive blocks of `channels` rows each: [len(blocks) * channels]."""
     return (torch.tensor(blocks).unsqueeze(1) * channels + torch.arange(channels)).flatten()
@@ -246,13 +277,20 @@ class ParameterAxes:
     """One row of the table."""
 
     pattern: str
-    """Name in the local spec, `{i}` for the global layer index."""
+    """Name in the local spec, `{i}` for the global layer index, `{e}` for the global expert index."""
     axes: tuple[Axis, ...]
     """What each dim is."""
     tp_dim: int | None = None
-    """The dim tensor parallelism splits; None: every tensor-parallel rank holds all of it."""
+    """The dim tensor parallelism splits (of an expert: expert tensor parallelism); None: every such rank holds all."""
     present: Callable[[ModelShape], bool] = lambda shape: True
-    """Whether a model of this shape has the parameter."""
+    """Whether a model of this shape has the parameter, in some layer at least."""
+    in_layer: Callable[[ModelShape, int], bool] = lambda shape, layer: True
+    """Whether a layer of a model that has the parameter does."""
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether every routed expert has one, and expert parallelism says which rank holds it."""
+        return "{e}" in self.pattern
 
 
 def _biased_norm(shape: ModelShape) -> bool:
@@ -279,10 +317,34 @@ def _untied(shape: ModelShape) -> bool:
     return not shape.share_embeddings_and_output_weights
 
 
+def _experts(shape: ModelShape) -> bool:
+    return shape.num_moe_experts is not None
+
+
+def _shared_expert(shape: ModelShape) -> bool:
+    return shape.moe_shared_expert_intermediate_size is not None
+
+
+def _dense(shape: ModelShape, layer: int) -> bool:
+    return not shape.has_experts(layer)
+
+
 _HIDDEN, _FFN, _VOCAB, _CHANNELS = Named("hidden"), Named("ffn"), Named("vocab"), Named("kv_channels")
-_QKV, _HEADS, _FC1 = QkvRows(), HeadColumns(), Fc1Rows()
+_QKV, _HEADS, _FC1 = QkvRows(), HeadColumns(), Fc1Rows(_FFN)
+_EXPERT, _EXPERT_FFN, _SHARED_FFN = Named("expert"), Named("expert_ffn"), Named("shared_expert_ffn")
 _LAYER = "decoder.layers.{i}."
-_ATTENTION = _LAYER + "self_attention."
+_ATTENTION, _DENSE_MLP = _LAYER + "self_attention.", _LAYER + "mlp."
+_ROUTER, _SHARED = _LAYER + "mlp.router.", _LAYER + "mlp.shared_experts."
+_ONE_EXPERT = _LAYER + "mlp.experts.local_experts.{e}."
+
+
+def _expert_row(pattern: str, axes: tuple[Axis, ...], tp_dim: int | None = None) -> ParameterAxes:
+    return ParameterAxes(pattern, axes, tp_dim, present=_experts, in_layer=ModelShape.has_experts)
+
+
+def _shared_row(pattern: str, axes: tuple[Axis, ...], tp_dim: int | None = None) -> ParameterAxes:
+    return ParameterAxes(pattern, axes, tp_dim, present=_shared_expert, in_layer=ModelShape.has_experts)
+
 
 AXIS_TABLE: tuple[ParameterAxes, ...] = (
     ParameterAxes("embedding.word_embeddings.weight", (_VOCAB, _HIDDEN), tp_dim=0),
@@ -298,15 +360,21 @@ AXIS_TABLE: tuple[ParameterAxes, ...] = (
     ParameterAxes(_ATTENTION + "linear_proj.bias", (_HIDDEN,), present=_linear_bias),
     ParameterAxes(_LAYER + "pre_mlp_layernorm.weight", (_HIDDEN,)),
     ParameterAxes(_LAYER + "pre_mlp_layernorm.bias", (_HIDDEN,), present=_biased_norm),
-    ParameterAxes(_LAYER + "mlp.linear_fc1.weight", (_FC1, _HIDDEN), tp_dim=0),
-    ParameterAxes(_LAYER + "mlp.linear_fc1.bias", (_FC1,), tp_dim=0, present=_linear_bias),
-    ParameterAxes(_LAYER + "mlp.linear_fc2.weight", (_HIDDEN, _FFN), tp_dim=1),
-    ParameterAxes(_LAYER + "mlp.linear_fc2.bias", (_HIDDEN,), present=_linear_bias),
+    ParameterAxes(_DENSE_MLP + "linear_fc1.weight", (_FC1, _HIDDEN), tp_dim=0, in_layer=_dense),
+    ParameterAxes(_DENSE_MLP + "linear_fc1.bias", (_FC1,), tp_dim=0, present=_linear_bias, in_layer=_dense),
+    ParameterAxes(_DENSE_MLP + "linear_fc2.weight", (_HIDDEN, _FFN), tp_dim=1, in_layer=_dense),
+    ParameterAxes(_DENSE_MLP + "linear_fc2.bias", (_HIDDEN,), present=_linear_bias, in_layer=_dense),
+    _expert_row(_ROUTER + "weight", (_EXPERT, _HIDDEN)),
+    _expert_row(_ONE_EXPERT + "linear_fc1.weight", (Fc1Rows(_EXPERT_FFN), _HIDDEN), tp_dim=0),
+    _expert_row(_ONE_EXPERT + "linear_fc2.weight", (_HIDDEN, _EXPERT_FFN), tp_dim=1),
+    _shared_row(_SHARED + "linear_fc1.weight", (Fc1Rows(_SHARED_FFN), _HIDDEN), tp_dim=0),
+    _shared_row(_SHARED + "linear_fc2.weight", (_HIDDEN, _SHARED_FFN), tp_dim=1),
     ParameterAxes("decoder.final_layernorm.weight", (_HIDDEN,)),
     ParameterAxes("decoder.final_layernorm.bias", (_HIDDEN,), present=_biased_norm),
     ParameterAxes("output_layer.weight", (_VOCAB, _HIDDEN), tp_dim=0, present=_untied),
 )
-"""Every parameter of a dense Megatron-core GPT model, in the order they are streamed; layers repeat as a block."""
+"""Every parameter of a Megatron-core GPT model, in the order they are streamed; layers repeat as a block, and the
+experts within a layer."""
 
 _ROW_OF_PATTERN = {row.pattern: row for row in AXIS_TABLE}
 
@@ -318,6 +386,8 @@ _TRANSFORMER_ENGINE_NAMES = {
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 _LAYER_INDEX = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT_INDEX = re.compile(r"\.experts\.local_experts\.(\d+)\.")
+_GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
 
 
 def layer_of(name: str) -> int | None:
@@ -331,33 +401,52 @@ def with_layer(name: str, index: int) -> str:
     return _LAYER_INDEX.sub(f"decoder.layers.{index}.", name)
 
 
+def expert_of(name: str) -> int | None:
+    """Index, from 0, of the routed expert a parameter belongs to; None outside the experts."""
+    found = _EXPERT_INDEX.search(local_name(name))
+    return int(found.group(1)) if found else None
+
+
+def with_expert(name: str, index: int) -> str:
+    """The same parameter of expert `index`, local spec; a name outside the experts stays as it is."""
+    return _EXPERT_INDEX.sub(f".experts.local_experts.{index}.", local_name(name))
+
+
 def local_name(name: str) -> str:
     """The local-spec name of a parameter named in either spec."""
     for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
         name = name.replace(fused, local)
-    return name
+    return _GROUPED_EXPERT.sub(r".experts.local_experts.\2.\1.weight", name)
 
 
-def name_in_spec(name: str, spec: str) -> str:
-    """A local-spec name as it is called in `spec`: "local" or "transformer_engine"."""
+def name_in_spec(name: str, spec: str, shape: ModelShape) -> str:
+    """A local-spec name as it is called in `spec`: "local" or "transformer_engine" (with grouped experts)."""
     require(
         spec in ("local", "transformer_engine"), f"spec={spec!r} is not known; use 'local' or 'transformer_engine'."
     )
-    if spec == "transformer_engine":
-        for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
-            name = name.replace(local, fused)
-    return name
+    if spec == "local":
+        return name
+    layer = layer_of(name)
+    for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
+        if "mlp" in fused and layer is not None and shape.has_experts(layer):
+            continue  # nothing to fuse it with: the router and every expert read this norm
+        name = name.replace(local, fused)
+    return re.sub(r"\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r".\2.weight\1", name)
 
 
 def parameter_names(shape: ModelShape, spec: str = "local") -> list[str]:
     """Names of every parameter of a model of this shape, embedding first, output layer last."""
     rows = [row for row in AXIS_TABLE if row.present(shape)]
-    in_layers = [row.pattern for row in rows if "{i}" in row.pattern]
-    first_layer = next(position for position, row in enumerate(rows) if "{i}" in row.pattern)
-    names = [row.pattern for row in rows[:first_layer]]
-    names += [pattern.replace("{i}", str(layer)) for layer in range(shape.num_layers) for pattern in in_layers]
-    names += [row.pattern for row in rows[first_layer + len(in_layers) :]]
-    return [name_in_spec(name, spec) for name in names]
+    names: list[str] = []
+    for in_layers, block in itertools.groupby(rows, lambda row: "{i}" in row.pattern):
+        repeated = list(block)
+        for layer in range(shape.num_layers) if in_layers else (0,):
+            of_layer = [row for row in repeated if row.in_layer(shape, layer)]
+            for of_experts, patterns in itertools.groupby(of_layer, lambda row: row.of_expert):
+                block_patterns = [row.pattern.replace("{i}", str(layer)) for row in patterns]
+                experts = range(shape.num_moe_experts or 0) if of_experts else (0,)
+                names += [pattern.replace("{e}", str(expert)) for expert in experts for pattern in block_patterns]
+    return [name_in_spec(name, spec, shape) for name in names]
 
 
 def parameter_axes(name: str) -> ParameterAxes:
@@ -365,7 +454,8 @@ def parameter_axes(name: str) -> ParameterAxes:
 
     Raises: ValueError: the table has no such parameter; lists those it has.
     """
-    row = _ROW_OF_PATTERN.get(_LAYER_INDEX.sub(_LAYER, local_name(name)))
+    pattern = _EXPERT_INDEX.sub(".experts.local_experts.{e}.", _LAYER_INDEX.sub(_LAYER, local_name(name)))
+    row = _ROW_OF_PATTERN.get(pattern)
     require(
         row is not None,
         f"Unknown parameter {name}: the axis table has no row for it, so it can neither be split nor pruned. "
@@ -373,6 +463,12 @@ def parameter_axes(name: str) -> ParameterAxes:
     )
     assert row is not None
     return row
+
+
+def part_axes(name: str, shape: ModelShape) -> list[tuple[Axis, ...]]:
+    """The axes of each separate matrix a parameter is fused from: one tuple for each of its first axis's `parts`."""
+    first, *others = parameter_axes(name).axes
+    return [(part, *others) for part in first.parts(shape)]
 
 
 def full_shape(name: str, shape: ModelShape) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ DOORS = (
     "correct-teacher",
     "estimate-importance",
     "prune",
+    "prune-hf",
     "distill",
     "evaluate",
     "export-hf",

@@ -30,6 +30,10 @@ class Groups:
     pp: ProcessGroup | None = None
     dp: ProcessGroup | None = None
     cp: ProcessGroup | None = None
+    ep: ProcessGroup | None = None
+    """Ranks among which the experts are shared out."""
+    etp: ProcessGroup | None = None
+    """Ranks among which one expert is split; as `tp` unless expert_tensor_parallel_size says otherwise."""
 
     @classmethod
     def from_megatron(cls) -> Groups:
@@ -43,6 +47,8 @@ class Groups:
             pp=parallel_state.get_pipeline_model_parallel_group(),
             dp=parallel_state.get_data_parallel_group(),
             cp=parallel_state.get_context_parallel_group(),
+            ep=parallel_state.get_expert_model_parallel_group(),
+            etp=parallel_state.get_expert_tensor_parallel_group(),
         )
 
 

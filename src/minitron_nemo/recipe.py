@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "correct_teacher": ("correct-teacher", "CorrectTeacherConfig"),
     "estimate_importance": ("estimate-importance", "EstimateImportanceConfig"),
     "prune": ("prune", "PruneConfig"),
+    "prune_hf": ("prune-hf", "PruneHfConfig"),
     "distill": ("distill", "DistillConfig"),
     "from_scratch": ("pretrain", "PretrainConfig"),
     "pruned_ce": ("pretrain", "PretrainConfig"),

@@ -7,6 +7,7 @@ tokenizer may know fewer tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +19,34 @@ PRUNABLE_DIMS = (
     "ffn_hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "num_moe_experts",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+)
+"""Every dim that pruning can change; `ModelShape.prunable_dims` are those a model has."""
+
+
+_EXPERT_FIELDS = (
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_topk",
+    "moe_layer_freq",
 )
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Shape of a dense Megatron-core GPT model.
+    """Shape of a Megatron-core GPT model, dense or with a mixture of experts.
 
     Source of the counts: arXiv:2407.14679 (tables of architectures) and the published model configurations.
     """
 
     family: str
-    """HF `model_type`: llama, mistral, nemotron, qwen2 or qwen3. Picks the name map and the NeMo config class."""
+    """HF `model_type`, such as llama or qwen3_moe. Picks the name map and the NeMo config class."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Neurons of a dense layer; means nothing where every layer has experts."""
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
@@ -56,9 +70,22 @@ class ModelShape:
     rope_scaling: dict[str, Any] | None = None
     """HF `rope_scaling` as it stands in config.json (llama3 scaling), or None."""
     init_method_std: float = 0.02
+    num_moe_experts: int | None = None
+    """Routed experts of an expert layer; None: a dense model, whose other moe_ fields are None too."""
+    moe_ffn_hidden_size: int | None = None
+    """Neurons of one expert; None with experts: ffn_hidden_size, resolved here, before pruning changes either."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Neurons of the expert that sees every token; None: there is none."""
+    moe_router_topk: int | None = None
+    """Experts a token is routed to."""
+    moe_router_pre_softmax: bool = False
+    """Whether a token's weights are taken from the softmax over all experts, or normalised over its own (default)."""
+    moe_layer_freq: tuple[int, ...] | None = None
+    """1 for an expert layer, 0 for a dense one, an entry a layer; None with experts: every layer has them."""
 
     def __post_init__(self) -> None:
-        for dim in (*PRUNABLE_DIMS, "kv_channels", "padded_vocab_size", "seq_length"):
+        self._resolve_experts()
+        for dim in (*self.prunable_dims, "ffn_hidden_size", "kv_channels", "padded_vocab_size", "seq_length"):
             value = getattr(self, dim)
             require(isinstance(value, int) and value >= 1, f"{dim}={value!r} must be a whole number of at least 1.")
         heads, groups = self.num_attention_heads, self.num_query_groups
@@ -74,7 +101,59 @@ class ModelShape:
             f"normalization={self.normalization} is not known; use RMSNorm, LayerNorm or LayerNorm1p.",
         )
 
+    def _resolve_experts(self) -> None:
+        """Fill in what None stands for, so that equal models have equal shapes."""
+        experts, topk = self.num_moe_experts, self.moe_router_topk
+        if experts is None:
+            given = [name for name in _EXPERT_FIELDS if getattr(self, name) is not None]
+            require(not given, f"{', '.join(given)} is set, but num_moe_experts is not. Set num_moe_experts too.")
+            return
+        require(
+            isinstance(topk, int) and 1 <= topk <= experts,
+            f"moe_router_topk={topk} must be between 1 and num_moe_experts={experts}: so many see a token. "
+            f"Keep at least {topk} experts.",
+        )
+        require(
+            topk != 1 or self.moe_router_pre_softmax,
+            "moe_router_topk=1 with weights normalised over one expert would make every weight 1, which Megatron-core "
+            "cannot route. Use a model with moe_router_pre_softmax=true, or with at least 2 experts a token.",
+        )
+        require(not self.add_bias_linear, "add_bias_linear=true is not supported in a model with experts.")
+        resolved: dict[str, Any] = {}
+        if self.moe_ffn_hidden_size is None:
+            resolved["moe_ffn_hidden_size"] = self.ffn_hidden_size
+        if self.moe_layer_freq is not None:
+            freq = tuple(int(entry) for entry in self.moe_layer_freq)
+            require(
+                len(freq) == self.num_layers and set(freq) <= {0, 1} and any(freq),
+                f"moe_layer_freq={list(freq)} must have one entry, 0 or 1, for each of num_layers={self.num_layers} "
+                "layers, and at least one 1.",
+            )
+            resolved["moe_layer_freq"] = None if all(freq) else freq
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)  # frozen: this is still construction
+
     # ---- derived sizes -------------------------------------------------------------------------------------------
+
+    @property
+    def prunable_dims(self) -> tuple[str, ...]:
+        """The prunable dims this model has."""
+        absent = set() if self.has_dense_layers else {"ffn_hidden_size"}
+        return tuple(dim for dim in PRUNABLE_DIMS if getattr(self, dim) is not None and dim not in absent)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 0, has experts instead of a dense MLP."""
+        return self.num_moe_experts is not None and (self.moe_layer_freq is None or self.moe_layer_freq[layer] == 1)
+
+    @property
+    def num_expert_layers(self) -> int:
+        if self.num_moe_experts is None:
+            return 0
+        return self.num_layers if self.moe_layer_freq is None else sum(self.moe_layer_freq)
+
+    @property
+    def has_dense_layers(self) -> bool:
+        return self.num_expert_layers < self.num_layers
 
     @property
     def heads_per_group(self) -> int:
@@ -104,36 +183,63 @@ class ModelShape:
         return tables * self.padded_vocab_size * self.hidden_size
 
     @property
-    def num_parameters_per_layer(self) -> int:
-        h, f = self.hidden_size, self.ffn_hidden_size
-        tensors_per_norm = 1 if self.normalization == "RMSNorm" else 2  # LayerNorm has a bias
-        matrices = self.qkv_projection_size * h + h * self.query_projection_size + self.fc1_size * h + h * f
-        biases = 0
-        if self.add_bias_linear:
-            biases += h + self.fc1_size + h  # proj, fc1, fc2
-        if self.add_bias_linear or self.add_qkv_bias:
-            biases += self.qkv_projection_size
-        qk_norms = 2 * self.kv_channels if self.qk_layernorm else 0
-        return matrices + biases + (2 * h + qk_norms) * tensors_per_norm
-
-    @property
     def num_non_embedding_parameters(self) -> int:
         """Layers and final norm: what the papers print as non-embedding parameters."""
-        final_norm = self.hidden_size if self.normalization == "RMSNorm" else 2 * self.hidden_size
-        return self.num_layers * self.num_parameters_per_layer + final_norm
+        return self._num_outside_embeddings(self.num_moe_experts)
 
     @property
     def num_parameters(self) -> int:
         return self.num_embedding_parameters + self.num_non_embedding_parameters
 
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters one token meets: all but the experts it is not routed to."""
+        return self.num_embedding_parameters + self._num_outside_embeddings(self.moe_router_topk)
+
+    def _num_outside_embeddings(self, experts: int | None) -> int:
+        """Parameters of layers and final norm, with `experts` experts counted in an expert layer."""
+        h = self.hidden_size
+        tensors_per_norm = 1 if self.normalization == "RMSNorm" else 2  # LayerNorm has a bias
+        attention = self.qkv_projection_size * h + h * self.query_projection_size
+        dense_biases = 0
+        if self.add_bias_linear:
+            attention += h
+            dense_biases = self.fc1_size + h
+        if self.add_bias_linear or self.add_qkv_bias:
+            attention += self.qkv_projection_size
+        qk_norms = 2 * self.kv_channels if self.qk_layernorm else 0
+        every_layer = attention + (2 * h + qk_norms) * tensors_per_norm
+        dense_layers = self.num_layers - self.num_expert_layers
+        return (
+            self.num_layers * every_layer
+            + dense_layers * (self._mlp_weights(self.ffn_hidden_size) + dense_biases)
+            + self.num_expert_layers * self._expert_weights(experts)
+            + h * tensors_per_norm
+        )
+
+    def _mlp_weights(self, neurons: int) -> int:
+        """Weights of an MLP: up (and gate), down."""
+        return neurons * self.hidden_size * (3 if self.gated_linear_unit else 2)
+
+    def _expert_weights(self, experts: int | None) -> int:
+        """Router, `experts` experts and the shared expert of an expert layer."""
+        if self.num_moe_experts is None or experts is None:
+            return 0
+        routed = experts * self._mlp_weights(self.moe_ffn_hidden_size or 0)
+        shared = self._mlp_weights(self.moe_shared_expert_intermediate_size or 0)
+        return self.num_moe_experts * self.hidden_size + routed + shared
+
     def flops_per_token(self, seq_length: int, *, training: bool = False) -> int:
         """Matrix-multiply FLOPs of one token in a causal sequence of `seq_length` (2 per multiply-add); the output
-        layer counts, the embedding look-up does not. Training is three times the forward pass."""
+        layer counts, the embedding look-up does not; of the experts, those the token is routed to. Training is three
+        times the forward pass."""
         h = self.hidden_size
-        attention_weights = (self.qkv_projection_size + self.query_projection_size) * h
-        matrices = attention_weights + (self.fc1_size + self.ffn_hidden_size) * h
-        attention = self.query_projection_size * seq_length  # QK^T and AV, half of each by causality
-        forward = 2 * (self.num_layers * (matrices + attention) + self.padded_vocab_size * h)
+        attention = (self.qkv_projection_size + self.query_projection_size) * h
+        attention += self.query_projection_size * seq_length  # QK^T and AV, half of each by causality
+        dense_layers = self.num_layers - self.num_expert_layers
+        mlps = dense_layers * self._mlp_weights(self.ffn_hidden_size)
+        mlps += self.num_expert_layers * self._expert_weights(self.moe_router_topk)
+        forward = 2 * (self.num_layers * attention + mlps + self.padded_vocab_size * h)
         return 3 * forward if training else forward
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
@@ -142,28 +248,68 @@ class ModelShape:
 
     # ---- checks --------------------------------------------------------------------------------------------------
 
-    def require_splits_over(self, tensor_model_parallel_size: int, pipeline_model_parallel_size: int = 1) -> None:
-        """ValueError naming the dim, the size and the nearest sizes that work."""
-        tp, pp = tensor_model_parallel_size, pipeline_model_parallel_size
-        for dim in ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "padded_vocab_size"):
+    def require_splits_over(
+        self,
+        tensor_model_parallel_size: int,
+        pipeline_model_parallel_size: int = 1,
+        expert_model_parallel_size: int = 1,
+    ) -> None:
+        """ValueError naming the dim, the size and the nearest sizes that work. Pipeline stages need at least a layer
+        each, not equally many; experts are split over tensor-parallel ranks as dense neurons are."""
+        tp, pp, ep = tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
+        splitting = {"ffn_hidden_size", "num_attention_heads", "num_query_groups", "moe_ffn_hidden_size"}
+        splitting |= {"moe_shared_expert_intermediate_size"}
+        for dim in (*(dim for dim in self.prunable_dims if dim in splitting), "padded_vocab_size"):
             require_divisible(dim, getattr(self, dim), "trainer.tensor_model_parallel_size", tp)
-        require_divisible("num_layers", self.num_layers, "trainer.pipeline_model_parallel_size", pp)
+        require(
+            self.num_layers >= pp,
+            f"num_layers={self.num_layers} cannot be split over trainer.pipeline_model_parallel_size={pp}: each stage "
+            f"needs a layer. Set trainer.pipeline_model_parallel_size to at most {self.num_layers}.",
+        )
+        require(
+            ep == 1 or self.num_moe_experts is not None,
+            f"trainer.expert_model_parallel_size={ep} spreads experts, and this model has none. "
+            "Set trainer.expert_model_parallel_size=1.",
+        )
+        if self.num_moe_experts is not None:
+            require_divisible("num_moe_experts", self.num_moe_experts, "trainer.expert_model_parallel_size", ep)
 
     def pruned_to(self, **dims: int) -> ModelShape:
         """This shape with smaller prunable dims.
 
-        Raises: ValueError where a dim is unknown, larger than here, or heads do not fit their groups.
+        Where dense and expert layers are mixed, which layers stay decides the shape: `keeping_layers` says it.
+        Raises: ValueError where a dim is unknown, not this model's or larger than here, or heads do not fit their
+            groups.
         """
         for dim, value in dims.items():
             require(dim in PRUNABLE_DIMS, f"target.{dim} is not a prunable dim; {did_you_mean(dim, PRUNABLE_DIMS)}")
+            require(
+                dim in self.prunable_dims,
+                f"target.{dim}={value} is a dim this {self.family} model does not have; it has "
+                f"{', '.join(self.prunable_dims)}. Leave target.{dim} out.",
+            )
             have = getattr(self, dim)
             require(
                 value <= have,
                 f"target.{dim}={value} is larger than the source's {dim}={have}; pruning only makes models smaller. "
                 f"Set target.{dim} to at most {have}.",
             )
+        require(
+            self.moe_layer_freq is None or dims.get("num_layers", self.num_layers) == self.num_layers,
+            f"target.num_layers={dims.get('num_layers')} does not say which of the dense and expert layers "
+            f"(moe_layer_freq={self.moe_layer_freq}) stay. Give the kept layers.",
+        )
         changes: dict[str, Any] = dict(dims)
         return dataclasses.replace(self, **changes)
+
+    def keeping_layers(self, layers: Sequence[int]) -> ModelShape:
+        """This shape with these layers only, from 0, ascending: what is said layer by layer goes with them."""
+        freq = self.moe_layer_freq
+        return dataclasses.replace(
+            self,
+            num_layers=len(layers),
+            moe_layer_freq=None if freq is None else tuple(freq[layer] for layer in layers),
+        )
 
     # ---- files ---------------------------------------------------------------------------------------------------
 

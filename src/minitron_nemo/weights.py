@@ -1,13 +1,14 @@
 """Full parameters out of and into a model that is split over ranks, one at a time.
 
-    with every rank:  model on TP x PP  ->  stream_full_parameters  ->  (name, full tensor), (name, full tensor), ...
-                      read(name) -> full tensor  ->  load_full_parameters  ->  model on TP x PP
+    with every rank:  model on TP x EP x PP  ->  stream_full_parameters  ->  (name, full tensor), ...
+                      read(name) -> full tensor  ->  load_full_parameters  ->  model on TP x EP x PP
 
-Names are the axis table's (local spec, global layer index) whichever layer spec the model was built with, so what is
-streamed from one layout and spec can be loaded into another. Peak extra memory: one full parameter, two while the
-shards of one are being joined.
+Names are the axis table's (local spec, global layer and expert index) whichever layer spec the model was built with, so
+what is streamed from one layout and spec can be loaded into another. Peak extra memory: one full parameter, two while
+the shards of one are being joined.
 
-Communication: streaming gathers each parameter over tp and broadcasts it over pp; loading communicates nothing.
+Communication: streaming gathers each parameter over tp and broadcasts it over pp (an expert's: gathers over expert tp,
+broadcasts over ep, then pp); loading communicates nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from minitron_nemo.axes import (
+    ParameterAxes,
+    expert_of,
     full_shape,
     join_from_tp,
     layer_of,
@@ -27,6 +31,7 @@ from minitron_nemo.axes import (
     parameter_axes,
     parameter_names,
     split_for_tp,
+    with_expert,
     with_layer,
 )
 from minitron_nemo.checks import require
@@ -60,7 +65,8 @@ def bare_gpt(model: nn.Module) -> GPTModel:
 
 
 def local_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """This rank's parameters under the axis table's names: local spec, global layer index; shards as they are.
+    """This rank's parameters under the axis table's names: local spec, global layer and expert index; shards as they
+    are.
 
     The second copy of tied embeddings that the last pipeline stage keeps appears as `output_layer.weight`.
     Raises: ValueError: a parameter the axis table does not know.
@@ -70,7 +76,10 @@ def local_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in gpt.named_parameters():
         position = layer_of(name)
         if position is not None:
-            name = with_layer(name, gpt.decoder.layers[position].layer_number - 1)
+            layer, expert = gpt.decoder.layers[position], expert_of(name)
+            name = with_layer(name, layer.layer_number - 1)
+            if expert is not None:
+                name = with_expert(name, layer.mlp.local_expert_indices[expert])
         parameter_axes(name)
         found[local_name(name)] = parameter
     return found
@@ -84,31 +93,46 @@ def stream_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups) 
     Yields:
         (name, tensor): the model's dtype and device, detached; on one rank it may share the parameter's memory.
         Every rank must take every item, as each one communicates.
-    Communicates: pp once for the names; per parameter one all-gather over tp on its stage, one broadcast over pp.
+    Communicates: ep and pp once for the names; per parameter one all-gather over tp on its stage, one broadcast over
+        pp; for an expert's, over expert tp where it lives, then one broadcast over ep on its stage before that.
     Raises: ValueError: the model and `shape` do not have the same parameters.
     """
     mine = local_parameters(model)
-    stages = gather_objects({name: parameter.dtype for name, parameter in mine.items()}, group=groups.pp)
-    stage_of, dtype_of = {}, {}
-    for stage, held in reversed(list(enumerate(stages))):  # the first stage that holds a name wins
-        assert isinstance(held, dict)
-        for name, dtype in held.items():
-            stage_of[name], dtype_of[name] = stage, dtype
+    on_stage = _first_holders({name: (parameter.dtype,) for name, parameter in mine.items()}, groups.ep)
+    home_of = _first_holders(on_stage, groups.pp)  # name -> (pipeline stage, expert-parallel rank, dtype)
     if shape.share_embeddings_and_output_weights:
-        stage_of.pop(_OUTPUT, None)
+        home_of.pop(_OUTPUT, None)
     names = parameter_names(shape)
-    _require_same_names(set(stage_of), set(names))
+    _require_same_names(set(home_of), set(names))
     device = next(iter(mine.values())).device
     for name in names:
-        row, sizes = parameter_axes(name), full_shape(name, shape)
-        if stage_of[name] == group_rank(groups.pp):
-            shard = mine[name].detach()
-            shards = all_gather_shards(shard, group=groups.tp) if row.tp_dim is not None else [shard]
-            full = join_from_tp(shards, row, shape).contiguous()
-            _require_sizes(name, full, sizes)
-        else:
-            full = torch.empty(sizes, dtype=dtype_of[name], device=device)
-        yield name, broadcast_from(full, source=stage_of[name], group=groups.pp)
+        row, sizes, (stage, expert_rank, dtype) = parameter_axes(name), full_shape(name, shape), home_of[name]
+        full = None
+        if stage == group_rank(groups.pp):
+            if name in mine:
+                shard = mine[name].detach()
+                shards = all_gather_shards(shard, group=_tp_of(row, groups)) if row.tp_dim is not None else [shard]
+                full = join_from_tp(shards, row, shape).contiguous()
+                _require_sizes(name, full, sizes)
+            if row.of_expert:
+                full = torch.empty(sizes, dtype=dtype, device=device) if full is None else full
+                full = broadcast_from(full, source=expert_rank, group=groups.ep)
+        full = torch.empty(sizes, dtype=dtype, device=device) if full is None else full
+        yield name, broadcast_from(full, source=stage, group=groups.pp)
+
+
+def _first_holders(held: dict[str, tuple], group: ProcessGroup | None) -> dict[str, tuple]:
+    """For every name that a rank of `group` holds: (the first such rank, *what it says of the name). Communicates."""
+    first: dict[str, tuple] = {}
+    for rank, theirs in enumerate(gather_objects(held, group=group)):
+        assert isinstance(theirs, dict)
+        for name, facts in theirs.items():
+            first.setdefault(name, (rank, *facts))
+    return first
+
+
+def _tp_of(row: ParameterAxes, groups: Groups) -> ProcessGroup | None:
+    return groups.etp if row.of_expert else groups.tp
 
 
 def load_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups, read: Callable[[str], Tensor]) -> None:
@@ -123,7 +147,6 @@ def load_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups, re
     mine = local_parameters(model)
     if shape.share_embeddings_and_output_weights and _OUTPUT in mine and _EMBEDDING in mine:
         del mine[_OUTPUT]  # one stage: the two names are one tensor, or the second is unused
-    rank, size = group_rank(groups.tp), group_size(groups.tp)
     with torch.no_grad():
         for name in [*parameter_names(shape), _OUTPUT]:
             parameter = mine.pop(name, None)
@@ -132,7 +155,9 @@ def load_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups, re
             tied = name == _OUTPUT and shape.share_embeddings_and_output_weights
             full = read(_EMBEDDING if tied else name)
             _require_sizes(name, full, full_shape(name, shape))
-            shard = split_for_tp(full, parameter_axes(name), shape, rank, size)
+            row = parameter_axes(name)
+            tp = _tp_of(row, groups)
+            shard = split_for_tp(full, row, shape, group_rank(tp), group_size(tp))
             _require_sizes(name, parameter, tuple(shard.shape))
             parameter.copy_(shard)
     require(not mine, f"The model has parameters that its shape does not: {', '.join(mine)}. {_SAME_SHAPE}")

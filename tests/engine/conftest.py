@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from support.nemo_import import import_with_nemo
 from support.ranks import Ranks
 from support.tiny import write_corpus, write_teacher
 from support.tiny_run import TinyRun, make_artifacts
@@ -27,3 +28,11 @@ def tiny_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def tiny_tied_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """The same with the output layer tied to the embedding, whose gradient two pipeline stages add up."""
     return _tiny_run(ranks, tmp_path_factory.mktemp("tiny-tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def nemo_checkpoint(ranks: Ranks, tiny_run: TinyRun) -> Path:
+    """What NeMo's `llm.import_ckpt` makes of the same HF teacher."""
+    output = tiny_run.directory / "nemo_checkpoint"
+    ranks("single").run(import_with_nemo, tiny_run.hf, output)
+    return output

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,11 +15,13 @@ from minitron_nemo.engine.checkpoint import open_model, read_shape, shape_from_c
 from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.models import plain_nemo_model
 from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.engine.weights_io import load_weights, save_weights
+from minitron_nemo.parallel import Groups
 from minitron_nemo.rope import inverse_frequencies
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import evaluate
-from minitron_nemo.weights import local_parameters
-from support.megatron import TINY, smaller, start_alone
+from minitron_nemo.weights import local_parameters, stream_full_parameters
+from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, smaller, start_alone
 from support.ranks import Ranks
 from support.tiny_run import TinyRun, read_weights, trainer_values
 
@@ -46,45 +46,6 @@ def load_with_nemo(path: Path) -> tuple[str, dict[str, int], dict[str, Tensor]]:
     kind = f"{type(model).__module__}.{type(model).__name__}"
     weights = {name: parameter.detach() for name, parameter in local_parameters(model).items()}
     return kind, {dim: getattr(model.config, dim) for dim in dims}, weights
-
-
-def import_with_nemo(hf: Path, output: Path) -> None:
-    """`llm.import_ckpt`, told of two things its Llama importer takes for granted: fused kernels and fused norms."""
-    from nemo.collections import llm
-    from nemo.collections.llm.gpt.model import llama
-
-    from minitron_nemo import platform
-
-    unfused = platform.transformer_config_overrides()
-    config_class, read_config = llama.LlamaConfig, llama.HFLlamaImporter.config.fget
-    apply_transforms = llama.io.apply_transforms
-
-    def unfused_config(importer: llama.HFLlamaImporter) -> llm.LlamaConfig:
-        llama.LlamaConfig = partial(config_class, **unfused)
-        try:
-            return read_config(importer)
-        finally:
-            llama.LlamaConfig = config_class
-
-    def with_norms_apart(source: Any, target: Any, mapping: dict[str, str], transforms: list[Any]) -> Any:
-        apart = {
-            "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-            "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-        }
-        for fused, own in apart.items():
-            mapping = {key: name.replace(fused, own) for key, name in mapping.items()}
-        return apply_transforms(source, target, mapping=mapping, transforms=transforms)
-
-    with pytest.MonkeyPatch.context() as patch:
-        if not platform.has_transformer_engine():
-            patch.setattr(llama.HFLlamaImporter, "config", property(unfused_config))
-            patch.setattr(llama.io, "apply_transforms", with_norms_apart)
-        model = llm.LlamaModel(
-            llm.LlamaConfig(
-                num_layers=4, hidden_size=32, num_attention_heads=8, **unfused
-            )  # the importer makes its own
-        )
-        llm.import_ckpt(model=model, source=f"hf://{hf}", output_path=output)
 
 
 def evaluate_on(run: TinyRun, model: str, output: str, trust_checkpoint: bool) -> float:
@@ -135,15 +96,21 @@ def test_nothing_in_a_context_names_a_path_of_the_machine(tiny_run: TinyRun) -> 
             assert str(tiny_run.directory) not in file.read_text(), file.name
 
 
+def save_built(directory: Path) -> None:
+    save_weights(build_gpt(TINY_EXPERTS), directory)
+
+
+def test_experts_saved_on_uneven_stages_and_expert_parallel_ranks_load_in_one_process(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks("pp2-dp2-ep2").run(save_built, tmp_path)
+    loaded = build_gpt(TINY_EXPERTS, seed=1)
+    load_weights(loaded, tmp_path)
+    for name, tensor in stream_full_parameters(loaded, TINY_EXPERTS, Groups()):
+        assert torch.equal(tensor, random_parameter(name, TINY_EXPERTS)), name
+
+
 # ---- NeMo's, read by us ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def nemo_checkpoint(ranks: Ranks, tiny_run: TinyRun) -> Path:
-    """What `llm.import_ckpt` makes of the same HF teacher."""
-    output = tiny_run.directory / "nemo_checkpoint"
-    ranks("single").run(import_with_nemo, tiny_run.hf, output)
-    return output
 
 
 def test_a_checkpoint_of_nemos_importer_is_an_input_like_our_own(
@@ -193,8 +160,10 @@ def test_a_checkpoint_from_elsewhere_needs_the_users_trust(tiny_run: TinyRun, ne
         ),
         smaller(TINY, family="qwen2", add_qkv_bias=True, rotary_base=1e6),
         smaller(TINY, family="qwen3", qk_layernorm=True, rotary_base=1e6),
+        smaller(TINY, family="mixtral", num_moe_experts=4, moe_ffn_hidden_size=20, moe_router_topk=2),
+        smaller(TINY_EXPERTS, qk_layernorm=True, moe_router_pre_softmax=True),
     ],
-    ids=["llama", "tied", "biases", "scaled", "mistral", "nemotron", "qwen2", "qwen3"],
+    ids=["llama", "tied", "biases", "scaled", "mistral", "nemotron", "qwen2", "qwen3", "mixtral", "qwen3_moe"],
 )
 def test_the_context_that_nemo_writes_gives_the_shape_back(tmp_path: Path, shape: ModelShape) -> None:
     start_alone()
@@ -202,6 +171,7 @@ def test_the_context_that_nemo_writes_gives_the_shape_back(tmp_path: Path, shape
     context = TrainerContext(model=plain_nemo_model(shape, tokenizer=None), trainer=trainer, extra={})
     context.io_dump(tmp_path, yaml_attrs=["model"])
     assert shape_from_context(tmp_path / "model.yaml") == shape
+    assert "minitron" not in (tmp_path / "model.yaml").read_text()
 
 
 def test_a_model_without_a_row_is_refused_by_name(tmp_path: Path) -> None:

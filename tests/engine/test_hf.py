@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
@@ -14,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from minitron_nemo.axes import take
 from minitron_nemo.engine.hf import hf_config, load_hf, save_hf, shape_from_hf, vocab_size_from_hf
@@ -22,19 +21,10 @@ from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.rope import inverse_frequencies
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
+from support.hf import ATOL, LLAMA3_SCALING, TOKENS, hf_logits, hf_model, load_with_transformers, tensors_of
 from support.megatron import TINY, bare_model, build_gpt, run_gpt
 from support.ranks import Ranks
 
-TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
-ATOL = 1e-4  # float32, logits of order 1: two implementations add in different orders
-
-LLAMA3_SCALING = {
-    "rope_type": "llama3",
-    "factor": 4.0,  # none of the values that Megatron-core fixes
-    "low_freq_factor": 1.5,
-    "high_freq_factor": 3.0,
-    "original_max_position_embeddings": 16,
-}
 DIMS: dict[str, Any] = {
     "vocab_size": 51,
     "hidden_size": 24,
@@ -58,27 +48,6 @@ CONFIGS: dict[str, LlamaConfig | MistralConfig] = {
 }
 
 
-def hf_model(config: LlamaConfig | MistralConfig, path: Path, **save: Any) -> PreTrainedModel:
-    """A random transformers model, saved to `path`; biases and norms drawn too, as fresh ones are zeros and ones."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
-                parameter.add_(0.1 * torch.randn(parameter.shape))
-    model.save_pretrained(path, **save)
-    return model
-
-
-def hf_logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def tensors_of(path: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
 def import_run_export(source: Path, target: Path) -> Tensor | None:
     """On every rank: HF -> Megatron -> logits [b, s, v] and HF again; every rank of tp pads the vocabulary to 52."""
     shape, groups = shape_from_hf(source, make_vocab_size_divisible_by=4), Groups.from_megatron()
@@ -92,7 +61,7 @@ def import_run_export(source: Path, target: Path) -> Tensor | None:
 
 def require_the_same_model(source: Path, target: Path, original: PreTrainedModel) -> None:
     """transformers reads `target` as the same tensors, to the last bit, and the same logits."""
-    loaded = AutoModelForCausalLM.from_pretrained(target, attn_implementation="eager", dtype=torch.float32).eval()
+    loaded = load_with_transformers(target)
     assert type(loaded) is type(original)
     written, expected = tensors_of(target), tensors_of(source)
     for name, tensor in written.items():
@@ -138,7 +107,7 @@ def test_a_width_pruned_model_has_the_same_logits_in_transformers(tmp_path: Path
     pruned = bare_model(shape).eval()
     load_full_parameters(pruned, shape, Groups(), lambda name: take(teacher[name], name, teacher_shape, kept))
     save_hf(pruned, tmp_path, shape, Groups())
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    loaded = load_with_transformers(tmp_path)
     assert loaded.config.head_dim == 8 != shape.hidden_size / shape.num_attention_heads
     with torch.no_grad():
         logits = run_gpt(pruned, TOKENS)
@@ -276,7 +245,7 @@ def test_a_directory_without_config_json_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type='gpt2' is not supported; supported: llama, mistral\."),
+        ({"model_type": "gpt2"}, r"model_type='gpt2' is not supported; supported: llama, mistral, mixtral, "),
         ({"hidden_act": "tanh"}, r"hidden_act='tanh' is not supported; supported: silu"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, r"rope_scaling of type 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, r"rope_scaling lacks low_freq_factor"),
@@ -359,10 +328,10 @@ def test_export_never_writes_over_other_weights(checkpoint: Path) -> None:
 
 def test_export_refuses_what_the_family_cannot_hold(tmp_path: Path) -> None:
     normed = dataclasses.replace(TINY, qk_layernorm=True)
-    with pytest.raises(ValueError, match=r"q_layernorm\.weight has no place in a HF llama checkpoint"):
+    with pytest.raises(ValueError, match=r"qk_layernorm=True has no place in a HF llama checkpoint"):
         save_hf(build_gpt(normed), tmp_path, normed, Groups())
     biased = dataclasses.replace(TINY, family="mistral", add_bias_linear=True)
-    with pytest.raises(ValueError, match=r"add_bias_linear=true has no place in a HF mistral checkpoint"):
+    with pytest.raises(ValueError, match=r"add_bias_linear=True has no place in a HF mistral checkpoint"):
         save_hf(build_gpt(biased), tmp_path, biased, Groups())
     assert not list(tmp_path.iterdir())
 

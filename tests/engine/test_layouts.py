@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.optim import OptimConfig
 from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
-from minitron_nemo.importance import Importance, ImportanceConfig
+from minitron_nemo.importance import Aggregation, Importance, ImportanceConfig
 from minitron_nemo.stages import distill, estimate_importance, evaluate, pretrain, prune
 from support.ranks import Ranks, current_layout
 from support.tiny_run import TARGET, TinyRun, read_weights, trainer_values
@@ -176,11 +177,12 @@ def test_importance_scores_are_the_same_on_every_layout(ranks: Ranks, tiny_run: 
     ranks(layout).run(run_importance, tiny_run, output)
     found, expected = Importance.load(output), Importance.load(tiny_run.importance)
     assert found.num_samples == expected.num_samples
-    for axis, scores in expected.width.items():
-        for pair, tensor in scores.items():
+    for axis in expected.axes:
+        for pair in itertools.product(Aggregation, Aggregation):
+            tensor = expected.scores(axis, *pair)
             # variances subtract: their error is of the size of the largest
             torch.testing.assert_close(
-                found.width[axis][pair], tensor, rtol=1e-4, atol=1e-5 * float(tensor.max()), msg=f"{axis} {pair}"
+                found.scores(axis, *pair), tensor, rtol=1e-4, atol=1e-5 * float(tensor.max()), msg=f"{axis} {pair}"
             )
 
 

@@ -16,7 +16,7 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
-from support.megatron import TINY, build_gpt, random_parameter, run_gpt, smaller, start_alone
+from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 SHAPES = {
@@ -44,6 +44,10 @@ SHAPES = {
     ),
     "qwen2": smaller(TINY, family="qwen2", add_qkv_bias=True, rotary_base=1e6),
     "qwen3": smaller(TINY, family="qwen3", qk_layernorm=True, rotary_base=1e6),
+    "mixtral": smaller(
+        TINY, family="mixtral", num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=20, moe_router_topk=2
+    ),
+    "qwen3_moe": smaller(TINY_EXPERTS, qk_layernorm=True, moe_router_pre_softmax=True),
 }
 LLAMA_31_8B = ModelShape(
     family="llama",
@@ -111,6 +115,8 @@ def test_nemos_config_of_the_family_computes_what_the_shape_says(name: str) -> N
         ("nemotron", llm.NemotronModel),
         ("qwen2", llm.Qwen2Model),
         ("qwen3", llm.Qwen3Model),
+        ("mixtral", llm.MixtralModel),
+        ("qwen3_moe", llm.Qwen3Model),
     ],
 )
 def test_a_checkpoint_names_nemos_own_class(family: str, model_class: type) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minitron_nemo.importance import statistics
-from minitron_nemo.importance.statistics import aggregate_sequence, mark_tokens_over, partial_sums_over
+from minitron_nemo.importance.statistics import add_over, aggregate_sequence, mark_tokens_over, partial_sums
 from minitron_nemo.parallel import Groups
 from support.ranks import Ranks
 
@@ -16,7 +16,7 @@ def aggregates(activation: Tensor, mask: Tensor) -> Tensor:
     """mean, L2 and variance [3, b, c] of [s/cp, b, c] with a mask [b, s/cp]."""
     cp = Groups.from_megatron().cp
     tokens = mark_tokens_over(mask, groups=[cp])
-    return aggregate_sequence(partial_sums_over(activation, tokens, groups=[cp]), tokens.num_tokens)
+    return aggregate_sequence(add_over(partial_sums(activation, tokens), groups=[cp]), tokens.num_tokens)
 
 
 def aggregates_of_shard(activation: Tensor, mask: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.importance import WIDTH_AXES, Aggregation, Importance
-from minitron_nemo.importance.scores import expected_sizes
+from minitron_nemo.importance import Importance
+from minitron_nemo.importance.scores import moment_sizes
 from minitron_nemo.pruning import PruningPlan, plan_from_importance
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY
@@ -18,16 +18,12 @@ SMALLER = {"hidden_size": 14, "ffn_hidden_size": 18, "num_attention_heads": 4}
 def random_scores(shape: ModelShape = TINY, seed: int = 3) -> Importance:
     """Positive scores, other ones for every axis and aggregation, and two depth metrics."""
     generator = torch.Generator().manual_seed(seed)
-    width = {
-        axis: {
-            (batch, sequence): torch.rand(expected_sizes(shape)[axis], generator=generator)
-            for batch in Aggregation
-            for sequence in Aggregation
-        }
-        for axis in WIDTH_AXES
-    }
-    layer = {metric: torch.rand(shape.num_layers, generator=generator) for metric in ("block_influence", "loss")}
-    return Importance(shape, width, num_samples=8, layer=layer, origin={"metric": "activations", "data": "text"})
+    moments = {}
+    for axis, sizes in moment_sizes(shape).items():
+        mean, spread = torch.rand(sizes[0], generator=generator, dtype=torch.float64).unbind(-3)
+        moments[axis] = torch.stack([mean, mean.square() + spread], dim=-3)
+    depth = {metric: {1: torch.rand(shape.num_layers, generator=generator)} for metric in ("block_influence", "loss")}
+    return Importance(shape, moments, num_samples=8, depth=depth, origin={"metric": "activations", "data": "text"})
 
 
 def random_plan(source: ModelShape = TINY, seed: int = 3, **target: Any) -> PruningPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minitron_nemo.pruning.ranking import top_heads, top_k
+from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
 
 
 def test_the_highest_scores_are_kept_in_ascending_order() -> None:
@@ -31,6 +31,25 @@ def test_heads_of_dropped_groups_go_with_them() -> None:
     scores = torch.tensor([[9.0, 8.0, 1.0, 2.0, 3.0, 4.0]])  # 3 groups of 2
     kept = top_heads(scores, torch.tensor([[1, 2]]), heads_per_group=2, keep_per_group=1)
     assert kept.tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize(("heads", "keep"), [(6, 3), (6, 4), (6, 5), (6, 2), (6, 1), (1, 1)])
+def test_dropped_heads_pair_with_the_last_kept_ones_of_their_group(heads: int, keep: int) -> None:
+    scores = torch.rand(3, 2 * heads, generator=torch.Generator().manual_seed(heads + keep))
+    groups = torch.tensor([[0, 1]] * 3)
+    kept = top_heads(scores, groups, heads_per_group=heads, keep_per_group=keep)
+    partners = head_partners(scores, groups, heads_per_group=heads, keep_per_group=keep)
+    for layer in range(3):
+        for group in range(2):
+            members = range(group * heads, (group + 1) * heads)
+            ranked = sorted(members, key=lambda head: -scores[layer, head])  # 0-based: rank i is ranked[i - 1]
+            expected = dict.fromkeys(ranked[:keep], -1)
+            for i in range(max(1, 2 * keep - heads + 1), keep + 1):  # the paper's formula, ranks from 1
+                expected[ranked[i - 1]] = ranked[2 * keep - i + 1 - 1]
+            of_group = slice(group * keep, (group + 1) * keep)
+            assert (
+                dict(zip(kept[layer, of_group].tolist(), partners[layer, of_group].tolist(), strict=True)) == expected
+            )
 
 
 def test_impossible_numbers_are_errors_that_name_the_limit() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pruning_examples import SMALLER, random_plan
+from pruning_examples import SMALLER, random_plan, random_scores
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -119,6 +119,30 @@ def test_pruned_model_equals_slicing_by_hand(architecture: str) -> None:
 def test_query_groups_are_removed_with_their_key_and_value() -> None:
     plan = random_plan(num_attention_heads=2, num_query_groups=1)
     assert_same_weights(prune(plan), sliced_by_hand(full_weights(build_gpt(TINY), TINY), plan))
+
+
+def test_a_dropped_head_leaves_its_difference_to_its_partner() -> None:
+    importance = random_scores()
+    plan = plan_from_importance(importance, TINY, TINY.pruned_to(num_attention_heads=4), merge_heads=True)
+    teacher = full_weights(build_gpt(TINY), TINY)
+    expected = sliced_by_hand(teacher, plan)
+    merged = 0
+    for layer in range(TINY.num_layers):
+        name, d, in_group = f"decoder.layers.{layer}.self_attention.linear_qkv.weight", TINY.kv_channels, 3
+        for place, (head, partner) in enumerate(
+            zip(plan.head[layer].tolist(), plan.head_partner[layer].tolist(), strict=True)
+        ):
+            if partner >= 0:
+                query = [  # where the head and its partner stand among [q q q k v] x 2 groups
+                    teacher[name][((h // in_group) * (in_group + 2) + h % in_group) * d :][:d] for h in (head, partner)
+                ]
+                row = ((place // 2) * 4 + place % 2) * d  # [q q k v] x 2 groups
+                expected[name][row : row + d] = query[0] + (query[0] - query[1])
+                merged += 1
+    assert merged == 2 * TINY.num_layers  # of 3 heads a group keeps 2: its last kept one has a partner
+    actual = prune(plan)
+    for name in expected:
+        assert_close(actual[name], expected[name], msg=name)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "dp2"])

@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.importance import WIDTH_AXES, Aggregation, Importance
+from minitron_nemo.importance import Importance
+from minitron_nemo.importance.scores import moment_sizes
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.report import summary, summary_table
 from minitron_nemo.report.figures import GRID, INK, PAPER, SERIES, smoothed
@@ -86,12 +87,11 @@ def write_evaluation(folder: Path, model: Artifact, loss: float) -> Artifact:
 
 def importance_of(shape: ModelShape) -> Importance:
     generator = torch.Generator().manual_seed(0)
-    sizes = {"hidden": (24,), "ffn": (3, 40), "head": (3, 6), "group": (3, 2)}
-    width = {
-        axis: {(b, s): torch.rand(sizes[axis], generator=generator) + 0.01 for b in Aggregation for s in Aggregation}
-        for axis in WIDTH_AXES
+    moments = {
+        axis: torch.rand(size, generator=generator, dtype=torch.float64) + 0.01
+        for axis, (size, *_) in moment_sizes(shape).items()
     }
-    return Importance(shape, width, num_samples=48, layer={"block_influence": torch.tensor([0.9, 0.2, 0.7])})
+    return Importance(shape, moments, num_samples=48, depth={"block_influence": {1: torch.tensor([0.9, 0.2, 0.7])}})
 
 
 def write_run(folder: Path, losses: Mapping[str, float | None] = LOSSES) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minitron_nemo import platform
 from minitron_nemo.axes import full_shape
-from minitron_nemo.layer_spec import plain_block_spec
+from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
 from minitron_nemo.parallel import Groups
 from minitron_nemo.rope import apply_rope_scaling
 from minitron_nemo.shape import ModelShape
@@ -36,6 +36,18 @@ TINY = ModelShape(
     init_method_std=0.2,
 )
 """Odd, unequal sizes that split over two ranks; 6 heads x 8 channels = 48 is not the hidden size."""
+
+TINY_EXPERTS = dataclasses.replace(
+    TINY,
+    family="qwen3_moe",
+    num_layers=3,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=20,
+    moe_shared_expert_intermediate_size=12,
+    moe_router_topk=2,
+    moe_layer_freq=(1, 0, 1),
+)
+"""A mixture of experts with a dense layer among its three, and a shared expert, which no supported HF family has."""
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "squared_relu": lambda x: F.relu(x).square()}
 
@@ -80,7 +92,21 @@ def transformer_config(shape: ModelShape, *, dtype: torch.dtype = torch.float32,
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "sequence_parallel": current_layout().sequence_parallel,
+        **uneven_stages(shape.num_layers, parallel_state.get_pipeline_model_parallel_world_size()),
     }
+    if shape.num_moe_experts is not None:
+        values |= {
+            "num_moe_experts": shape.num_moe_experts,
+            "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+            "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+            "moe_router_topk": shape.moe_router_topk,
+            "moe_router_pre_softmax": shape.moe_router_pre_softmax,
+            "moe_layer_freq": list(shape.moe_layer_freq) if shape.moe_layer_freq else 1,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",
+            "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+            "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        }
     return TransformerConfig(**values | platform.transformer_config_overrides() | overrides)
 
 

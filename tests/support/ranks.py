@@ -7,7 +7,9 @@ are set up for the layout, the random generators are seeded, and `current_layout
 and results travel by value over pipes between our own processes. An exception is raised again in the test, caused by a
 `RankFailure` that names the rank and shows its traceback; a rank that hangs past the timeout is shown where it hangs.
 
-A layout is written `tp2`, `pp2`, `dp2`, `cp2`, `tp2-sp`, `tp2-pp2`, ... or `single`; sizes not named are 1.
+A layout is written `tp2`, `pp2`, `dp2`, `cp2`, `tp2-sp`, `tp2-pp2`, ... or `single`; sizes not named are 1. `dp2-ep2`
+spreads experts over the data-parallel ranks, `tp2-sp-ep2-etp1` over the tensor-parallel ones; an expert is split as
+`tp` says, unless `etp` says otherwise.
 """
 
 from __future__ import annotations
@@ -56,6 +58,8 @@ class Layout:
     pp: int = 1
     cp: int = 1
     dp: int = 1
+    ep: int = 1
+    etp: int | None = None
     sequence_parallel: bool = False
 
     @property
@@ -66,13 +70,15 @@ class Layout:
     def parse(cls, name: str) -> Layout:
         sizes: dict[str, Any] = {}
         for part in name.split("-") if name != "single" else ():
-            match = re.fullmatch(r"(tp|pp|cp|dp)([1-9]\d*)", part)
+            match = re.fullmatch(r"(tp|pp|cp|dp|ep|etp)([1-9]\d*)", part)
             if match:
                 sizes[match[1]] = int(match[2])
             elif part == "sp":
                 sizes["sequence_parallel"] = True
             else:
-                raise ValueError(f"layout {name!r}: {part!r} is none of tpN, ppN, cpN, dpN, sp; write e.g. tp2-sp.")
+                raise ValueError(
+                    f"layout {name!r}: {part!r} is none of tpN, ppN, cpN, dpN, epN, etpN, sp; write e.g. tp2-sp."
+                )
         return cls(name=name, **sizes)
 
 
@@ -319,6 +325,8 @@ def _set_up(job: _Job, rank: int, world_size: int, store: dist.Store) -> None:
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.etp,
     )
     random.seed(job.seed)
     torch.manual_seed(job.seed)

@@ -37,6 +37,11 @@ def save_model(core: MCoreGPTModel, shape: ModelShape, tokenizer: Path, director
         tokenizer: HF tokenizer directory, copied.
     """
     save_weights(core, directory)
+    describe_model(shape, tokenizer, directory)
+
+
+def describe_model(shape: ModelShape, tokenizer: Path, directory: Path) -> None:
+    """Write what stands beside the weights: shape, tokenizer and context. Every rank calls; rank 0 writes."""
     if dist.get_rank() == 0:
         (directory / SHAPE).write_text(json.dumps(shape.to_dict(), indent=2) + "\n")
         if tokenizer.resolve() != (directory / TOKENIZER).resolve():
@@ -133,6 +138,7 @@ _FAMILY_OF_MODEL = {
     "NemotronModel": "nemotron",
     "Qwen2Model": "qwen2",
     "Qwen3Model": "qwen3",
+    "MixtralModel": "mixtral",
 }
 
 
@@ -156,10 +162,12 @@ def shape_from_context(model_yaml: Path) -> ModelShape:
     scaling = None
     if all(field in config for field in ROPE_SCALING_FIELDS):
         scaling = {"rope_type": "llama3"} | {key: config[field] for field, key in ROPE_SCALING_FIELDS.items()}
+    experts = config.get("num_moe_experts")
+    family = _FAMILY_OF_MODEL[model_class]
     vocab = config.get("vocab_size")
     require(vocab is not None, f"{model_yaml} does not say config.vocab_size; set it there to the padded vocabulary.")
     return ModelShape(
-        family=_FAMILY_OF_MODEL[model_class],
+        family="qwen3_moe" if family == "qwen3" and experts else family,
         num_layers=config["num_layers"],
         hidden_size=hidden,
         ffn_hidden_size=config.get("ffn_hidden_size") or 4 * hidden,
@@ -180,7 +188,23 @@ def shape_from_context(model_yaml: Path) -> ModelShape:
         rotary_percent=float(config.get("rotary_percent", 1.0)),
         rope_scaling=scaling,
         init_method_std=float(config.get("init_method_std", 0.02)),
+        **(_experts_from_context(config) if experts else {}),
     )
+
+
+def _experts_from_context(config: dict[str, Any]) -> dict[str, Any]:
+    """ModelShape's fields of a mixture; what is None or absent in the config is resolved by ModelShape."""
+    frequency = config.get("moe_layer_freq", 1)
+    if isinstance(frequency, int):
+        frequency = [int(layer % frequency == 0) for layer in range(config["num_layers"])]
+    return {
+        "num_moe_experts": config["num_moe_experts"],
+        "moe_ffn_hidden_size": config.get("moe_ffn_hidden_size"),
+        "moe_shared_expert_intermediate_size": config.get("moe_shared_expert_intermediate_size"),
+        "moe_router_topk": config.get("moe_router_topk", 2),
+        "moe_router_pre_softmax": bool(config.get("moe_router_pre_softmax")),
+        "moe_layer_freq": tuple(frequency),
+    }
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -16,6 +16,13 @@ from megatron.core import parallel_state, tensor_parallel
 from minitron_nemo import platform
 from minitron_nemo.checks import require
 
+_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
+
 
 @dataclass
 class LayoutConfig:
@@ -24,10 +31,13 @@ class LayoutConfig:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    """Ranks the experts of a mixture are shared out among, within the data-parallel ones; each expert is split over the
+    tensor-parallel ranks as everything else is."""
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        for name in _SIZES:
             value = getattr(self, name)
             require(value >= 1, f"trainer.{name}={value} must be at least 1.")
         require(
@@ -76,6 +86,13 @@ def use_layout(layout: LayoutConfig, *, seed: int) -> None:
         f"Start a multiple of {layout.model_parallel_size}: "
         f"torchrun --nproc-per-node {layout.model_parallel_size} ...",
     )
+    data_parallel = world // layout.model_parallel_size * layout.context_parallel_size
+    require(
+        data_parallel % layout.expert_model_parallel_size == 0,
+        f"trainer.expert_model_parallel_size={layout.expert_model_parallel_size} does not divide the {data_parallel} "
+        f"ranks that {world} processes leave it beside tensor and pipeline parallelism. Start "
+        f"{layout.model_parallel_size * layout.expert_model_parallel_size} processes, or lower it.",
+    )
     if not _stands(layout):
         # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
         # a thread that wakes a hundred times a second.
@@ -84,6 +101,7 @@ def use_layout(layout: LayoutConfig, *, seed: int) -> None:
             tensor_model_parallel_size=layout.tensor_model_parallel_size,
             pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
             context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -95,7 +113,8 @@ def _stands(layout: LayoutConfig) -> bool:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
-    ) == (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.context_parallel_size)
+        parallel_state.get_expert_model_parallel_world_size(),
+    ) == tuple(getattr(layout, size) for size in _SIZES)
 
 
 def is_rank_zero() -> bool:

@@ -18,6 +18,7 @@ from minitron_nemo.engine.progress import Reporter
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.importance import Importance, ImportanceConfig, ImportanceEstimator
+from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, broadcast_from, group_size
 from minitron_nemo.shape import ModelShape
 
@@ -30,6 +31,8 @@ def new_core(shape: ModelShape, trainer: TrainerConfig, *, dtype: torch.dtype | 
         tensor_model_parallel_size=trainer.tensor_model_parallel_size,
         pipeline_model_parallel_size=trainer.pipeline_model_parallel_size,
         context_parallel_size=trainer.context_parallel_size,
+        expert_model_parallel_size=trainer.expert_model_parallel_size,
+        expert_tensor_parallel_size=trainer.tensor_model_parallel_size,
         sequence_parallel=trainer.sequence_parallel,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -117,12 +120,20 @@ def estimate_importance(
     config: ImportanceConfig,
     *,
     total: int = 0,
+    seed: int = 0,
     origin: dict[str, Any] | None = None,
 ) -> Importance:
     """Width scores from one forward pass over `batches`, the same on every layout and equal on every rank.
 
-    Communicates: see `importance.estimate`.
+    Args:
+        batches: not read where `config.metric` is a baseline.
+        seed: of random scores.
+    Communicates: see `importance.estimate` and `importance.baselines`.
     """
+    if config.metric == "random":
+        return random_scores(shape, seed=seed)
+    if config.metric == "weight_magnitude":
+        return weight_magnitude(core, shape, Groups.from_megatron())
     with ImportanceEstimator(core, shape, Groups.from_megatron(), config) as estimator:
         run_forward(
             core, batches, before=lambda batch: estimator.sample(batch["loss_mask"]), label="importance", total=total

@@ -12,7 +12,6 @@ Communication: importing none, every rank reads what it holds; exporting gathers
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import shutil
@@ -22,13 +21,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minitron_nemo.axes import Named, full_shape, parameter_axes, parameter_names
 from minitron_nemo.checks import require
-from minitron_nemo.engine.hf_families import Family, family_of, hf_config, shape_from_config, with_defaults
+from minitron_nemo.engine.hf_families import (
+    Config,
+    Family,
+    family_of,
+    hf_config,
+    shape_from_config,
+    sliding_window,
+    weight_differences,
+    with_defaults,
+)
+from minitron_nemo.engine.safetensors_stream import INDEX, SINGLE, Planned, ShardWriter, StoredTensor, read_header
 from minitron_nemo.parallel import Groups
 from minitron_nemo.rope import apply_rope_scaling
 from minitron_nemo.shape import ModelShape
@@ -38,9 +45,7 @@ __all__ = ["apply_rope_scaling", "hf_config", "load_hf", "save_hf", "shape_from_
 
 logger = logging.getLogger(__name__)
 
-_CONFIG, _SINGLE, _INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_NOT_WEIGHTS = ("seq_length", "padded_vocab_size", "init_method_std", "family")
-"""ModelShape fields in which a model may differ from the checkpoint it is filled from."""
+CONFIG = "config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -65,9 +70,9 @@ def shape_from_hf(path: Path | str, *, make_vocab_size_divisible_by: int = 1) ->
         make_vocab_size_divisible_by: pad the embedding table up to a multiple of it, so that it splits over tp.
     Raises: FileNotFoundError: no such directory or no config.json. ValueError: what this project cannot represent.
     """
-    config = _read_config(path)
+    config = read_config(path)
     shape = shape_from_config(config, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    window = with_defaults(config, family_of(shape.family)).get("sliding_window")
+    window = sliding_window(with_defaults(config, family_of(shape.family)))
     if window is not None and window < shape.seq_length:
         logger.warning(
             "%s: sliding_window=%s is ignored: attention is over the whole sequence. The model is the same for "
@@ -81,7 +86,7 @@ def shape_from_hf(path: Path | str, *, make_vocab_size_divisible_by: int = 1) ->
 
 def vocab_size_from_hf(path: Path | str) -> int:
     """Rows of the checkpoint's embedding table, which may be fewer than `padded_vocab_size`."""
-    return int(_read_config(path)["vocab_size"])
+    return int(read_config(path)["vocab_size"])
 
 
 def load_hf(model: nn.Module, path: Path | str, shape: ModelShape, groups: Groups) -> None:
@@ -95,22 +100,23 @@ def load_hf(model: nn.Module, path: Path | str, shape: ModelShape, groups: Group
     Raises: FileNotFoundError: a file is missing. ValueError: the checkpoint is of another shape, lacks a tensor, is in
         pickles only, or is damaged.
     """
-    config = _read_config(path)
+    config = read_config(path)
     family = family_of(config.get("model_type", "none"))
-    _require_same_shape(shape_from_config(config), shape, path)
+    require_same_shape(shape_from_config(config), shape, path)
     config = with_defaults(config, family)
     require(
         config["vocab_size"] <= shape.padded_vocab_size,
         f"{path} has vocab_size={config['vocab_size']}, more than padded_vocab_size={shape.padded_vocab_size}. "
         f"Build the model with at least {config['vocab_size']}.",
     )
-    checkpoint = _Checkpoint(Path(path))
+    checkpoint = Checkpoint(Path(path))
 
     def read(name: str) -> Tensor:
         axis = parameter_axes(name).axes[0]
-        if name.endswith(".bias") and "layernorm" not in name and not family.has_bias(config, name):
+        if not is_held(name, family, config):
             return torch.zeros(full_shape(name, shape))
-        parts = [checkpoint.read(hf, sizes) for hf, sizes in _hf_tensors(name, shape, family, config["vocab_size"])]
+        sources = hf_tensors(name, shape, family, config["vocab_size"])
+        parts = [checkpoint.find(hf_name, sizes).read() for hf_name, sizes in sources]
         full = axis.fuse(parts, shape)
         if axis == Named("vocab"):
             padding = shape.padded_vocab_size - full.shape[0]
@@ -120,16 +126,20 @@ def load_hf(model: nn.Module, path: Path | str, shape: ModelShape, groups: Group
     load_full_parameters(model, shape, groups, read)
 
 
-class _Checkpoint:
-    """safetensors of a directory: a single file, or shards with their index. Files are mapped, not read whole."""
+class Checkpoint:
+    """safetensors of a directory: a single file, or shards with their index; the headers of all are read and checked.
+
+    Raises: FileNotFoundError: no weights, or a shard is missing. ValueError: pickles only, or a damaged file.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files: dict[str, Any] = {}
-        if (path / _INDEX).is_file():
-            self.file_of = dict(_read_json(path / _INDEX)["weight_map"])
-        elif (path / _SINGLE).is_file():
-            self.file_of = dict.fromkeys(self._open(_SINGLE).keys(), _SINGLE)
+        if (path / INDEX).is_file():
+            file_of: dict[str, str] = read_json(path / INDEX)["weight_map"]
+            held = {file: self._header(file) for file in sorted(set(file_of.values()))}
+            self.tensors = {name: held[file][name] for name, file in file_of.items() if name in held[file]}
+        elif (path / SINGLE).is_file():
+            self.tensors = self._header(SINGLE)
         else:
             pickles = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in path.glob(ending))
             require(
@@ -139,68 +149,68 @@ class _Checkpoint:
                 ".save_pretrained(new_path, safe_serialization=True) with transformers.",
             )
             raise FileNotFoundError(
-                f"{path} has neither {_SINGLE} nor {_INDEX}. Point at a checkpoint directory with its weights."
+                f"{path} has neither {SINGLE} nor {INDEX}. Point at a checkpoint directory with its weights."
             )
 
-    def read(self, name: str, sizes: tuple[int, ...]) -> Tensor:
+    def find(self, name: str, sizes: tuple[int, ...]) -> StoredTensor:
+        """A tensor of these sizes and a floating dtype, not read yet."""
         require(
-            name in self.file_of,
+            name in self.tensors,
             f"{self.path} has no tensor {name}, which its config.json calls for. The download is incomplete or "
             "config.json belongs to another model; fetch the checkpoint again.",
         )
-        tensor = self._open(self.file_of[name]).get_tensor(name)
+        found = self.tensors[name]
         require(
-            tuple(tensor.shape) == sizes,
-            f"{name} in {self.path} has shape {list(tensor.shape)} where config.json calls for {list(sizes)}. "
+            found.shape == sizes,
+            f"{name} in {self.path} has shape {list(found.shape)} where config.json calls for {list(sizes)}. "
             "Take config.json and weights of the same model.",
         )
-        return tensor
+        require(
+            found.dtype.is_floating_point and found.dtype.itemsize > 1,
+            f"{name} in {self.path} has dtype {found.dtype}: quantized weights cannot be pruned. "
+            "Use the bf16 or fp32 checkpoint.",
+        )
+        return found
 
-    def _open(self, file: str) -> Any:
-        if file not in self.files:
-            require(
-                (self.path / file).is_file(),
-                f"{self.path} lacks the shard {file} that its index names. Fetch the missing file.",
-                FileNotFoundError,
-            )
-            try:
-                self.files[file] = safe_open(self.path / file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{self.path / file} cannot be read as safetensors ({error}). The file is damaged or cut short; "
-                    "fetch it again."
-                ) from error
-        return self.files[file]
+    def _header(self, file: str) -> dict[str, StoredTensor]:
+        require(
+            (self.path / file).is_file(),
+            f"{self.path} lacks the shard {file} that its index names. Fetch the missing file.",
+            FileNotFoundError,
+        )
+        return read_header(self.path / file)
 
 
-def _read_config(path: Path | str) -> dict[str, Any]:
+def read_config(path: Path | str) -> dict[str, Any]:
     path = Path(path)
     require(path.is_dir(), f"{path} is not a directory. Give the directory of a HF checkpoint.", FileNotFoundError)
     require(
-        (path / _CONFIG).is_file(),
-        f"{path} has no {_CONFIG}, so it is no HF checkpoint. Give the directory that holds it and *.safetensors.",
+        (path / CONFIG).is_file(),
+        f"{path} has no {CONFIG}, so it is no HF checkpoint. Give the directory that holds it and *.safetensors.",
         FileNotFoundError,
     )
-    return _read_json(path / _CONFIG)
+    return read_json(path / CONFIG)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}). Fetch it again.") from error
 
 
-def _require_same_shape(theirs: ModelShape, ours: ModelShape, path: Path | str) -> None:
-    differences = [
-        f"{field.name}: {getattr(theirs, field.name)} there, {getattr(ours, field.name)} here"
-        for field in dataclasses.fields(ModelShape)
-        if field.name not in _NOT_WEIGHTS and getattr(theirs, field.name) != getattr(ours, field.name)
-    ]
+def require_same_shape(
+    theirs: ModelShape,
+    ours: ModelShape,
+    path: Path | str,
+    *,
+    mend: str = "Build the model from shape_from_hf of the same path.",
+) -> None:
+    """ValueError unless a model of shape `ours` can be filled from the checkpoint at `path`, of shape `theirs`."""
+    differences = [f"{field}: {there} there, {here} here" for field, there, here in weight_differences(theirs, ours)]
     require(
         not differences,
-        f"{path} is a model of another shape ({'; '.join(differences)}). "
-        "Build the model from shape_from_hf of the same path.",
+        f"{path} is a model of another shape ({'; '.join(differences)}). {mend}",
     )
 
 
@@ -226,8 +236,7 @@ def save_hf(
         vocab_size: rows of the embedding table to keep, the rest being padding; None: all.
         tokenizer_dir: HF tokenizer files to copy beside the weights; its bos, eos and pad tokens go to config.json.
         dtype: of the tensors written; None: the model's own.
-        max_shard_bytes: size of a file, and what global rank 0 holds in host memory at a time; a larger tensor gets a
-            file of its own.
+        max_shard_bytes: size of a file; a larger tensor gets a file of its own.
     Every rank calls this; global rank 0 writes.
     Communicates: tp and pp, as `stream_full_parameters`.
     Raises: ValueError: a shape this family cannot hold, or vocab_size out of range. FileExistsError, FileNotFoundError.
@@ -240,7 +249,7 @@ def save_hf(
     )
     dtype = dtype or next(model.parameters()).dtype
     config = hf_config(shape, vocab_size=vocab_size, dtype=dtype)
-    tensors = {name: _hf_tensors(name, shape, family, vocab_size) for name in parameter_names(shape)}
+    tensors = {name: hf_tensors(name, shape, family, vocab_size) for name in parameter_names(shape)}
     if tokenizer_dir is not None:
         config |= _special_tokens(Path(tokenizer_dir))
     require(
@@ -250,65 +259,28 @@ def save_hf(
     )
     if dist.is_initialized():
         dist.barrier()  # all have looked before rank 0 starts to write
-    writer = _ShardWriter(path, tensors, dtype, max_shard_bytes) if _is_writer() else None
+    planned = {hf_name: Planned(dtype, sizes) for parts in tensors.values() for hf_name, sizes in parts}
+    writer = ShardWriter(path, planned, max_shard_bytes) if _is_writer() else None
     for name, full in stream_full_parameters(model, shape, groups):
         if writer is not None:
             axis = parameter_axes(name).axes[0]
             rows = full[:vocab_size] if axis == Named("vocab") else full
             for (hf_name, _), tensor in zip(tensors[name], axis.unfuse(rows, shape), strict=True):
-                writer.add(hf_name, tensor)
+                writer.append(hf_name, tensor.to("cpu", dtype))
     if writer is not None:
         writer.finish()
-        (path / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer_dir is not None:
             for file in _tokenizer_files(Path(tokenizer_dir)):
                 shutil.copy2(file, path / file.name)
 
 
-class _ShardWriter:
-    """Files of at most `max_shard_bytes`, decided before the first tensor; each is written with its last one."""
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: dict[str, list[tuple[str, tuple[int, ...]]]],
-        dtype: torch.dtype,
-        max_shard_bytes: int,
-    ) -> None:
-        self.path, self.dtype = path, dtype
-        path.mkdir(parents=True, exist_ok=True)
-        shards: list[list[str]] = [[]]
-        room, self.total_bytes = max_shard_bytes, 0
-        for hf_name, sizes in (tensor for parts in tensors.values() for tensor in parts):
-            size = torch.Size(sizes).numel() * dtype.itemsize
-            if size > room and shards[-1]:
-                shards.append([])
-                room = max_shard_bytes
-            shards[-1].append(hf_name)
-            room -= size
-            self.total_bytes += size
-        self.file_of: dict[str, str] = {}
-        for number, names in enumerate(shards, start=1):
-            file = _SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self.file_of |= dict.fromkeys(names, file)
-        self.last_of = {names[-1] for names in shards}
-        self.waiting: dict[str, Tensor] = {}
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        # a copy of its own: the stream's tensor may be a view of the model's memory
-        self.waiting[name] = tensor.detach().to("cpu", self.dtype, copy=True).contiguous()
-        if name in self.last_of:
-            save_file(self.waiting, self.path / self.file_of[name], metadata={"format": "pt"})
-            self.waiting = {}
-
-    def finish(self) -> None:
-        assert not self.waiting
-        if len(self.last_of) > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.file_of}
-            (self.path / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+def is_held(name: str, family: Family, config: Config) -> bool:
+    """Whether a checkpoint of this config holds a full parameter; the biases it does not hold are zero."""
+    return not name.endswith(".bias") or "layernorm" in name or family.has_bias(config, name)
 
 
-def _hf_tensors(name: str, shape: ModelShape, family: Family, vocab_size: int) -> list[tuple[str, tuple[int, ...]]]:
+def hf_tensors(name: str, shape: ModelShape, family: Family, vocab_size: int) -> list[tuple[str, tuple[int, ...]]]:
     """HF names and sizes of the tensors a full parameter is fused from."""
     axis = parameter_axes(name).axes[0]
     full = torch.empty(full_shape(name, shape), device="meta")
@@ -334,10 +306,10 @@ def _special_tokens(directory: Path) -> dict[str, int]:
     _tokenizer_files(directory)
     settings, ids = {}, {}
     if (directory / "tokenizer_config.json").is_file():
-        settings = _read_json(directory / "tokenizer_config.json")
+        settings = read_json(directory / "tokenizer_config.json")
         ids = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
     if (directory / "tokenizer.json").is_file():
-        tokenizer = _read_json(directory / "tokenizer.json")
+        tokenizer = read_json(directory / "tokenizer.json")
         ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     found = {}
     for role in ("bos", "eos", "pad"):

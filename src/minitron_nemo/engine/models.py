@@ -17,26 +17,24 @@ import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from megatron.core.utils import get_batch_on_this_cp_rank
 from nemo.collections import llm
+from nemo.collections.llm.fn.activation import squared_relu
 from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec
 from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.collections.llm.gpt.model.mistral import MistralConfig7B
+from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.teacher_student import DistillationConfig, TeacherStudent
 from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.importance import Importance, ImportanceConfig
-from minitron_nemo.layer_spec import plain_block_spec
+from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import PruningPlan, prune_into
 from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
-
-
-def squared_relu(x: torch.Tensor) -> torch.Tensor:
-    return torch.square(F.relu(x))
-
 
 ACTIVATIONS: dict[str, Callable] = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 
@@ -46,6 +44,8 @@ _FAMILIES: dict[str, tuple[type[llm.GPTModel], type[GPTConfig]]] = {
     "nemotron": (llm.NemotronModel, llm.NemotronConfig),
     "qwen2": (llm.Qwen2Model, llm.Qwen2Config),
     "qwen3": (llm.Qwen3Model, llm.Qwen3Config),
+    "mixtral": (llm.MixtralModel, MixtralConfig),
+    "qwen3_moe": (llm.Qwen3Model, Qwen3MoEConfig),
 }
 
 ROPE_SCALING_FIELDS = {
@@ -91,6 +91,8 @@ def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
         "params_dtype": torch.float32,
         "calculate_per_token_loss": True,  # gradients are sum/count over the global batch on every layout
     }
+    if shape.num_moe_experts is not None:
+        values |= _expert_values(shape)
     if not platform.has_transformer_engine():
         values["transformer_layer_spec"] = plain_block_spec
     require_known_scaling(shape.rope_scaling)
@@ -100,6 +102,26 @@ def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
     if config_class is MistralConfig7B:
         values["window_size"] = None  # full attention: sliding windows need transformer-engine and change no weight
     return config_class(**values | platform.transformer_config_overrides() | overrides)
+
+
+def _expert_values(shape: ModelShape) -> dict[str, Any]:
+    """Config of a mixture that routes as the family does in transformers: softmax, top k, no token dropped."""
+    fused = platform.has_transformer_engine()
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_router_pre_softmax": shape.moe_router_pre_softmax,
+        "moe_router_score_function": "softmax",
+        "moe_layer_freq": 1 if shape.moe_layer_freq is None else list(shape.moe_layer_freq),
+        "moe_expert_capacity_factor": None,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+        # Megatron-core's all-to-all hands torch sizes as tensors, which only NCCL's path turns into numbers
+        "moe_token_dispatcher_type": "alltoall" if platform.has_accelerator() else "allgather",
+        "bf16": False,  # MixtralConfig's own default; the trainer's precision or `overrides` say it
+    }
 
 
 @lru_cache(maxsize=4)
@@ -219,6 +241,8 @@ _LAYOUT_FIELDS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
     "sequence_parallel",
     "pipeline_dtype",
     "params_dtype",
@@ -234,7 +258,12 @@ def plain_nemo_model(shape: ModelShape, tokenizer: Any) -> llm.GPTModel:
 
 
 def build_core(config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = None) -> MCoreGPTModel:
-    """This rank's part of the model on Megatron-core, with RoPE scaled as the shape says."""
+    """This rank's part of the model on Megatron-core, with RoPE scaled as the shape says.
+
+    Pipeline stages differ by a layer or so where the layers do not divide evenly over them (`uneven_stages`).
+    """
+    for field, layers in uneven_stages(shape.num_layers, config.pipeline_model_parallel_size).items():
+        setattr(config, field, layers)
     core = config.configure_model(None, vp_stage=vp_stage)
     apply_rope_scaling(core, shape)
     return core

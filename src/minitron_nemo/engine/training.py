@@ -188,6 +188,8 @@ def build_trainer(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
         context_parallel_size=config.context_parallel_size,
+        expert_model_parallel_size=config.expert_model_parallel_size,
+        expert_tensor_parallel_size=config.tensor_model_parallel_size,
         sequence_parallel=config.sequence_parallel,
         pipeline_dtype=config.dtype,
         process_group_backend=platform.backend(),

@@ -7,13 +7,17 @@ program's main module again, NeMo included. The doors of this package (cli.py, l
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
+from minitron_nemo.axes import layer_of
+
 WEIGHTS = "weights"
-_PREFIX = "module."
-_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}  # as NeMo's strategy writes
+PREFIX = "module."
+CONTENT: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+"""As NeMo's strategy writes: layers that are alike are stacked, [l, ...] under one key."""
 
 
 def save_weights(core: MCoreGPTModel, directory: Path) -> None:
@@ -21,12 +25,20 @@ def save_weights(core: MCoreGPTModel, directory: Path) -> None:
     weights = directory / WEIGHTS
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(
-        core.sharded_state_dict(prefix=_PREFIX, metadata=_CONTENT), str(weights), content_metadata=_CONTENT
+        core.sharded_state_dict(prefix=PREFIX, metadata=CONTENT), str(weights), content_metadata=CONTENT
     )
 
 
 def load_weights(core: MCoreGPTModel, directory: Path) -> None:
     """Fill `core` from `directory/weights`. Every rank calls; each reads what it holds."""
-    wanted = core.sharded_state_dict(prefix=_PREFIX, metadata=_CONTENT)
+    wanted = core.sharded_state_dict(prefix=PREFIX, metadata=content_of(directory / WEIGHTS))
     found = dist_checkpointing.load(wanted, str(directory / WEIGHTS))
-    core.load_state_dict({key.removeprefix(_PREFIX): value for key, value in found.items()}, strict=False)
+    core.load_state_dict({key.removeprefix(PREFIX): value for key, value in found.items()}, strict=False)
+
+
+def content_of(weights: Path) -> dict[str, Any]:
+    """How a checkpoint names its layers, as `sharded_state_dict` asks for it: stacked, or each by its number."""
+    saved = dist_checkpointing.load_content_metadata(str(weights)) or {}
+    keys = dist_checkpointing.load_tensors_metadata(str(weights))
+    by_number = any(layer_of(key.removeprefix(PREFIX)) is not None for key in keys)
+    return CONTENT | saved | {"non_homogeneous_layers": by_number}

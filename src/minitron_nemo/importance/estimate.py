@@ -18,21 +18,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.importance.hooks import LayerWatches, MicroBatch, Watch, watch_layers
-from minitron_nemo.importance.scores import Importance, NineScores
-from minitron_nemo.importance.statistics import aggregate_samples, mark_tokens_over
-from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, broadcast_from, group_size
-from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
+from minitron_nemo.importance.experts import ExpertWatch, expert_moments, watch_experts
+from minitron_nemo.importance.hooks import PLACES, AxisWatches, MicroBatch, watch_layers
+from minitron_nemo.importance.scores import Importance
+from minitron_nemo.importance.statistics import mark_tokens_over
+from minitron_nemo.parallel import (
+    Groups,
+    all_gather_shards,
+    all_reduce_max,
+    all_reduce_sum,
+    broadcast_from,
+    group_rank,
+    group_size,
+)
+from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
 
 HEAD_NORMS = ("before", "after")
+NEURONS = ("post_activation", "pre_activation")
+_NOWHERE = 1 << 31  # above every place and every sample, its square within an int64
+METRICS = ("activations", "contributions", "weight_magnitude", "random")
 
 
 @dataclass
@@ -44,12 +56,26 @@ class ImportanceConfig:
     head_norm: str = "before"
     """L2 norm over a head's kv_channels before the aggregation, per token (the paper), or after it (the published
     reference implementation)."""
+    neurons: str = "post_activation"
+    """Neurons by the input of linear_fc2 (post_activation, the published reference implementation) or by the output of
+    linear_fc1, the gate half of a gated one (pre_activation, the formula the paper prints)."""
+    metric: str = "activations"
+    """activations (the paper); contributions: what each structure writes to the residual stream, which ranks heads and
+    channels better where tried (docs/pruning.md); or a baseline that reads no samples: weight_magnitude or random."""
+    calibration: str | None = None
+    """JSONL file of calibration samples, {"text"} or {"prompt", "response"} a line; None: the training blend."""
+    count_prompts: bool = True
+    """Whether a calibration file's prompts count as its responses do; either way the model reads them."""
 
     def __post_init__(self) -> None:
         require(self.num_samples >= 1, f"importance.num_samples={self.num_samples} must be at least 1; try 1024.")
+        for option, known in (("head_norm", HEAD_NORMS), ("neurons", NEURONS), ("metric", METRICS)):
+            value = getattr(self, option)
+            require(value in known, f"importance.{option}={value} is not known; {did_you_mean(value, known)}")
         require(
-            self.head_norm in HEAD_NORMS,
-            f"importance.head_norm={self.head_norm} is not known; {did_you_mean(self.head_norm, HEAD_NORMS)}",
+            self.metric != "contributions" or (self.head_norm, self.neurons) == ("before", "post_activation"),
+            "importance.metric=contributions reads what is written to the residual stream: it needs "
+            "importance.head_norm=before and importance.neurons=post_activation.",
         )
 
 
@@ -68,24 +94,30 @@ class ImportanceEstimator:
         self.groups = groups
         self.config = config or ImportanceConfig()
         self._model: Any = bare_gpt(model)
-        self._current = MicroBatch()
-        self._layers: list[LayerWatches] = []
+        self._current = MicroBatch(self._device)
+        self._axes: dict[str, AxisWatches] = {}
+        self._experts: list[ExpertWatch] = []
         self._handles: list[RemovableHandle] = []
         self._training: list[nn.Module] = []
-        self._num_samples: Tensor | None = None
+        self._num_samples = torch.zeros((), dtype=torch.float64, device=self._device)
+        # rows of the micro-batches announced on this rank, fillers included: all, before the last, closed
+        self._num_rows = self._rows_before = self._closed_rows = 0
 
     def __enter__(self) -> ImportanceEstimator:
         """Hook the model. Raises: ValueError: its dims are not those of `shape`, or its layers cannot be scored."""
         self._require_same_dims()
         try:
-            self._layers = watch_layers(
+            self._axes = watch_layers(
                 self._model,
                 self.shape,
                 self.groups,
                 self._current,
                 self._handles,
-                norm_of_heads_per_token=self.config.head_norm == "before",
+                head_norm=self.config.head_norm,
+                neurons=self.config.neurons,
+                contributions=self.config.metric == "contributions",
             )
+            self._experts = watch_experts(self._model, self.shape, self.groups, self._current, self._handles)
         except BaseException:
             self._remove_hooks()  # those of the layers before the one that cannot be scored
             raise
@@ -105,58 +137,50 @@ class ImportanceEstimator:
 
         Args:
             loss_mask: [b, s/cp], as Megatron's batches carry it.
-        Communicates: cp, one all-reduce of [b].
+        Communicates: cp, one all-reduce of [b]; and see `hooks` for the micro-batch before.
+        Raises: ValueError: an activation of the micro-batch before was not finite; names layer, axis and sample. Every
+            rank that saw it raises. RuntimeError: the model was not run since the last call.
         """
-        mask = mark_tokens_over(loss_mask.to(self._device), groups=[self.groups.cp])
-        self._current.mask = mask
-        self._current.number += 1
-        counted = mask.is_sample.sum()
-        self._num_samples = counted if self._num_samples is None else self._num_samples + counted
+        found = self._close()
+        if found is not None:
+            self._stop(*found)
+        # Reading the mask waits for the device; the forward pass before is over.
+        mask = mark_tokens_over(loss_mask, groups=[self.groups.cp], device=self._device)
+        self._current.announce(mask)
+        self._rows_before, self._num_rows = self._num_rows, self._num_rows + len(loss_mask)
+        self._num_samples += mask.is_sample.sum()
 
     def finish(self, origin: Mapping[str, Any] | None = None) -> Importance:
-        """Merge all ranks' moments into scores.
+        """Merge all ranks' moments.
 
         Args:
             origin: what the caller knows about the samples (data, seed, sequence length); kept in the artifact.
-        Communicates: tp, dp and pp, once per axis.
-        Raises: ValueError: no sample was seen, or an activation was not finite (names the layer).
+        Communicates: tp, dp and pp, once per axis; all of them and cp, a number that says whether all was finite.
+        Raises: ValueError: no sample was seen, or an activation was not finite (names layer, axis and sample).
+            RuntimeError: the model was not run since the last `sample`.
         """
-        for watch in (watch for layer in self._layers for watch in layer.all()):
-            require(
-                watch.num_seen == self._current.number,
-                f"{self._current.number} micro-batches were announced, but {watch.place} saw {watch.num_seen} forward "
-                "passes. Run the model once after each estimator.sample(loss_mask).",
-                RuntimeError,
-            )
-        counted = self._num_samples if self._num_samples is not None else self._zeros(())
-        num_samples = all_reduce_sum(counted.to(self._device), group=self.groups.dp)
+        self._agree_all_finite(self._close())
+        num_samples = all_reduce_sum(self._num_samples, group=self.groups.dp)
         # Reading the value waits for the device; the pass is over.
         require(
             num_samples.item() >= 1,
             "Importance needs at least 1 calibration sample with a token that counts, but 0 were seen. "
             "Check importance.num_samples and that the loss masks are not all 0.",
         )
-        head = self._scores("head", [(layer.index, layer.head) for layer in self._layers], num_samples)
-        if self.config.head_norm == "after":
-            per_head = (self.shape.num_attention_heads, self.shape.kv_channels)
-            head = {
-                pair: torch.linalg.vector_norm(score.unflatten(-1, per_head), dim=-1) for pair, score in head.items()
-            }
-        groups_of_heads = (self.shape.num_query_groups, self.shape.heads_per_group)
-        hidden = [(2 * layer.index + place, norm) for layer in self._layers for place, norm in enumerate(layer.norms)]
-        width: dict[str, NineScores] = {
-            "hidden": {pair: score.sum(0) for pair, score in self._scores("hidden", hidden, num_samples).items()},
-            "ffn": self._scores("ffn", [(layer.index, layer.ffn) for layer in self._layers], num_samples),
-            "head": head,
-            "group": {pair: score.unflatten(-1, groups_of_heads).sum(-1) for pair, score in head.items()},
-        }
+        moments = {axis: self._merge_over_ranks(axis) / num_samples for axis in self._axes}
+        if self.shape.num_moe_experts is not None:
+            moments |= expert_moments(self._experts, self.shape, self.groups, self._device)
+        for axis, tensor in moments.items():
+            require(
+                bool(tensor.isfinite().all()),
+                f"Activations of axis {axis} are not finite (NaN or infinity); scores from them rank nothing. "
+                "Check the checkpoint and its dtype with the evaluate stage.",
+            )
         return Importance(
             shape=self.shape,
-            width={
-                axis: {pair: score.float().cpu() for pair, score in scores.items()} for axis, scores in width.items()
-            },
+            moments={axis: tensor.cpu() for axis, tensor in moments.items()},
             num_samples=round(num_samples.item()),
-            origin={"metric": "activations", **asdict(self.config), **(origin or {})},
+            origin={**asdict(self.config), **(origin or {})},
         )
 
     def _remove_hooks(self) -> None:
@@ -166,12 +190,51 @@ class ImportanceEstimator:
 
     def _require_same_dims(self) -> None:
         config = self._model.config
-        for dim in (*PRUNABLE_DIMS, "kv_channels"):
+        for dim in (*self.shape.prunable_dims, "kv_channels"):
             built, named = getattr(config, dim), getattr(self.shape, dim)
             require(
                 built == named,
                 f"The model has {dim}={built}, but the shape to score it by says {named}. Pass the model's own shape.",
             )
+
+    # ---- activations that are not finite ---------------------------------------------------------------------------
+
+    def _close(self) -> tuple[int, int] | None:
+        """End the announced micro-batch.
+
+        Returns: where an activation was not finite, the first place (see `Watch`) and its first calibration sample.
+        Communicates: see `hooks`. Waits for the device, once.
+        """
+        if self._num_rows == self._closed_rows:
+            return None
+        self._closed_rows = self._num_rows
+        broken = [(axis.watches, axis.close()) for axis in self._axes.values()]
+        if not bool(torch.cat([at.flatten() for _, at in broken]).any()):
+            return None
+        place, row = min((watches[watch].place, row) for watches, at in broken for watch, row in at.nonzero().tolist())
+        dp, rows = self.groups.dp, self._num_rows - self._rows_before
+        return place, self._rows_before * group_size(dp) + group_rank(dp) * rows + row
+
+    def _agree_all_finite(self, found: tuple[int, int] | None) -> None:
+        """Raise on every rank, with one message, where an activation of the last micro-batch was not finite.
+
+        Communicates: tp, cp, dp and pp, a maximum of one number.
+        """
+        place, sample = found or (_NOWHERE, 0)
+        first = torch.tensor(-(place * _NOWHERE + sample), device=self._device)
+        for group in (self.groups.tp, self.groups.cp, self.groups.dp, self.groups.pp):
+            first = all_reduce_max(first, group=group)
+        place, sample = divmod(-int(first.item()), _NOWHERE)
+        if place != _NOWHERE:
+            self._stop(place, sample)
+
+    def _stop(self, place: int, sample: int) -> NoReturn:
+        layer, place = divmod(place, len(PLACES))
+        raise ValueError(
+            f"Activations of axis {PLACES[place]} in decoder.layers.{layer} are not finite (NaN or infinity) in "
+            f"calibration sample {sample} (from 0, in the order of calibration); scores from them rank nothing. "
+            "Check that sample, and the checkpoint and its dtype with the evaluate stage."
+        )
 
     # ---- merging ---------------------------------------------------------------------------------------------------
 
@@ -179,41 +242,15 @@ class ImportanceEstimator:
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def _zeros(self, size: tuple[int, ...]) -> Tensor:
-        return torch.zeros(size, dtype=torch.float64, device=self._device)
-
-    def _scores(self, axis: str, watches: list[tuple[int, Watch]], num_samples: Tensor) -> NineScores:
-        """Nine scores [rows, c] float64 of an axis, global; a row is a layer, for hidden a norm."""
-        moments = self._merge_over_ranks(axis, watches)
-        finite = moments.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            layer = row // 2 if axis == "hidden" else row
-            raise ValueError(
-                f"Activations of axis {axis} in decoder.layers.{layer} are not finite (NaN or infinity); scores from "
-                "them rank nothing. Check the checkpoint and its dtype with the evaluate stage."
-            )
-        return aggregate_samples(moments, num_samples)
-
-    def _merge_over_ranks(self, axis: str, watches: list[tuple[int, Watch]]) -> Tensor:
-        """Moments [rows, 2, 3, c] of all layers and channels over all samples, equal on every rank.
+    def _merge_over_ranks(self, axis: str) -> Tensor:
+        """Sums [rows, 2, 3, c] of all layers and channels over all samples, equal on every rank.
 
         Communicates: tp (gather of neurons and heads; hidden channels are whole on each rank), dp and pp (sums).
         """
-        tp, shape = self.groups.tp, self.shape
-        rows, channels = {
-            "ffn": (shape.num_layers, shape.ffn_hidden_size // group_size(tp)),
-            "head": (
-                shape.num_layers,
-                shape.num_attention_heads
-                // group_size(tp)
-                * (1 if self.config.head_norm == "before" else shape.kv_channels),
-            ),
-            "hidden": (2 * shape.num_layers, shape.hidden_size),
-        }[axis]
-        local = self._zeros((rows, 2, 3, channels))
-        for row, watch in watches:
-            local[row] = watch.moments.total
+        watched, tp = self._axes[axis], self.groups.tp
+        rows = (2 if axis == "hidden" else 1) * self.shape.num_layers
+        local = torch.zeros(rows, 2, 3, watched.channels, dtype=torch.float64, device=self._device)
+        local[[watch.row for watch in watched.watches]] = watched.moments
         if axis == "hidden":  # tp ranks hold the same sums; take one rank's, so that rounding cannot part them
             over_tp = broadcast_from(local, source=0, group=tp)
         else:

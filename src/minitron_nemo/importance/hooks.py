@@ -1,7 +1,8 @@
 """Where the width scores are read in a Megatron-core GPT model, by hooks that leave its outputs untouched.
 
     axis     what is read                                            shape                     split over
-    ffn      input of mlp.linear_fc2 (after the activation)          [s/cp, b, f/tp]           cp
+    ffn      input of mlp.linear_fc2 (after the activation), or      [s/cp, b, f/tp]           cp
+             the gate half of linear_fc1's output (before it)
     head     input of self_attention.linear_proj, L2 over d          [s/cp, b, (n/tp)*d]       cp
     hidden   outputs of input_layernorm and pre_mlp_layernorm        [s/(cp*tp), b, h]         cp, and tp if sequence
                                                                      or [s/cp, b, h]           parallel
@@ -10,15 +11,17 @@ The linears' inputs hold the full sequence of the tensor-parallel group also und
 outputs do not. A norm fused into a transformer-engine linear (`linear_qkv.layer_norm_weight`) is computed once more
 from the linear's input, as its output never leaves the kernel.
 
-Communication per micro-batch and hook: cp (and, for norms under sequence parallelism, tp) one all-reduce of [3, b, c]
-float64, since a sample's tokens lie on several ranks and L2 and variance need the whole sample. Neurons and heads are
-split over tp and stay so. No hook reads a value to the host.
+A hook sums over this rank's tokens and no more: [3, b, c]. What follows is small, and done for all layers at once when
+the micro-batch is over (`AxisWatches.close`).
+
+Communication per micro-batch and axis, all layers together: cp (and, for norms under sequence parallelism, tp) one
+all-reduce of [rows, 3, b, c] float64, since a sample's tokens lie on several ranks and L2 and variance need the whole
+sample. Neurons and heads are split over tp and stay so. Hooks communicate nothing and read no value to the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,85 +30,157 @@ from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.checks import require
-from minitron_nemo.importance.statistics import SampleMoments, TokenMask, aggregate_sequence, partial_sums_over
+from minitron_nemo.importance.statistics import (
+    TokenMask,
+    add_over,
+    aggregate_sequence,
+    head_norms,
+    new_scratch,
+    partial_sums,
+    sum_over_samples,
+)
 from minitron_nemo.parallel import Groups, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
 
-@dataclass
 class MicroBatch:
     """The micro-batch whose forward pass comes next; `number` counts from 1, 0 means none was announced."""
 
-    mask: TokenMask | None = None
-    number: int = 0
+    def __init__(self, device: torch.device) -> None:
+        self.number = 0
+        self.scratch = new_scratch(device)
+        self._masks: dict[tuple[int, int], TokenMask] = {}
+
+    def announce(self, mask: TokenMask) -> None:
+        self.number += 1
+        self._masks = {(0, 1): mask}
+
+    def mask(self, index: int, size: int) -> TokenMask:
+        """The mask of the `index`-th of `size` parts of this rank's tokens."""
+        if (index, size) not in self._masks:
+            self._masks[index, size] = self._masks[0, 1].shard(index, size)
+        return self._masks[index, size]
 
 
 class Watch:
-    """One hooked place: reads an activation per micro-batch, keeps its moments."""
+    """One hooked place: sums an activation over the tokens of the current micro-batch."""
 
     def __init__(
         self,
-        place: str,
-        channels: int,
-        device: torch.device,
+        name: str,
+        row: int,
+        place: int,
         current: MicroBatch,
         *,
-        sequence_groups: Sequence[ProcessGroup | None],
-        sequence_parallel_group: ProcessGroup | None = None,
+        shard: tuple[int, int] = (0, 1),
         measure: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """
         Args:
-            place: name of the hooked module, for messages.
-            channels: c, what this rank scores here.
-            sequence_groups: the groups that split a sample's tokens at this place.
-            sequence_parallel_group: the one of them that splits the tokens of the announced mask once more (tp).
+            name: of the hooked module, for messages.
+            row: of the axis' moments, over all pipeline stages.
+            place: in the order in which a forward pass comes by: layer x len(PLACES) + index in `PLACES`.
+            shard: which part of the announced mask's tokens lies here, of how many.
             measure: [s, b, ...] -> [s, b, c], where the activation is not yet what is scored.
         """
-        self.place = place
-        self.moments = SampleMoments(channels, device)
+        self.name, self.row, self.place = name, row, place
         self.num_seen = 0
+        self.sums: Tensor | None = None
+        """`partial_sums` [3, b, c] of the micro-batch that is not closed yet."""
         self._current = current
-        self._groups = sequence_groups
-        self._shard = (group_rank(sequence_parallel_group), group_size(sequence_parallel_group))
+        self._shard = shard
         self._measure = measure
 
     @torch.no_grad()
     def see(self, activation: Tensor) -> None:
-        """Add one micro-batch. Communicates: over the groups that split the sequence, one all-reduce each."""
-        mask = self._current.mask
+        """Sum one micro-batch."""
+        number = self._current.number
         require(
-            mask is not None and self.num_seen + 1 == self._current.number,
-            f"{self.place} saw forward pass {self.num_seen + 1}, but {self._current.number} micro-batches were "
-            "announced. "
+            self.num_seen + 1 == number,
+            f"{self.name} saw forward pass {self.num_seen + 1}, but {number} micro-batches were announced. "
             "Call estimator.sample(loss_mask) once before each forward pass, on every pipeline stage.",
             RuntimeError,
         )
-        assert mask is not None
-        mask = mask.shard(*self._shard)
+        mask = self._current.mask(*self._shard)
         require(
             activation.dim() == 3 and tuple(activation.shape[:2]) == (mask.seq_length, mask.num_tokens.numel()),
-            f"{self.place} has activations of shape {list(activation.shape)} [s, b, ...], but the loss mask announced "
+            f"{self.name} has activations of shape {list(activation.shape)} [s, b, ...], but the loss mask announced "
             f"{mask.num_tokens.numel()} samples of {mask.seq_length} tokens on this rank. "
             "Give estimator.sample the mask [b, s] of the micro-batch that is run next.",
         )
-        measured = activation if self._measure is None else self._measure(activation)
-        sums = partial_sums_over(measured, mask, groups=self._groups)
-        self.moments.add(aggregate_sequence(sums, mask.num_tokens), mask.is_sample)
+        # The CPU platform's function mode costs as much per call as a small op, and nothing here names a device.
+        with torch._C.DisableTorchFunction():
+            measured = activation if self._measure is None else self._measure(activation)
+            self.sums = partial_sums(measured, mask, self._current.scratch)
         self.num_seen += 1
 
 
-@dataclass
-class LayerWatches:
-    """The places of one layer; `index` is global, from 0."""
+PLACES = ("hidden (input norm)", "head", "hidden (pre-MLP norm)", "ffn", "shared_expert_ffn")
+"""What is read in a layer, by axis, in the order of the forward pass."""
 
-    index: int
-    ffn: Watch
-    head: Watch
-    norms: tuple[Watch, Watch]
 
-    def all(self) -> tuple[Watch, ...]:
-        return (self.ffn, self.head, *self.norms)
+class AxisWatches:
+    """The places of one axis on this pipeline stage and their moments over the samples so far."""
+
+    def __init__(
+        self,
+        channels: int,
+        device: torch.device,
+        current: MicroBatch,
+        groups: Sequence[ProcessGroup | None],
+        *,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        """
+        Args:
+            channels: c, what this rank scores at each place.
+            groups: those that split a sample's tokens at these places.
+            shard: see `Watch`.
+        """
+        self.watches: list[Watch] = []
+        self.channels = channels
+        self._device = device
+        self._current, self._groups, self._shard = current, groups, shard
+        self._moments: Tensor | None = None
+
+    def add(self, name: str, row: int, place: int, measure: Callable[[Tensor], Tensor] | None = None) -> Watch:
+        """A place more; the hook that shows it its activation is the caller's."""
+        self.watches.append(Watch(name, row, place, self._current, shard=self._shard, measure=measure))
+        return self.watches[-1]
+
+    @property
+    def moments(self) -> Tensor:
+        """Sum and sum of squares over samples of each place, [places, 2, 3, c] float64."""
+        if self._moments is None:
+            size = (len(self.watches), 2, 3, self.channels)
+            self._moments = torch.zeros(size, dtype=torch.float64, device=self._device)
+        return self._moments
+
+    def close(self) -> Tensor:
+        """Add the micro-batch that every place has seen.
+
+        Communicates: over the groups that split the sequence, one all-reduce each.
+        Returns: [places, b] bool, where an activation was not finite.
+        Raises: RuntimeError: a place saw no forward pass since the micro-batch was announced.
+        """
+        sums = []
+        for watch in self.watches:
+            require(
+                watch.sums is not None,
+                f"{self._current.number} micro-batches were announced, but {watch.name} saw {watch.num_seen} forward "
+                "passes. Run the model once after each estimator.sample(loss_mask).",
+                RuntimeError,
+            )
+            assert watch.sums is not None
+            sums.append(watch.sums)
+            watch.sums = None
+        num_tokens = self._current.mask(0, 1).num_tokens
+        if not sums:
+            return torch.zeros(0, num_tokens.numel(), dtype=torch.bool, device=self._device)
+        with torch._C.DisableTorchFunction():  # as in `Watch.see`
+            aggregates = aggregate_sequence(add_over(torch.stack(sums), groups=self._groups), num_tokens)
+            self.moments.add_(sum_over_samples(aggregates))
+            return ~aggregates.sum((1, 3)).isfinite()  # none is negative: no infinity cancels another
 
 
 def watch_layers(
@@ -115,70 +190,81 @@ def watch_layers(
     current: MicroBatch,
     handles: list[RemovableHandle],
     *,
-    norm_of_heads_per_token: bool,
-) -> list[LayerWatches]:
-    """Hook every layer of this rank's pipeline stage.
+    head_norm: str,
+    neurons: str,
+    contributions: bool,
+) -> dict[str, AxisWatches]:
+    """Hook every layer of this rank's pipeline stage: axis -> its places, one a layer, for hidden two.
 
     Args:
         model: the bare megatron.core GPTModel; `decoder.layers[i].layer_number` is global, from 1.
         handles: gets the hooks, also where an error ends the call half-way.
-        norm_of_heads_per_token: True scores heads by each token's L2 norm over kv_channels (the paper); False keeps
-            every channel [(n/tp)*d], for a norm taken after the aggregation (the reference implementation).
+        head_norm, neurons: as in ImportanceConfig.
+        contributions: see ImportanceConfig.metric.
     """
-    watched: list[LayerWatches] = []
-    heads, head_dim = shape.num_attention_heads // group_size(groups.tp), shape.kv_channels
-    norm_sharded_over = groups.tp if model.config.sequence_parallel else None
+    tp, device = group_size(groups.tp), next(model.parameters()).device
+    heads = shape.num_attention_heads // tp
+    per_head = 1 if head_norm == "before" else shape.kv_channels
+    split, norm_groups = (0, 1), [groups.cp]
+    if model.config.sequence_parallel:
+        split, norm_groups = (group_rank(groups.tp), tp), [groups.cp, groups.tp]
+    axes = {
+        "hidden": AxisWatches(shape.hidden_size, device, current, norm_groups, shard=split),
+        "head": AxisWatches(heads * per_head, device, current, [groups.cp]),
+    }
+    if shape.has_dense_layers:
+        axes["ffn"] = AxisWatches(shape.ffn_hidden_size // tp, device, current, [groups.cp])
+    if shape.moe_shared_expert_intermediate_size is not None:
+        shared = shape.moe_shared_expert_intermediate_size // tp
+        axes["shared_expert_ffn"] = AxisWatches(shared, device, current, [groups.cp])
 
     def token_norms(activation: Tensor) -> Tensor:
-        """[s, b, (n/tp)*d] -> [s, b, n/tp] float32."""
-        return torch.linalg.vector_norm(activation.float().unflatten(-1, (heads, head_dim)), dim=-1)
+        return head_norms(activation, heads, current.scratch)
 
     for layer in model.decoder.layers:
         index = layer.layer_number - 1
-        name = f"decoder.layers.{index}"
-        require(
-            hasattr(layer.mlp, "linear_fc2"),
-            f"{name}.mlp is a {type(layer.mlp).__name__} without linear_fc2; importance is estimated for dense models. "
-            "Use a model without experts.",
+        name, first = f"decoder.layers.{index}", index * len(PLACES)
+
+        projection = layer.self_attention.linear_proj
+        measure = (
+            None if head_norm == "after" else _written_by_heads(projection, heads) if contributions else token_norms
         )
-        device = layer.mlp.linear_fc2.weight.device
-        ffn = Watch(
-            f"{name}.mlp.linear_fc2",
-            shape.ffn_hidden_size // group_size(groups.tp),
-            device,
-            current,
-            sequence_groups=[groups.cp],
-        )
-        head = Watch(
-            f"{name}.self_attention.linear_proj",
-            heads if norm_of_heads_per_token else heads * head_dim,
-            device,
-            current,
-            sequence_groups=[groups.cp],
-            measure=token_norms if norm_of_heads_per_token else None,
-        )
-        handles.append(layer.mlp.linear_fc2.register_forward_pre_hook(_see_input(ffn)))
-        handles.append(layer.self_attention.linear_proj.register_forward_pre_hook(_see_input(head)))
-        norms = []
-        for norm, linear in (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1")):
-            norm_module, fused_into = getattr(layer, norm), layer.get_submodule(linear)
-            fused = getattr(norm_module, "weight", None) is None
-            watch = Watch(
-                f"{name}.{linear if fused else norm}",
-                shape.hidden_size,
-                device,
-                current,
-                sequence_groups=[groups.cp, norm_sharded_over],
-                sequence_parallel_group=norm_sharded_over,
-                measure=_fused_norm(fused_into, model.config, f"{name}.{linear}") if fused else None,
-            )
-            if fused:
-                handles.append(fused_into.register_forward_pre_hook(_see_input(watch)))
+        head = axes["head"].add(f"{name}.self_attention.linear_proj", index, first + 1, measure)
+        handles.append(projection.register_forward_pre_hook(_see_input(head)))
+
+        for number, (norm_name, linear_name) in enumerate(_NORMS):
+            norm = getattr(layer, norm_name)
+            fused = getattr(norm, "weight", None) is None
+            module = layer.get_submodule(linear_name) if fused else norm
+            place = f"{name}.{linear_name if fused else norm_name}"
+            normalise = _fused_norm(module, model.config, place) if fused and not contributions else None
+            watch = axes["hidden"].add(place, 2 * index + number, first + 2 * number, normalise)
+            if fused or contributions:
+                handles.append(module.register_forward_pre_hook(_see_input(watch)))
             else:
-                handles.append(norm_module.register_forward_hook(_see_output(watch)))
-            norms.append(watch)
-        watched.append(LayerWatches(index, ffn, head, (norms[0], norms[1])))
-    return watched
+                handles.append(module.register_forward_hook(_see_output(watch)))
+
+        axis, mlp, mlp_name = "ffn", layer.mlp, f"{name}.mlp"
+        if shape.has_experts(index):
+            if "shared_expert_ffn" not in axes:
+                continue
+            axis, mlp, mlp_name = "shared_expert_ffn", layer.mlp.shared_experts, f"{name}.mlp.shared_experts"
+        require(
+            hasattr(mlp, "linear_fc2"),
+            f"{mlp_name} is a {type(mlp).__name__} without linear_fc2, whose input scores its neurons. Use Megatron's "
+            "local or transformer-engine GPT layer spec.",
+        )
+        if neurons == "pre_activation":
+            watch = axes[axis].add(f"{mlp_name}.linear_fc1", index, first + PLACES.index(axis))
+            handles.append(mlp.linear_fc1.register_forward_hook(_see_gate(watch, axes[axis].channels)))
+        else:
+            written = _written_by_neurons(mlp.linear_fc2) if contributions else None
+            watch = axes[axis].add(f"{mlp_name}.linear_fc2", index, first + PLACES.index(axis), written)
+            handles.append(mlp.linear_fc2.register_forward_pre_hook(_see_input(watch)))
+    return axes
+
+
+_NORMS = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
 
 
 def _see_input(watch: Watch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -193,6 +279,37 @@ def _see_output(watch: Watch) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor
         watch.see(output)
 
     return hook
+
+
+def _see_gate(watch: Watch, neurons: int) -> Callable[[nn.Module, tuple[Tensor, ...], Any], None]:
+    """Sees what linear_fc1 gives the activation function: its first half where gated, plus the bias it holds back."""
+
+    def hook(_module: nn.Module, _args: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        value, bias = output
+        watch.see(value[..., :neurons] if bias is None else value[..., :neurons] + bias[:neurons])
+
+    return hook
+
+
+def _written_by_neurons(linear_fc2: Any) -> Callable[[Tensor], Tensor]:
+    """[s, b, f/tp] -> |what each neuron adds to the stream|, with the sign of its activation."""
+    column_norms = linear_fc2.weight.detach().float().norm(dim=0)  # [f/tp], over all of h: row-parallel keeps it whole
+    return lambda activation: activation.float() * column_norms
+
+
+def _written_by_heads(linear_proj: Any, heads: int) -> Callable[[Tensor], Tensor]:
+    """[s, b, (n/tp)*d] -> L2 norm of what each head adds to the stream [s, b, n/tp], float32.
+
+    ||W_i a|| = ||R_i a|| with W_i = Q_i R_i, so that a token costs d^2 a head, not d h.
+    """
+    columns = linear_proj.weight.detach().float().unflatten(1, (heads, -1)).movedim(1, 0)  # [n/tp, h, d]
+    triangles = torch.linalg.qr(columns, mode="r").R  # [n/tp, d, d]
+
+    def norms(activation: Tensor) -> Tensor:
+        by_head = activation.float().unflatten(-1, (heads, -1))
+        return torch.einsum("sbnd,nkd->sbnk", by_head, triangles).norm(dim=-1)
+
+    return norms
 
 
 def _fused_norm(linear: Any, config: Any, name: str) -> Callable[[Tensor], Tensor]:

@@ -1,97 +1,185 @@
-"""The result of an importance pass: one score per named axis, global, the same whatever layout it came from.
+"""The result of an importance pass: moments of every named axis, and the scores they make.
 
     hidden  [h]      ffn  [l, f]      head  [l, n]      group  [l, g]      all nine aggregations of each
-    layer   [l]      by the name of the metric that made it
+    blocks  [l-n+1]  by the name of the depth metric and the block's size n; a single layer is a block of one
 
-On disk: `importance.safetensors` (keys `ffn.l2.mean`: axis, batch aggregation, sequence aggregation; `layer.<metric>`)
-beside `importance.json` (the model's shape, the number of samples, how the scores were obtained).
+Everything is global and the same whatever layout it came from. Kept are moments, not scores, so that runs over
+different samples merge exactly and every aggregation can be chosen later:
+
+    moments[axis]    [rows, 2, 3, c] float64: mean and mean square over the samples of a sample's mean of |a|, L2 and
+                     variance along the sequence (the order of `Aggregation`). A row is a layer, for hidden a norm (two
+                     a layer: input norm, pre-MLP norm). head counts c = n where a token's L2 norm over kv_channels was
+                     taken first, n*d where it is taken of the aggregates.
+
+On disk: `importance.safetensors` (keys `ffn`, ..., `depth.<metric>.<block size>`) beside `importance.json` (the model's
+shape, the number of samples, how the scores were obtained).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.importance.statistics import Aggregation
+from minitron_nemo.importance.statistics import Aggregation, aggregate_samples
 from minitron_nemo.shape import ModelShape
 
 WIDTH_AXES = ("hidden", "ffn", "head", "group")
 TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"
-
-NineScores = Mapping[tuple[Aggregation, Aggregation], Tensor]
-"""Scores by (batch aggregation, sequence aggregation)."""
+OPTIONS = ("metric", "head_norm", "neurons")
+"""Keys of `origin` that say what was measured; runs that differ in one of them do not merge."""
 
 
 @dataclass(frozen=True)
 class Importance:
-    """Scores per named axis, float32, larger means more important."""
+    """Moments per measured axis; scores on demand, float32, larger means more important."""
 
     shape: ModelShape
     """The model that was measured."""
-    width: Mapping[str, NineScores]
+    moments: Mapping[str, Tensor]
+    """[..., 2, 3, c] float64 by measured axis; see the module's text."""
     num_samples: int
     """Calibration samples that took part, over all data-parallel ranks."""
-    layer: Mapping[str, Tensor] = field(default_factory=dict)
-    """Depth scores [l] by metric; empty where none was estimated."""
+    depth: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    """metric -> block size n -> [l-n+1] float32; entry i is the block of layers i to i+n-1. Empty where no depth was
+    estimated."""
+    tokenizer_digest: str | None = None
+    """Of the tokenizer that made the samples; None where unknown."""
     origin: Mapping[str, Any] = field(default_factory=dict)
     """How the scores were obtained: metric, options, calibration data; plain JSON values."""
 
     def __post_init__(self) -> None:
-        sizes = expected_sizes(self.shape)
-        for axis, scores in self.width.items():
-            for pair, tensor in scores.items():
+        sizes = moment_sizes(self.shape)
+        for axis, tensor in self.moments.items():
+            require(axis in sizes, f"moments of axis {axis} have no place in a model; {did_you_mean(axis, sizes)}")
+            require(
+                tuple(tensor.shape) in sizes[axis],
+                f"moments of axis {axis} have shape {list(tensor.shape)}, but a model of this shape has "
+                f"{' or '.join(str(list(size)) for size in sizes[axis])}. Estimate the importance of this model again.",
+            )
+        for metric, blocks in self.depth.items():
+            for size, tensor in blocks.items():
+                expected = self.shape.num_layers - size + 1
                 require(
-                    tuple(tensor.shape) == sizes[axis],
-                    f"scores of axis {axis} ({pair[0].value}, {pair[1].value}) have shape {list(tensor.shape)}, but a "
-                    f"model of this shape has {list(sizes[axis])}. Estimate the importance of this model again.",
+                    tuple(tensor.shape) == (expected,),
+                    f"depth scores {metric} of blocks of {size} layers have shape {list(tensor.shape)}, but "
+                    f"{self.shape.num_layers} layers have {expected} such blocks. Estimate the importance of this "
+                    "model again.",
                 )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Width axes that have scores."""
+        return tuple(axis for axis in expected_sizes(self.shape) if _measured_axis(axis) in self.moments)
 
     def scores(self, axis: str, batch: str | Aggregation = "l2", sequence: str | Aggregation = "mean") -> Tensor:
         """Scores of a width axis; the defaults are the paper's choice (L2 over samples of the sequence mean of |a|).
 
+        hidden sums over all norms; a group sums its heads.
         Returns: hidden [h], ffn [l, f], head [l, n], group [l, g]; float32.
         """
-        require(axis in self.width, f"axis={axis} was not estimated; {did_you_mean(axis, self.width)}")
-        pair = (
-            Aggregation.parse(batch, "batch_aggregation"),
-            Aggregation.parse(sequence, "sequence_aggregation"),
-        )
-        return self.width[axis][pair]
+        require(axis in self.axes, f"axis={axis} was not estimated; {did_you_mean(axis, self.axes)}")
+        pair = Aggregation.parse(batch, "batch_aggregation"), Aggregation.parse(sequence, "sequence_aggregation")
+        scores = aggregate_samples(self.moments[_measured_axis(axis)], *pair)
+        if axis == "hidden":
+            scores = scores.sum(0)
+        elif axis in ("head", "group"):
+            if scores.size(-1) != self.shape.num_attention_heads:
+                channels = scores.unflatten(-1, (self.shape.num_attention_heads, self.shape.kv_channels))
+                scores = torch.linalg.vector_norm(channels, dim=-1)
+            if axis == "group":
+                scores = scores.unflatten(-1, (self.shape.num_query_groups, self.shape.heads_per_group)).sum(-1)
+        return scores.float()
 
     def layer_scores(self, metric: str) -> Tensor:
-        """Depth scores [l] float32 of one metric."""
+        """Depth scores [l] float32 of single layers by one metric."""
+        return self.block_scores(metric, 1)
+
+    def block_scores(self, metric: str, size: int) -> Tensor:
+        """Depth scores [l-size+1] float32 of every contiguous block of `size` layers by one metric."""
         require(
-            bool(self.layer),
+            bool(self.depth),
             f"layer scores ({metric}) were not estimated: this importance holds width scores only. "
             "Give the kept layers explicitly or estimate depth importance.",
         )
-        require(metric in self.layer, f"layer metric {metric} was not estimated; {did_you_mean(metric, self.layer)}")
-        return self.layer[metric]
+        require(metric in self.depth, f"layer metric {metric} was not estimated; {did_you_mean(metric, self.depth)}")
+        known = self.depth[metric]
+        require(
+            size in known,
+            f"layer metric {metric} was estimated for blocks of {', '.join(map(str, sorted(known)))} layers, not of "
+            f"{size}. Estimate it for blocks of {size} too, or drop single layers.",
+        )
+        return known[size]
+
+    @classmethod
+    def merge(cls, parts: Sequence[Importance]) -> Importance:
+        """One importance of all the samples, as one pass over all of them would have given.
+
+        Depth scores are averaged with the same weights: exact where samples have equally many tokens that count.
+        Raises: ValueError: no parts, or parts of another model, tokenizer, measurement, or with other depth scores.
+        """
+        require(len(parts) > 0, "Nothing to merge. Name at least one importance artifact.")
+        first = parts[0]
+        for other in parts[1:]:
+            first._require_mergeable(other)
+        total = sum(part.num_samples for part in parts)
+
+        def mean(tensors: Sequence[Tensor]) -> Tensor:
+            weighted = [tensor.double() * part.num_samples for tensor, part in zip(tensors, parts, strict=True)]
+            return (torch.stack(weighted).sum(0) / total).to(tensors[0].dtype)
+
+        def agreed(key: str) -> bool:
+            return all(key in part.origin and part.origin[key] == first.origin[key] for part in parts)
+
+        return cls(
+            shape=first.shape,
+            moments={axis: mean([part.moments[axis] for part in parts]) for axis in first.moments},
+            num_samples=total,
+            depth={
+                metric: {size: mean([part.depth[metric][size] for part in parts]) for size in blocks}
+                for metric, blocks in first.depth.items()
+            },
+            tokenizer_digest=first.tokenizer_digest,
+            origin={
+                **{key: value for key, value in first.origin.items() if agreed(key)},
+                "merged": [{"num_samples": part.num_samples, **part.origin} for part in parts],
+            },
+        )
+
+    def _require_mergeable(self, other: Importance) -> None:
+        mine, theirs = self.shape.to_dict(), other.shape.to_dict()
+        for key in mine:
+            _require_equal(f"the model's {key}", mine[key], theirs[key])
+        _require_equal("the tokenizer's digest", self.tokenizer_digest, other.tokenizer_digest)
+        for option in OPTIONS:
+            _require_equal(f"importance.{option}", self.origin.get(option), other.origin.get(option))
+        _require_equal("the axes", sorted(self.moments), sorted(other.moments))
+        blocks = [{metric: sorted(sizes) for metric, sizes in sorted(part.depth.items())} for part in (self, other)]
+        _require_equal("the depth metrics and their block sizes", *blocks)
 
     def save(self, folder: Path | str) -> None:
         """Write the two files into `folder`; call it on one rank."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{axis}.{batch.value}.{sequence.value}": tensor.contiguous().cpu()
-            for axis, scores in self.width.items()
-            for (batch, sequence), tensor in scores.items()
-        }
-        tensors |= {f"layer.{metric}": tensor.contiguous().cpu() for metric, tensor in self.layer.items()}
-        save_file(tensors, folder / TENSORS)
+        tensors = dict(self.moments)
+        for metric, blocks in self.depth.items():
+            tensors |= {f"depth.{metric}.{size}": tensor for size, tensor in blocks.items()}
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, folder / TENSORS)
+        sizes = expected_sizes(self.shape)
         description = {
             "shape": self.shape.to_dict(),
             "num_samples": self.num_samples,
+            "tokenizer_digest": self.tokenizer_digest,
             "origin": dict(self.origin),
-            "axes": {axis: list(expected_sizes(self.shape)[axis]) for axis in self.width},
-            "layer_metrics": list(self.layer),
+            "axes": {axis: list(sizes[axis]) for axis in self.axes},
+            "depth": {metric: sorted(blocks) for metric, blocks in self.depth.items()},
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -107,29 +195,57 @@ class Importance:
                 FileNotFoundError,
             )
         description = json.loads((folder / DESCRIPTION).read_text())
-        width: dict[str, dict[tuple[Aggregation, Aggregation], Tensor]] = {}
-        layer: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        depth: dict[str, dict[int, Tensor]] = {}
         for key, tensor in load_file(folder / TENSORS).items():
-            axis, rest = key.split(".", 1)
-            if axis == "layer":
-                layer[rest] = tensor
+            if key.startswith("depth."):
+                _, metric, size = key.split(".")
+                depth.setdefault(metric, {})[int(size)] = tensor
             else:
-                batch, sequence = rest.split(".")
-                width.setdefault(axis, {})[Aggregation(batch), Aggregation(sequence)] = tensor
+                moments[key] = tensor
         return cls(
             shape=ModelShape.from_dict(description["shape"]),
-            width=width,
+            moments=moments,
             num_samples=description["num_samples"],
-            layer=layer,
+            depth=depth,
+            tokenizer_digest=description["tokenizer_digest"],
             origin=description["origin"],
         )
 
 
 def expected_sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Size of the scores of each width axis."""
-    return {
+    """Size of the scores of each width axis that a model of this shape has."""
+    layers, experts = shape.num_layers, shape.num_moe_experts or 0
+    sizes = {
         "hidden": (shape.hidden_size,),
-        "ffn": (shape.num_layers, shape.ffn_hidden_size),
-        "head": (shape.num_layers, shape.num_attention_heads),
-        "group": (shape.num_layers, shape.num_query_groups),
+        "head": (layers, shape.num_attention_heads),
+        "group": (layers, shape.num_query_groups),
     }
+    if shape.has_dense_layers:
+        sizes["ffn"] = (layers, shape.ffn_hidden_size)
+    if experts:
+        sizes |= {"expert": (layers, experts), "expert_ffn": (layers, experts, shape.moe_ffn_hidden_size or 0)}
+    if shape.moe_shared_expert_intermediate_size is not None:
+        sizes["shared_expert_ffn"] = (layers, shape.moe_shared_expert_intermediate_size)
+    return sizes
+
+
+def moment_sizes(shape: ModelShape) -> dict[str, list[tuple[int, ...]]]:
+    """Sizes that the moments of each measured axis may have."""
+    measured = {axis: [size] for axis, size in expected_sizes(shape).items() if _measured_axis(axis) == axis}
+    measured["hidden"] = [(2 * shape.num_layers, shape.hidden_size)]
+    measured["head"].append((shape.num_layers, shape.query_projection_size))
+    return {axis: [(*size[:-1], 2, 3, size[-1]) for size in sizes] for axis, sizes in measured.items()}
+
+
+def _measured_axis(axis: str) -> str:
+    """The axis whose moments make an axis' scores."""
+    return "head" if axis == "group" else axis
+
+
+def _require_equal(what: str, mine: Any, theirs: Any) -> None:
+    require(
+        mine == theirs,
+        f"Importance of different measurements cannot be merged: {what} is {mine} in the first and {theirs} in "
+        "another. Merge runs of one model and one config over different samples.",
+    )

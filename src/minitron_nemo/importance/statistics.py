@@ -7,11 +7,11 @@ each time by one of three aggregations. All nine pairs come from one forward pas
     partial      sum |a|, sum a, sum a^2 over this rank's tokens   [3, b, c]      float64, from float32 blocks
     aggregates   mean of |a|, L2, variance of each sample          [3, b, c]      float64
     moments      sum and sum of squares over the samples           [2, 3, c]      float64, all that is kept
-    scores       nine, see `aggregate_samples`                     [c]            float32
+    score        one of nine, see `aggregate_samples`              [c]            float64
 
 c is whatever the axis counts: neurons, heads or channels. Memory does not grow with the number of samples.
 
-Communication: only `partial_sums_over` and `mark_tokens_over`, once each, over the groups that split the sequence.
+Communication: only `add_over` and `mark_tokens_over`, once each, over the groups that split the sequence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch.distributed import ProcessGroup
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.parallel import all_reduce_sum
 
-BLOCK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # cpu: a float32 block that stays in a core's L2 cache
+BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # cpu: a float32 block of one thread stays in its core's L2 cache
+BLOCK_TOKENS = 256  # where there are so many: with fewer, adding the blocks costs as much as making them
 
 
 class Aggregation(str, Enum):
@@ -57,12 +58,23 @@ class TokenMask:
     A sample with no token that counts (a filler of the last micro-batch) is no sample.
     """
 
-    weight: Tensor | None
-    """[s/cp, b] float32, 1 counts and 0 does not; None where every token of this rank counts."""
+    counts: Tensor
+    """[b, s/cp] bool on the host, True where the token counts."""
     num_tokens: Tensor
-    """[b] float64, tokens that count in the whole sample, over every rank that holds a part of it."""
-    seq_length: int
-    """Tokens of a sample on this rank: s/cp."""
+    """[b] float64 on the device, tokens that count in the whole sample, over every rank that holds a part of it."""
+    kept: tuple[Tensor, ...] | None
+    """Per sample the places of this rank's tokens that count, int64 on the device; None where every token counts."""
+
+    @classmethod
+    def of(cls, counts: Tensor, num_tokens: Tensor) -> TokenMask:
+        if bool(counts.all()):
+            return cls(counts, num_tokens, None)
+        return cls(counts, num_tokens, tuple(row.nonzero().flatten().to(num_tokens.device) for row in counts))
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample on this rank: s/cp."""
+        return self.counts.size(1)
 
     @property
     def is_sample(self) -> Tensor:
@@ -72,66 +84,110 @@ class TokenMask:
     def shard(self, index: int, size: int) -> TokenMask:
         """The mask of the `index`-th of `size` equal, contiguous parts of this rank's tokens (sequence parallelism)."""
         assert self.seq_length % size == 0
-        length = self.seq_length // size
-        weight = None if self.weight is None else self.weight[index * length : (index + 1) * length]
-        return TokenMask(weight, self.num_tokens, length)
+        return self if size == 1 else TokenMask.of(self.counts.chunk(size, dim=1)[index], self.num_tokens)
 
 
-def mark_tokens_over(loss_mask: Tensor, *, groups: Sequence[ProcessGroup | None]) -> TokenMask:
-    """Turn a loss mask into weights and the number of tokens of each whole sample.
+def mark_tokens_over(
+    loss_mask: Tensor, *, groups: Sequence[ProcessGroup | None], device: torch.device | None = None
+) -> TokenMask:
+    """Turn a loss mask into places of tokens and the number of tokens of each whole sample.
 
     Args:
         loss_mask: [b, s/cp], any dtype, not 0 where the token counts (Megatron's order for `loss_mask`).
         groups: the groups that split the sequence of the mask (cp).
-    Communicates: each of `groups`, one all-reduce of [b] float64. Waits once for the device, to see whether the mask
-    is all ones: the statistics are faster then.
+        device: of the activations; None: the mask's.
+    Communicates: each of `groups`, one all-reduce of [b] float64. Waits once for the device, to read the mask: tokens
+    that do not count are left out, so that not even a NaN of theirs comes through.
     """
-    weight = (loss_mask != 0).t().contiguous().float()  # [s/cp, b]
-    num_tokens = weight.sum(0, dtype=torch.float64)
+    counts = (loss_mask != 0).cpu()
+    num_tokens = counts.sum(1).double().to(device or loss_mask.device)
     for group in groups:
         num_tokens = all_reduce_sum(num_tokens, group=group)
-    return TokenMask(None if bool(weight.all()) else weight, num_tokens, weight.size(0))
+    return TokenMask.of(counts, num_tokens)
 
 
-def partial_sums(activation: Tensor, mask: TokenMask) -> Tensor:
-    """sum |a|, sum a and sum a^2 of each sample over this rank's tokens.
+def new_scratch(device: torch.device) -> Tensor:
+    """Room for one float32 block of `partial_sums`; memory made for each block would cost as much as its sums."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return torch.empty(BLOCK_ELEMENTS[device.type] * threads, device=device)
 
-    Block by block of tokens in float32, blocks added in float64. Inside a block the squares are taken around the
-    block's own mean, so that the variance of a channel with a large constant part (norm outputs have them) survives.
+
+def partial_sums(activation: Tensor, mask: TokenMask, scratch: Tensor | None = None) -> Tensor:
+    """sum |a|, sum a and sum a^2 of each sample over this rank's tokens that count.
 
     Args:
         activation: [s/cp, b, c], any float dtype.
+        scratch: see `new_scratch`, overwritten; None: made for this call.
     Returns:
         [3, b, c] float64.
     """
     seq_length, batch, channels = activation.shape
     assert seq_length == mask.seq_length, (activation.shape, mask.seq_length)
-    total = torch.zeros(3, batch, channels, dtype=torch.float64, device=activation.device)
-    block_tokens = max(1, BLOCK_ELEMENTS.get(activation.device.type, 1 << 20) // (batch * channels))
-    for start in range(0, seq_length, block_tokens):
-        block = activation[start : start + block_tokens].float()
-        if mask.weight is None:
-            weight, count = None, torch.full((batch, 1), float(block.size(0)), device=block.device)
-        else:
-            weight = mask.weight[start : start + block_tokens].unsqueeze(-1)  # [block, b, 1]
-            count = weight.sum(0)
-            block = block * weight
-        total[0] += block.abs().sum(0)
-        mean = block.sum(0) / count.clamp(min=1)  # [b, c]
-        around_mean = block - mean
-        if weight is not None:
-            around_mean *= weight
-        total[1] += count * mean.double()
-        total[2] += around_mean.square_().sum(0) + count * mean.double().square()
-    return total
+    scratch = new_scratch(activation.device) if scratch is None else scratch
+    if mask.kept is None:
+        sums = _sums_of_rows(activation.reshape(seq_length, batch * channels), scratch)
+        return sums.unflatten(1, (batch, channels))
+    samples = zip(activation.unbind(1), mask.kept, strict=True)
+    return torch.stack([_sums_of_rows(rows.index_select(0, kept), scratch) for rows, kept in samples], dim=1)
 
 
-def partial_sums_over(activation: Tensor, mask: TokenMask, *, groups: Sequence[ProcessGroup | None]) -> Tensor:
-    """`partial_sums` of whole samples, equal on every rank of `groups`.
+def _sums_of_rows(rows: Tensor, scratch: Tensor) -> Tensor:
+    """sum |a|, sum a and sum a^2 over the rows of [t, c]: [3, c] float64.
 
-    Communicates: each of `groups`, one all-reduce of [3, b, c] float64.
+    Block by block in float32, blocks added in float64. Inside a block the squares are taken around the block's own
+    mean, so that the variance of a channel with a large constant part (norm outputs have them) survives.
     """
-    sums = partial_sums(activation, mask)
+    num_rows, channels = rows.shape
+    if num_rows == 0:
+        return torch.zeros(3, channels, dtype=torch.float64, device=rows.device)
+    height = min(num_rows, max(BLOCK_TOKENS, scratch.numel() // channels), scratch.numel())
+    width = scratch.numel() // height
+    blocks = rows.split(height)
+    of_blocks = torch.empty(len(blocks), 3, channels, device=rows.device)  # sum of |a|, mean, variance
+    for block, of_block in zip(blocks, of_blocks.unbind(), strict=True):
+        for source, result in zip(block.split(width, 1), of_block.split(width, 1), strict=True):
+            values = scratch[: source.numel()].view(source.shape).copy_(source)
+            _mean_and_variance(values, result)
+            torch.sum(values.abs_(), 0, out=result[0])
+    sums = of_blocks.double()
+    sums[:, 2].addcmul_(sums[:, 1], sums[:, 1])  # mean of a^2
+    sums[:, 1:] *= height
+    if len(blocks[-1]) != height:
+        sums[-1, 1:] *= len(blocks[-1]) / height
+    return sums.sum(0)
+
+
+def _mean_and_variance(values: Tensor, result: Tensor) -> None:
+    """Mean and variance over the rows of [t, c] float32, contiguous, into rows 1 and 2 of `result`.
+
+    On a CPU by the kernel of batch norm: it reads each row whole and writes nothing in between, where `torch.var_mean`
+    walks down each column by itself, thirty times slower.
+    """
+    if values.device.type == "cpu":
+        num_rows, channels = values.shape
+        images = values.as_strided((1, channels, num_rows, 1), (values.numel(), 1, channels, 1))  # channels-last
+        mean, variance = torch.batch_norm_update_stats(images, None, None, 0.0)
+    else:
+        variance, mean = torch.var_mean(values, dim=0, correction=0)
+    result[1], result[2] = mean, variance
+
+
+def head_norms(activation: Tensor, heads: int, scratch: Tensor) -> Tensor:
+    """L2 norm of each token's heads: [s, b, n*d] of n heads -> [s, b, n] float32."""
+    rows = activation.reshape(-1, activation.size(-1))
+    norms = torch.empty(rows.size(0), heads, device=rows.device)
+    height = max(1, scratch.numel() // rows.size(1))
+    for source, result in zip(rows.split(height), norms.split(height), strict=True):
+        values = scratch[: source.numel()].view(source.shape).copy_(source).unflatten(1, (heads, -1))
+        torch.linalg.vector_norm(values, dim=-1, out=result)
+    return norms.view(*activation.shape[:2], heads)
+
+
+def add_over(sums: Tensor, *, groups: Sequence[ProcessGroup | None]) -> Tensor:
+    """`partial_sums` of several places -> those of whole samples, equal on every rank of `groups`.
+
+    Communicates: each of `groups`, one all-reduce of [..., 3, b, c] float64.
+    """
     for group in groups:
         sums = all_reduce_sum(sums, group=group)
     return sums
@@ -141,47 +197,32 @@ def aggregate_sequence(sums: Tensor, num_tokens: Tensor) -> Tensor:
     """mean of |a|, L2 and variance along the sequence, of each sample.
 
     Args:
-        sums: [3, b, c] float64, over whole samples.
+        sums: [..., 3, b, c] float64, over whole samples.
         num_tokens: [b] float64.
     Returns:
-        [3, b, c] float64 in the order of `Aggregation`; 0 for a sample without tokens.
+        [..., 3, b, c] float64 in the order of `Aggregation`; 0 for a sample without tokens.
     """
-    count = num_tokens.clamp(min=1).unsqueeze(-1)
-    sum_abs, sum_signed, sum_squares = sums
-    variance = (sum_squares / count - (sum_signed / count).square()).clamp(min=0)
-    return torch.stack([sum_abs / count, sum_squares.sqrt(), variance])
+    mean_abs, mean, mean_square = (sums / num_tokens.clamp(min=1).unsqueeze(-1)).unbind(-3)
+    variance = torch.addcmul(mean_square, mean, mean, value=-1).clamp_(min=0)
+    return torch.stack([mean_abs, sums.select(-3, 2).sqrt(), variance], dim=-3)
 
 
-def aggregate_samples(moments: Tensor, num_samples: Tensor) -> dict[tuple[Aggregation, Aggregation], Tensor]:
-    """The nine scores, by (batch aggregation, sequence aggregation).
+def aggregate_samples(moments: Tensor, batch: Aggregation, sequence: Aggregation) -> Tensor:
+    """One of the nine scores.
 
     Args:
-        moments: [..., 2, 3, c] float64, over all samples.
-        num_samples: scalar.
+        moments: [..., 2, 3, c] float64, mean and mean square over all samples.
     Returns:
-        nine tensors [..., c], float64; a sequence aggregate is never negative, so the mean needs no absolute value.
+        [..., c] float64; a sequence aggregate is never negative, so the mean needs no absolute value.
     """
-    scores = {}
-    for index, sequence in enumerate(Aggregation):
-        mean = moments[..., 0, index, :] / num_samples
-        mean_square = moments[..., 1, index, :] / num_samples
-        scores[Aggregation.MEAN, sequence] = mean
-        scores[Aggregation.L2, sequence] = mean_square.sqrt()
-        scores[Aggregation.VARIANCE, sequence] = (mean_square - mean.square()).clamp(min=0)
-    return scores
+    mean, mean_square = moments[..., list(Aggregation).index(sequence), :].unbind(-2)
+    if batch is Aggregation.MEAN:
+        return mean
+    if batch is Aggregation.L2:
+        return mean_square.sqrt()
+    return (mean_square - mean.square()).clamp(min=0)
 
 
-class SampleMoments:
-    """Sum and sum of squares over samples of the sequence aggregates; the whole memory of one hook."""
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.total = torch.zeros(2, 3, channels, dtype=torch.float64, device=device)
-
-    def add(self, aggregates: Tensor, is_sample: Tensor) -> None:
-        """Add the samples of a micro-batch: aggregates [3, b, c], is_sample [b]."""
-        counted = aggregates * is_sample.unsqueeze(-1)
-        self.total[0] += counted.sum(1)
-        self.total[1] += counted.square().sum(1)
-
-    def __repr__(self) -> str:
-        return f"SampleMoments(channels={self.total.size(-1)}, device={self.total.device})"
+def sum_over_samples(aggregates: Tensor) -> Tensor:
+    """Sum and sum of squares over the samples of a micro-batch: [..., 3, b, c] -> [..., 2, 3, c] float64."""
+    return torch.stack([aggregates.sum(-2), aggregates.square().sum(-2)], dim=-3)

@@ -1,6 +1,7 @@
 """Pruning: scores to plan, plan to weights."""
 
-from minitron_nemo.pruning.plan import PruningPlan, plan_from_importance
+from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.pruning.planning import DepthChoice, kept_layers, plan_from_importance
 from minitron_nemo.pruning.surgery import prune_into, pruned_parameters
 
-__all__ = ["PruningPlan", "plan_from_importance", "prune_into", "pruned_parameters"]
+__all__ = ["DepthChoice", "PruningPlan", "kept_layers", "plan_from_importance", "prune_into", "pruned_parameters"]

@@ -1,21 +1,26 @@
 """The pruning plan: which indices of each named axis the student keeps.
 
-    hidden  [k]       channels of the residual stream, the same everywhere
-    ffn     [l, k]    neurons,     one row per source layer
-    head    [l, k]    query heads, one row per source layer
-    group   [l, k]    key-value groups, one row per source layer
-    layer   [k]       layers
+    hidden             [k]          channels of the residual stream, the same everywhere; or a basis of it, [h, k] float
+    ffn                [l, k]       neurons of a dense layer
+    head               [l, k]       query heads
+    group              [l, k]       key-value groups
+    expert             [l, k]       experts
+    expert_ffn         [l, e, k]    neurons of each expert
+    shared_expert_ffn  [l, k]       neurons of the expert that sees every token
+    layer              [k]          layers
+    head_partner       [l, k]       of each kept head the dropped one that is merged into it, or -1
 
-int64, global, ascending. Rows of dropped layers stay, so that width and depth can be edited apart. The plan is the
-whole truth about a pruning: the teacher is never permuted, and the same plan prunes any layout of it.
+int64, global, ascending; l, e, h count the source's layers, experts and channels. Rows of dropped layers and experts
+stay, so that the axes can be edited apart; an axis that a model does not have is None. The plan is the whole truth
+about a pruning: the teacher is never permuted, and the same plan prunes any layout of it.
 
-On disk: `plan.json` (shapes, kept layers, where scores came from) beside `plan.safetensors` (the other indices).
+On disk: `plan.json` (shapes, kept layers, where scores came from) beside `plan.safetensors` (the other entries).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.checks import require
-from minitron_nemo.importance import Importance
-from minitron_nemo.pruning.ranking import top_heads, top_k
-from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
+from minitron_nemo.shape import ModelShape
 
 DIM_OF_AXIS = {
     "hidden": "hidden_size",
@@ -35,46 +38,73 @@ DIM_OF_AXIS = {
     "head": "num_attention_heads",
     "group": "num_query_groups",
     "layer": "num_layers",
+    "expert": "num_moe_experts",
+    "expert_ffn": "moe_ffn_hidden_size",
+    "shared_expert_ffn": "moe_shared_expert_intermediate_size",
 }
-PER_LAYER = ("ffn", "head", "group")
+_OF_A_LAYER = ("ffn", "head", "group", "expert", "shared_expert_ffn")
 INDICES, DESCRIPTION = "plan.safetensors", "plan.json"
+
+
+def axes_of(shape: ModelShape) -> list[str]:
+    """The named axes a model of this shape has, as a plan calls them."""
+    return [axis for axis, dim in DIM_OF_AXIS.items() if dim in shape.prunable_dims]
 
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Kept indices per named axis, from `source` to `target`."""
+    """What is kept along each named axis, from `source` to `target`."""
 
     source: ModelShape
     target: ModelShape
     hidden: Tensor
-    ffn: Tensor
     head: Tensor
     group: Tensor
     layer: Tensor
+    ffn: Tensor | None = None
+    expert: Tensor | None = None
+    expert_ffn: Tensor | None = None
+    shared_expert_ffn: Tensor | None = None
+    head_partner: Tensor | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where the scores came from; plain JSON values."""
 
     def __post_init__(self) -> None:
         require_prunable(self.source, self.target)
         for axis in DIM_OF_AXIS:
-            self._check_axis(axis)
-        per_group = self.source.heads_per_group
-        for layer in range(self.source.num_layers):
-            expected = self.group[layer].repeat_interleave(self.target.heads_per_group)
+            present = axis in axes_of(self.source)
             require(
-                torch.equal(self.head[layer] // per_group, expected),
-                f"plan.head of layer {layer} keeps heads {self.head[layer].tolist()}, but its kept groups "
-                f"{self.group[layer].tolist()} need {self.target.heads_per_group} heads each (source groups have "
-                f"{per_group}). Keep equally many heads of every kept group.",
+                (getattr(self, axis) is not None) == present,
+                f"plan.{axis} is {'missing' if present else 'given'}, but the source {'has' if present else 'has no'} "
+                f"{DIM_OF_AXIS[axis]}. Make the plan again for this model.",
             )
+            if present:
+                self._check_axis(axis)
+        self._check_heads()
+        expected = self.source.keeping_layers(self.layer.tolist()).moe_layer_freq
+        require(
+            self.target.moe_layer_freq == expected,
+            f"target.moe_layer_freq={self.target.moe_layer_freq}, but the kept layers {self.layer.tolist()} make it "
+            f"{expected}. Take the target's from source.keeping_layers.",
+        )
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether the residual stream is turned into another basis, not only cut."""
+        return self.hidden.is_floating_point()
 
     def _check_axis(self, axis: str) -> None:
         indices, dim = getattr(self, axis), DIM_OF_AXIS[axis]
         have, keep = getattr(self.source, dim), getattr(self.target, dim)
-        size = (self.source.num_layers, keep) if axis in PER_LAYER else (keep,)
+        if axis == "hidden" and self.has_basis:
+            self._check_basis(have, keep)
+            return
+        rows: tuple[int, ...] = (self.source.num_layers,) if axis in _OF_A_LAYER else ()
+        if axis == "expert_ffn":
+            rows = (self.source.num_layers, self.source.num_moe_experts or 0)
         require(
-            indices.dtype == torch.int64 and tuple(indices.shape) == size,
-            f"plan.{axis} has shape {list(indices.shape)} ({indices.dtype}), but {dim}={keep} needs {list(size)} "
+            indices.dtype == torch.int64 and tuple(indices.shape) == (*rows, keep),
+            f"plan.{axis} has shape {list(indices.shape)} ({indices.dtype}), but {dim}={keep} needs {[*rows, keep]} "
             "(int64). Make the plan again for this target.",
         )
         outside = indices[(indices < 0) | (indices >= have)]
@@ -90,32 +120,80 @@ class PruningPlan:
             "or a higher one. Sort it and remove repetitions.",
         )
 
-    def kept_in_layer(self, source_layer: int | None) -> dict[str, Tensor]:
-        """Kept indices by axis for the parameters of a source layer (None: those outside the layers).
+    def _check_basis(self, have: int, keep: int) -> None:
+        basis = self.hidden
+        require(
+            tuple(basis.shape) == (have, keep),
+            f"plan.hidden is a basis of shape {list(basis.shape)}, but hidden_size {have} to {keep} needs "
+            f"{[have, keep]}. Make the plan again for this target.",
+        )
+        off = (basis.double().t() @ basis.double() - torch.eye(keep, dtype=torch.float64)).abs().max().item()
+        require(
+            off < 1e-3,
+            f"plan.hidden is a basis whose columns are not orthonormal: their products differ from the identity by "
+            f"{off:.1e}, more than 1e-3. Orthonormalise it (torch.linalg.qr).",
+        )
+
+    def _check_heads(self) -> None:
+        per_group, keep = self.source.heads_per_group, self.target.heads_per_group
+        for layer in range(self.source.num_layers):
+            require(
+                torch.equal(self.head[layer] // per_group, self.group[layer].repeat_interleave(keep)),
+                f"plan.head of layer {layer} keeps heads {self.head[layer].tolist()}, but its kept groups "
+                f"{self.group[layer].tolist()} need {keep} heads each (source groups have "
+                f"{per_group}). Keep equally many heads of every kept group.",
+            )
+        partner = self.head_partner
+        if partner is None:
+            return
+        paired = partner >= 0
+        fits = partner.shape == self.head.shape and partner.dtype == torch.int64
+        fits = fits and bool((partner[paired] // per_group == self.head[paired] // per_group).all())
+        require(
+            fits and not bool((partner.unsqueeze(-1) == self.head.unsqueeze(-2)).any()),
+            f"plan.head_partner must name, for each of {list(self.head.shape)} kept heads, a dropped head of its own "
+            "group or -1 (int64). Correct it, or leave it out.",
+        )
+
+    def kept_in_layer(self, source_layer: int | None, expert: int | None = None) -> dict[str, Tensor]:
+        """Plan entries by axis for the parameters of a source layer (None: those outside the layers).
 
         Axes that stay whole are absent, so that nothing is copied for them.
+
+        Args:
+            expert: the source expert the parameter belongs to, if it belongs to one.
         """
         kept = {"hidden": self.hidden}
         if source_layer is not None:
-            kept |= {axis: getattr(self, axis)[source_layer] for axis in PER_LAYER}
-        whole = {axis for axis in kept if self._stays_whole(axis)}
-        return {axis: indices for axis, indices in kept.items() if axis not in whole}
+            kept |= {axis: getattr(self, axis)[source_layer] for axis in axes_of(self.source) if axis in _OF_A_LAYER}
+        if source_layer is not None and expert is not None:
+            assert self.expert_ffn is not None
+            kept["expert_ffn"] = self.expert_ffn[source_layer, expert]
+        kept = {axis: entry for axis, entry in kept.items() if not self._stays_whole(axis)}
+        if source_layer is not None and self.head_partner is not None:
+            kept["head_partner"] = self.head_partner[source_layer]
+        return kept
 
     def _stays_whole(self, axis: str) -> bool:
+        if axis == "hidden" and self.has_basis:
+            return False
         return getattr(self.source, DIM_OF_AXIS[axis]) == getattr(self.target, DIM_OF_AXIS[axis])
 
     @property
     def is_identity(self) -> bool:
         """Whether the student is the teacher."""
-        return all(self._stays_whole(axis) for axis in DIM_OF_AXIS)
+        return all(self._stays_whole(axis) for axis in axes_of(self.source))
 
     def describe(self) -> str:
         """A few lines a person reads before paying for the run."""
-        lines = [f"{'':22}{'source':>14}{'target':>14}{'kept':>8}"]
-        for dim in PRUNABLE_DIMS:
-            lines.append(_row(dim, getattr(self.source, dim), getattr(self.target, dim)))
+        dims = self.source.prunable_dims
+        width = max(len(dim) for dim in (*dims, "non_embedding_parameters")) + 2
+        lines = [f"{'':{width}}{'source':>14}{'target':>14}{'kept':>8}"]
+        for dim in dims:
+            lines.append(_row(dim, width, getattr(self.source, dim), getattr(self.target, dim)))
         for count in ("num_parameters", "num_non_embedding_parameters"):
-            lines.append(_row(count.removeprefix("num_"), getattr(self.source, count), getattr(self.target, count)))
+            have, keep = getattr(self.source, count), getattr(self.target, count)
+            lines.append(_row(count.removeprefix("num_"), width, have, keep))
         dropped = sorted(set(range(self.source.num_layers)) - set(self.layer.tolist()))
         lines.append(f"layers dropped: {', '.join(map(str, dropped)) if dropped else 'none'}")
         if self.origin:
@@ -128,8 +206,9 @@ class PruningPlan:
         """Write the two files into `folder`; call it on one rank."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        entries = {axis: getattr(self, axis) for axis in (*DIM_OF_AXIS, "head_partner") if axis != "layer"}
         save_file(
-            {axis: getattr(self, axis).contiguous().cpu() for axis in DIM_OF_AXIS if axis != "layer"}, folder / INDICES
+            {axis: entry.contiguous().cpu() for axis, entry in entries.items() if entry is not None}, folder / INDICES
         )
         description = {
             "source": self.source.to_dict(),
@@ -151,74 +230,35 @@ class PruningPlan:
                 FileNotFoundError,
             )
         description = json.loads((folder / DESCRIPTION).read_text())
+        entries = load_file(folder / INDICES)
+        known = {*DIM_OF_AXIS, "head_partner"} - {"layer"}
+        require(
+            set(entries) <= known,
+            f"{folder / INDICES} holds {', '.join(sorted(set(entries) - known))}, which is no axis of a plan; known: "
+            f"{', '.join(sorted(known))}.",
+        )
         return cls(
             source=ModelShape.from_dict(description["source"]),
             target=ModelShape.from_dict(description["target"]),
             layer=torch.tensor(description["layer"], dtype=torch.int64),
             origin=description["origin"],
-            **load_file(folder / INDICES),
+            **entries,
         )
-
-
-def plan_from_importance(
-    importance: Importance,
-    source: ModelShape,
-    target: ModelShape,
-    *,
-    batch_aggregation: str = "l2",
-    sequence_aggregation: str = "mean",
-    layers: Sequence[int] | None = None,
-    layer_metric: str | None = None,
-) -> PruningPlan:
-    """The plan that keeps the highest scores; the default aggregations are the paper's.
-
-    Args:
-        importance: scores of a model of shape `source`.
-        layers: kept layers, from 0, in any order; decides depth where given.
-        layer_metric: the layer scores that decide depth otherwise; the lowest are dropped.
-    Raises: ValueError: scores of another model, a target that does not fit, or depth without a way to choose it.
-    """
-    require_same_model(importance, source)
-    require_prunable(source, target)
-
-    def scores(axis: str) -> Tensor:
-        return importance.scores(axis, batch_aggregation, sequence_aggregation)
-
-    group = top_k(scores("group"), target.num_query_groups)
-    head = top_heads(
-        scores("head"), group, heads_per_group=source.heads_per_group, keep_per_group=target.heads_per_group
-    )
-    return PruningPlan(
-        source=source,
-        target=target,
-        hidden=top_k(scores("hidden"), target.hidden_size),
-        ffn=top_k(scores("ffn"), target.ffn_hidden_size),
-        head=head,
-        group=group,
-        layer=_kept_layers(importance, source, target, layers, layer_metric),
-        origin={
-            **importance.origin,
-            "num_samples": importance.num_samples,
-            "batch_aggregation": batch_aggregation,
-            "sequence_aggregation": sequence_aggregation,
-            "depth": "explicit" if layers is not None else layer_metric,
-        },
-    )
 
 
 def require_prunable(source: ModelShape, target: ModelShape) -> None:
     """ValueError unless `target` is `source` with prunable dims made smaller and heads that fit their groups."""
-    for dim in PRUNABLE_DIMS:
+    for dim in source.prunable_dims:
         have, want = getattr(source, dim), getattr(target, dim)
         require(
-            want <= have,
+            want is not None and want <= have,
             f"target.{dim}={want} is larger than the source's {dim}={have}; pruning only makes models smaller. "
             f"Set target.{dim} to at most {have}.",
         )
     have_other, want_other = source.to_dict(), target.to_dict()
     for key in have_other:
         require(
-            key in PRUNABLE_DIMS or have_other[key] == want_other[key],
+            key in (*source.prunable_dims, "moe_layer_freq") or have_other[key] == want_other[key],
             f"target.{key}={want_other[key]} differs from the source's {key}={have_other[key]}, which pruning cannot "
             f"change. Leave target.{key} out.",
         )
@@ -231,45 +271,11 @@ def require_prunable(source: ModelShape, target: ModelShape) -> None:
     )
 
 
-def require_same_model(importance: Importance, source: ModelShape) -> None:
-    """ValueError unless the scores are of a model of this shape."""
-    measured, have = importance.shape.to_dict(), source.to_dict()
-    different = [key for key in have if measured[key] != have[key]]
-    require(
-        not different,
-        "The importance is of another model: "
-        + ", ".join(f"{key}={measured[key]} there, {have[key]} in the model to prune" for key in different)
-        + ". Estimate importance on this model, or name the model it was estimated on.",
-    )
-
-
-def _kept_layers(
-    importance: Importance, source: ModelShape, target: ModelShape, layers: Sequence[int] | None, metric: str | None
-) -> Tensor:
-    keep, have = target.num_layers, source.num_layers
-    if layers is not None:
-        require(
-            len(layers) == keep,
-            f"layers={list(layers)} keeps {len(layers)} layers, but target.num_layers={keep}. "
-            f"Set target.num_layers={len(layers)} or name {keep} layers.",
-        )
-        return torch.tensor(sorted(layers), dtype=torch.int64)
-    if keep == have:
-        return torch.arange(have)
-    require(
-        metric is not None,
-        f"target.num_layers={keep} of {have} drops layers, but nothing says which. Give the kept layers (`layers`, "
-        f"from 0 to {have - 1}) or the metric of layer scores to go by, or set target.num_layers={have}.",
-    )
-    assert metric is not None
-    return top_k(importance.layer_scores(metric), keep)
-
-
 def _some(values: Tensor) -> str:
     """The first few distinct values."""
     distinct = values.unique().tolist()
     return ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
 
 
-def _row(name: str, have: int, keep: int) -> str:
-    return f"{name:22}{have:>14,}{keep:>14,}{keep / have:>8.1%}"
+def _row(name: str, width: int, have: int, keep: int) -> str:
+    return f"{name:{width}}{have:>14,}{keep:>14,}{keep / have:>8.1%}"

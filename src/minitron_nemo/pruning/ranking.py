@@ -52,3 +52,26 @@ def top_heads(scores: Tensor, kept_groups: Tensor, *, heads_per_group: int, keep
     of_kept = grouped.gather(1, kept_groups.unsqueeze(-1).expand(-1, -1, heads_per_group))
     inside = top_k(of_kept, keep_per_group)  # [l, kg, keep]
     return (kept_groups.unsqueeze(-1) * heads_per_group + inside).flatten(1)
+
+
+def head_partners(scores: Tensor, kept_groups: Tensor, *, heads_per_group: int, keep_per_group: int) -> Tensor:
+    """Of each kept head the dropped head of its group that is merged into it, or -1.
+
+    Minitron (arXiv:2407.14679, section 2.3): of L heads ranked from 1, K are kept, and head i becomes
+    head_i + (head_i - head_{2K-i+1}) for i in [2K-L+1, K]: the last kept pairs with the first dropped, and so on. (The
+    paper prints K-(L-K) as the lower end, whose partner L+1 does not exist.) Here L and K count the query heads of one
+    group, since heads of other groups read other keys. Where more heads are dropped than kept, the lowest have no
+    partner.
+
+    Args: as `top_heads`.
+    Returns: [l, kg * keep_per_group] int64, global head indices, in the order of `top_heads`.
+    """
+    grouped = scores.unflatten(-1, (-1, heads_per_group))
+    of_kept = grouped.gather(1, kept_groups.unsqueeze(-1).expand(-1, -1, heads_per_group))
+    order = torch.sort(of_kept, dim=-1, descending=True, stable=True).indices  # [l, kg, L], as `top_k` ranks
+    partner = torch.full_like(order, -1)  # by place in the group
+    for rank in range(max(1, 2 * keep_per_group - heads_per_group + 1), keep_per_group + 1):
+        head, dropped = order[..., rank - 1 : rank], order[..., 2 * keep_per_group - rank].unsqueeze(-1)
+        partner.scatter_(-1, head, dropped + kept_groups.unsqueeze(-1) * heads_per_group)
+    kept = order[..., :keep_per_group].sort(dim=-1).values
+    return partner.gather(-1, kept).flatten(1)

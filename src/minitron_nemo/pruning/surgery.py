@@ -2,9 +2,9 @@
 
     teacher on TP x PP  ->  one full parameter at a time  ->  indexed along its axes  ->  the student's part of it
 
-A kept layer's parameters move to its place among the kept ones (source layer plan.layer[i] becomes layer i). The
-teacher is read only. Student and teacher live on the same ranks and may be split differently over the pipeline, as the
-student's own layers say which parameters a rank needs.
+A kept layer's parameters move to its place among the kept ones (source layer plan.layer[i] becomes layer i), and so do
+a kept expert's among its layer's. The teacher is read only. Student and teacher live on the same ranks and may be split
+differently over the pipeline, as the student's own layers say which parameters a rank needs.
 
 Communication: that of `weights.stream_full_parameters` (tp and pp, once per parameter). Peak extra memory: one full
 parameter and its pruned copy; with tied embeddings, also the pruned embedding table.
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from minitron_nemo.axes import full_shape, layer_of, take, with_layer
+from minitron_nemo.axes import Kept, expert_of, full_shape, layer_of, take, with_expert, with_layer
 from minitron_nemo.parallel import Groups, group_size
 from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
@@ -33,7 +33,7 @@ def prune_into(teacher: nn.Module, student: nn.Module, plan: PruningPlan, groups
     Communicates: tp and pp, for each parameter of the teacher; every rank takes part.
     Raises: ValueError: a model's parameters do not have the plan's shapes, or the target does not split over tp.
     """
-    plan.target.require_splits_over(group_size(groups.tp))
+    plan.target.require_splits_over(group_size(groups.tp), 1, group_size(groups.ep))
     stream = pruned_parameters(teacher, plan, groups)
     tied_embedding: dict[str, Tensor] = {}
 
@@ -61,12 +61,39 @@ def pruned_parameters(teacher: nn.Module, plan: PruningPlan, groups: Groups) -> 
     Yields: (name, tensor) in the teacher's dtype; may share the teacher's memory where nothing is cut, so read only.
     Communicates: tp and pp, for each parameter of the teacher; every rank must take every item.
     """
-    place = {source_layer: index for index, source_layer in enumerate(plan.layer.tolist())}
     for name, full in stream_full_parameters(teacher, plan.source, groups):
-        layer = layer_of(name)
-        if layer is not None and layer not in place:
+        target_name = target_of(name, plan)
+        if target_name is None:
             continue
-        pruned = take(full, name, plan.source, plan.kept_in_layer(layer))
-        target_name = name if layer is None else with_layer(name, place[layer])
+        pruned = take(full, name, plan.source, plan.kept_in_layer(layer_of(name), expert_of(name)))
         assert tuple(pruned.shape) == full_shape(target_name, plan.target), (target_name, pruned.shape)
         yield target_name, pruned
+
+
+def target_of(name: str, plan: PruningPlan) -> str | None:
+    """The student's name for the teacher's parameter `name`; None: its layer or its expert is dropped."""
+    layer, expert = layer_of(name), expert_of(name)
+    if layer is None:
+        return name
+    if expert is not None:
+        assert plan.expert is not None
+        kept = plan.expert[layer].tolist()
+        if expert not in kept:
+            return None
+        name = with_expert(name, kept.index(expert))
+    layers = plan.layer.tolist()
+    return with_layer(name, layers.index(layer)) if layer in layers else None
+
+
+def source_of(name: str, plan: PruningPlan) -> tuple[str, Kept]:
+    """The teacher's parameter that the student's `name` is cut from, and what is kept along its axes."""
+    layer, expert = layer_of(name), expert_of(name)
+    if layer is None:
+        return name, plan.kept_in_layer(None)
+    source_layer, source_expert = int(plan.layer[layer]), None
+    name = with_layer(name, source_layer)
+    if expert is not None:
+        assert plan.expert is not None
+        source_expert = int(plan.expert[source_layer, expert])
+        name = with_expert(name, source_expert)
+    return name, plan.kept_in_layer(source_layer, source_expert)

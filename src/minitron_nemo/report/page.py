@@ -18,7 +18,7 @@ from minitron_nemo.artifact import Artifact
 from minitron_nemo.report import figures, rows
 from minitron_nemo.report.run import VARIANTS, Run
 from minitron_nemo.report.scores import Pruning, counts, share_kept_from_top
-from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
+from minitron_nemo.shape import ModelShape
 
 
 def render(run: Run, values: dict[str, Any]) -> str:
@@ -132,7 +132,7 @@ def _shapes(run: Run, pruning: Pruning) -> list[dict[str, Any]]:
     after = pruning.target or run.shape("student_pruned") or run.shape("distilled")
     if before is None or after is None:
         return []
-    measures = {name: (getattr(before, name), getattr(after, name)) for name in (*PRUNABLE_DIMS, "kv_channels")}
+    measures = {name: (getattr(before, name), getattr(after, name)) for name in (*before.prunable_dims, "kv_channels")}
     measures |= {
         "padded_vocab_size": (before.padded_vocab_size, after.padded_vocab_size),
         "parameters": (before.num_parameters, after.num_parameters),

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from minitron_nemo.importance import Importance
 from minitron_nemo.pruning.plan import DESCRIPTION as PLAN
-from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan
+from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of
 from minitron_nemo.report.run import Run
 from minitron_nemo.shape import ModelShape
 
@@ -68,7 +68,7 @@ class Pruning:
     def sizes(self) -> dict[str, int]:
         """Size of each axis before pruning, as far as known."""
         if self.source is not None:
-            return {axis: getattr(self.source, dim) for axis, dim in DIM_OF_AXIS.items()}
+            return {axis: getattr(self.source, DIM_OF_AXIS[axis]) for axis in axes_of(self.source)}
         return {axis: array.shape[-1] for axis, array in self.scores.items()}
 
     @classmethod
@@ -83,16 +83,23 @@ class Pruning:
         scores: dict[str, npt.NDArray[np.float64]] = {}
         origin = ""
         if importance is not None:
-            scores = {axis: importance.scores(axis, batch, sequence).double().numpy() for axis in importance.width}
-            if importance.layer:
-                metric = how.get("depth") if how.get("depth") in importance.layer else next(iter(importance.layer))
-                scores["layer"] = importance.layer[str(metric)].double().numpy()
+            scores = {axis: importance.scores(axis, batch, sequence).double().numpy() for axis in importance.axes}
+            single = [metric for metric, blocks in importance.depth.items() if 1 in blocks]
+            if single:
+                metric = how.get("depth") if how.get("depth") in single else single[0]
+                scores["layer"] = importance.layer_scores(str(metric)).double().numpy()
             samples = f"{importance.num_samples:,} calibration samples"
             origin = f"{batch} over {samples} of the {sequence} over a sample's tokens"
         return cls(
             scores=scores,
-            kept={axis: getattr(plan, axis).numpy() for axis in DIM_OF_AXIS} if plan is not None else {},
+            kept=_kept(plan) if plan is not None else {},
             origin=origin,
             source=plan.source if plan is not None else importance.shape if importance is not None else None,
             target=plan.target if plan is not None else None,
         )
+
+
+def _kept(plan: PruningPlan) -> Kept:
+    """Kept indices of the axes the model has; a basis keeps none."""
+    axes = [axis for axis in axes_of(plan.source) if not (axis == "hidden" and plan.has_basis)]
+    return {axis: getattr(plan, axis).numpy() for axis in axes}

@@ -48,7 +48,9 @@ def run(config: DistillConfig) -> Artifact:
     inputs = [*teacher.artifacts, *student.artifacts, *(artifact for artifact, _ in config.data.blend())]
     prepare_layout(config.trainer, student.shape, seed=config.seed)
     teacher.shape.require_splits_over(
-        config.trainer.tensor_model_parallel_size, config.trainer.pipeline_model_parallel_size
+        config.trainer.tensor_model_parallel_size,
+        config.trainer.pipeline_model_parallel_size,
+        config.trainer.expert_model_parallel_size,
     )
     model = DistillationGPTModel(
         student.shape,

@@ -1,6 +1,7 @@
 """export-hf: a model artifact in, a Hugging Face checkpoint out.
 
-It counts once transformers has loaded it and agrees with Megatron on the logits.
+It counts once its tensors are those that transformers builds from its config.json, and transformers has loaded it and
+agrees with Megatron on the logits.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from minitron_nemo.engine.checkpoint import open_model
 from minitron_nemo.engine.distributed import is_rank_zero
 from minitron_nemo.engine.forward import last_logits, open_core
 from minitron_nemo.engine.hf import save_hf
+from minitron_nemo.engine.hf_check import require_as_transformers_builds
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.parallel import Groups
 from minitron_nemo.stages.training import config_dict, prepare_layout
@@ -50,7 +52,8 @@ class ExportHfConfig:
 
 
 def run(config: ExportHfConfig) -> Artifact:
-    """Raises: RuntimeError: transformers and Megatron disagree; nothing is left behind."""
+    """Raises: ValueError: config.json and tensors disagree. RuntimeError: transformers and Megatron do. Nothing is left
+    behind."""
     source = open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
     prepare_layout(config.trainer, source.shape, seed=config.seed)
     core = open_core(source, config.trainer, dtype=DTYPES[config.dtype])
@@ -66,6 +69,7 @@ def run(config: ExportHfConfig) -> Artifact:
             dtype=DTYPES[config.dtype],
         )
         dist.barrier()
+        require_as_transformers_builds(draft.path)  # headers only, so every rank looks and all stop together
         draft.metrics.update(parameters=source.shape.num_parameters)
         if config.verify:
             difference = _largest_difference(core.float(), source.vocab_size, draft.path, config.trainer.seq_length)

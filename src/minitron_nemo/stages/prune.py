@@ -1,20 +1,23 @@
-"""prune: importance and a target shape in; the plan and the smaller model out. The teacher is not changed."""
+"""prune: importance and a target in; the plan and the smaller model out. The teacher is not changed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import open_model, save_model
+from minitron_nemo.engine.checkpoint import ModelInput, open_model, save_model
 from minitron_nemo.engine.distributed import is_rank_zero
 from minitron_nemo.engine.forward import new_core, open_core
+from minitron_nemo.engine.offline import prune_checkpoint
+from minitron_nemo.engine.tokenizer import tokenizer_digest
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import plan_from_importance, prune_into
+from minitron_nemo.pruning import DepthChoice, PruningPlan, kept_layers, plan_from_importance, prune_into
+from minitron_nemo.pruning.targets import BudgetConfig, resolve_target
+from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.training import config_dict, prepare_layout
 
 
@@ -24,13 +27,28 @@ class PruneConfig:
     """Model artifact to prune; the corrected teacher."""
     importance: str = ""
     """estimate-importance artifact of a model of the same shape."""
+    plan: str | None = None
+    """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target."""
     target: dict[str, int] = field(default_factory=dict)
-    """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups. Those left
-    out stay as they are."""
+    """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, and of
+    experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out stay as they
+    are."""
+    keep: dict[str, float] = field(default_factory=dict)
+    """The same dims as fractions of the model's."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What the student may cost in all; resolves dims that target and keep leave open."""
+    multiple_of: dict[str, int] = field(default_factory=dict)
+    """Rounds these dims to multiples that hardware and tensor parallelism like."""
     layers: list[int] | None = None
-    """Kept layers, from 0; needed where target.num_layers is smaller than the model's."""
+    """Kept layers, from 0. Where fewer layers are kept, they or depth.metric say which."""
+    depth: DepthChoice = field(default_factory=DepthChoice)
+    """Which layers go, by their scores."""
     batch_aggregation: str = "l2"
     sequence_aggregation: str = "mean"
+    merge_heads: bool = False
+    """Merge each dropped query head into a kept one of its group (arXiv:2407.14679, section 2.3)."""
+    offline: bool = False
+    """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
     trust_checkpoint: bool = False
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -40,31 +58,28 @@ class PruneConfig:
 def run(config: PruneConfig) -> Artifact:
     """Raises: ValueError, FileNotFoundError: a target or an importance that does not fit; nothing is written then."""
     source = open_model(config.model, key="prune.model", trust_checkpoint=config.trust_checkpoint)
-    scores = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
-    require(
-        bool(config.target) or config.layers is not None,
-        "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072.",
+    if config.plan is not None:
+        plan, inputs = PruningPlan.load(config.plan), list(source.artifacts)
+    else:
+        scores = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
+        importance = Importance.load(scores.path)
+        _require_same_tokenizer(importance, source)
+        plan, inputs = plan_of(config, importance, source.shape), [*source.artifacts, scores]
+    target = plan.target
+    target.require_splits_over(
+        config.trainer.tensor_model_parallel_size,
+        config.trainer.pipeline_model_parallel_size,
+        config.trainer.expert_model_parallel_size,
     )
-    dims: dict[str, Any] = dict(config.target)
-    if config.layers is not None:
-        dims.setdefault("num_layers", len(config.layers))
-    target = source.shape.pruned_to(**dims)
-    target.require_splits_over(config.trainer.tensor_model_parallel_size, config.trainer.pipeline_model_parallel_size)
-    plan = plan_from_importance(
-        Importance.load(scores.path),
-        source.shape,
-        target,
-        batch_aggregation=config.batch_aggregation,
-        sequence_aggregation=config.sequence_aggregation,
-        layers=config.layers,
-    )
-    prepare_layout(config.trainer, source.shape, seed=config.seed)
-    teacher, student = open_core(source, config.trainer), new_core(target, config.trainer)
-    prune_into(teacher, student, plan, Groups.from_megatron())
-    output = Path(config.output)
-    inputs = [*source.artifacts, scores]
-    with writing(output, stage="prune", config=config_dict(config), inputs=inputs) as draft:
-        save_model(student, target, source.tokenizer, draft.path)
+    if not config.offline:
+        prepare_layout(config.trainer, source.shape, seed=config.seed)
+        teacher, student = open_core(source, config.trainer), new_core(target, config.trainer)
+        prune_into(teacher, student, plan, Groups.from_megatron())
+    with writing(config.output, stage="prune", config=config_dict(config), inputs=inputs) as draft:
+        if config.offline:
+            prune_checkpoint(source, plan, draft.path)
+        else:
+            save_model(student, target, source.tokenizer, draft.path)
         if is_rank_zero():
             plan.save(draft.path)
         draft.facts["vocab_size"] = source.vocab_size
@@ -74,4 +89,42 @@ def run(config: PruneConfig) -> Artifact:
             parameters_of_source=source.shape.num_parameters,
             tokens=0,
         )
-    return open_artifact(output)
+    return open_artifact(Path(config.output))
+
+
+def plan_of(config: PruneConfig, importance: Importance, source: ModelShape) -> PruningPlan:
+    """The plan that the config asks for.
+
+    Raises: ValueError: nothing to prune, or a target that does not fit.
+    """
+    require(
+        bool(config.target) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
+        "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
+        "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
+    )
+    dims, layers, base = dict(config.target), config.layers, source
+    if layers is not None:
+        dims.setdefault("num_layers", len(layers))
+    if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
+        layers = kept_layers(importance, source, dims.pop("num_layers"), layers=layers, depth=config.depth)
+        base = source.keeping_layers(layers)
+    target = resolve_target(base, target=dims, keep=config.keep, budget=config.budget, multiple_of=config.multiple_of)
+    return plan_from_importance(
+        importance,
+        source,
+        target,
+        batch_aggregation=config.batch_aggregation,
+        sequence_aggregation=config.sequence_aggregation,
+        layers=layers,
+        depth=config.depth,
+        merge_heads=config.merge_heads,
+    )
+
+
+def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:
+    mine, theirs = tokenizer_digest(source.tokenizer), importance.tokenizer_digest
+    require(
+        theirs is None or theirs == mine,
+        f"prune.importance was estimated with another tokenizer (digest {str(theirs)[:12]}) than the one of "
+        f"prune.model={source.path} ({mine[:12]}): its samples were other tokens. Estimate importance on this model.",
+    )

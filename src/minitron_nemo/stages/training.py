@@ -34,6 +34,7 @@ NOT_THE_RESULT = (
     "trainer.tensor_model_parallel_size",
     "trainer.pipeline_model_parallel_size",
     "trainer.context_parallel_size",
+    "trainer.expert_model_parallel_size",
     "trainer.sequence_parallel",
     "trainer.micro_batch_size",
     "trainer.num_nodes",
@@ -153,7 +154,14 @@ def _leaving_nothing_of_a_mistake(directory: Path) -> Iterator[None]:
 
 def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> None:
     """Build the groups of `trainer`'s layout after checking that the model's dims split over it."""
-    shape.require_splits_over(trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size)
+    shape.require_splits_over(
+        trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size, trainer.expert_model_parallel_size
+    )
+    require(
+        shape.num_moe_experts is None or trainer.tensor_model_parallel_size == 1 or trainer.sequence_parallel,
+        f"trainer.tensor_model_parallel_size={trainer.tensor_model_parallel_size} of a model with experts needs "
+        "sequence parallelism, as every rank would route every token. Set trainer.sequence_parallel=true.",
+    )
     require(
         trainer.seq_length <= shape.seq_length,
         f"trainer.seq_length={trainer.seq_length} is longer than the model's context of {shape.seq_length} tokens. "

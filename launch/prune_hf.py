@@ -1,0 +1,8 @@
+"""prune-hf: `python launch/prune_hf.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["prune-hf", *sys.argv[1:]]))

@@ -1,0 +1,149 @@
+"""Depth scores of a model on its layout: calibration samples and a task in, one number per block of layers out.
+
+The sweeps themselves are `importance.depth` and `importance.removal`; here NeMo's way of feeding a micro-batch meets
+them, and the accuracy on multiple-choice questions (arXiv:2408.11796 chooses the block whose removal costs Winogrande
+least) is counted from the same passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from torch import Tensor
+
+from minitron_nemo.checks import require
+from minitron_nemo.engine.models import data_step, forward_step
+from minitron_nemo.engine.multiple_choice import Question, accuracy, micro_batches
+from minitron_nemo.engine.progress import Reporter
+from minitron_nemo.importance.depth import ACCURACY, DepthConfig, DepthEstimator, DepthScores, token_losses
+from minitron_nemo.importance.removal import LayerSwitches, Sweep
+from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
+from minitron_nemo.shape import ModelShape
+
+
+def estimate_depth(
+    core: MCoreGPTModel,
+    shape: ModelShape,
+    batches: Iterable[dict[str, Tensor]],
+    config: DepthConfig,
+    *,
+    questions: Sequence[Question] = (),
+    micro_batch_size: int = 1,
+    vocab_size: int | None = None,
+    dropped: Collection[int] = (),
+    total: int = 0,
+) -> DepthScores:
+    """Every metric of `config`: metric -> block size n -> [L-n+1] float32, entry i for layers i .. i+n-1.
+
+    The same on every layout and for every micro-batch size, up to float rounding, and equal on every rank. Larger means
+    more important.
+
+    Args:
+        batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s].
+        questions: for the accuracy; all of them on every rank.
+        micro_batch_size: options of questions that are run at once.
+        vocab_size: real entries of the padded vocabulary; None: all are real.
+        dropped: layers that are gone already; see `DepthEstimator`.
+        total: number of micro-batches, for the progress line.
+    Communicates: see `importance.depth`.
+    """
+    scores: DepthScores = {}
+    if config.reads_samples:
+        groups = Groups.from_megatron()
+        estimator = DepthEstimator(core, shape, groups, config, forward_step, vocab_size=vocab_size, dropped=dropped)
+        with estimator, Reporter("depth", total, show=dist.get_rank() == 0) as reporter:
+            for done, batch in enumerate(batches, start=1):
+                estimator.add(data_step(iter([batch])))
+                reporter.update(done)
+            scores = estimator.finish()
+    if ACCURACY in config.metrics:
+        sweep = Sweep(shape.num_layers, config.block_sizes, dropped)
+        likelihoods = option_likelihoods(core, sweep, questions, micro_batch_size)
+        right = accuracy(questions, likelihoods, normalize=config.normalize)
+        scores[ACCURACY] = {size: values.float().cpu() for size, values in sweep.by_block(right[0] - right).items()}
+    return {metric: scores[metric] for metric in config.metrics}
+
+
+def option_likelihoods(core: MCoreGPTModel, sweep: Sweep, questions: Sequence[Question], rows: int) -> Tensor:
+    """Log-likelihood of every option's scored tokens in every pass of the sweep, in nats.
+
+    Args:
+        rows: b of the micro-batches.
+    Returns: [passes, options of all questions] float64, equal on every rank.
+    Communicates: the passes' own; at the end cp and dp (sum) and pp (from the last stage).
+    Raises: ValueError: a likelihood is not finite.
+    """
+    groups, config = Groups.from_megatron(), core.config
+    continuations = [option for question in questions for option in question.options]
+    device = next(core.parameters()).device
+    found = torch.zeros(len(sweep.passes), len(continuations), dtype=torch.float64, device=device)
+    splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if config.context_parallel_size > 1:
+        splits *= 2 * config.context_parallel_size
+    dp_rank, dp_size = group_rank(groups.dp), group_size(groups.dp)
+    total = -(-len(continuations) // (rows * dp_size))
+    shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
+    with LayerSwitches(core) as layers, Reporter("depth task", total, show=dist.get_rank() == 0) as reporter:
+        for done, (places, batch) in enumerate(shares, start=1):
+            local = data_step(iter([batch]))
+            where = torch.tensor(places, dtype=torch.int64, device=device)
+
+            def see(number: int, logits: Tensor, local: Any = local, where: Tensor = where) -> None:
+                losses = token_losses(logits, local["labels"]).double()
+                sums = torch.where(local["loss_mask"] != 0, losses, 0.0).sum(1)  # [b]
+                found[number, where] = -sums[: len(where)]
+
+            layers.run(sweep.passes, local, forward_step, see)
+            reporter.update(done)
+    for group in (groups.cp, groups.dp):
+        found = all_reduce_sum(found, group=group)
+    found = broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)
+    require(
+        bool(found.isfinite().all()),
+        "The log-likelihood of an option of depth.task is not finite (NaN or infinity). Check the checkpoint and its "
+        "dtype with the evaluate stage, or try trainer.precision=fp32.",
+    )
+    return found
+
+
+def greedy_layers(
+    core: MCoreGPTModel,
+    shape: ModelShape,
+    batches: Sequence[dict[str, Tensor]],
+    config: DepthConfig,
+    count: int,
+    **options: Any,
+) -> list[int]:
+    """The `count` layers to drop, in the order of dropping: each time the least important one of those that remain.
+
+    Importance is estimated again after every drop (arXiv:2508.14444 by squared error of the logits, arXiv:2511.16664
+    by the normalised one), so that layers that can stand in for each other do not all go.
+
+    Args:
+        batches: as for `estimate_depth`; read once per drop.
+        config: holds the one metric to drop by.
+        options: `questions`, `micro_batch_size`, `vocab_size`, `total` of `estimate_depth`.
+    Returns: layer indices from 0, of the intact model; equal on every rank.
+    Communicates: see `estimate_depth`, `count` times.
+    Raises: ValueError: another number of metrics, or a count that leaves no layer.
+    """
+    require(
+        len(config.metrics) == 1,
+        f"depth.metrics={list(config.metrics)} must hold one metric for layers to be dropped by, e.g. [squared_error].",
+    )
+    require(
+        1 <= count < shape.num_layers,
+        f"{count} layers cannot be dropped of {shape.num_layers}; drop 1 to {shape.num_layers - 1}.",
+    )
+    [metric], config = config.metrics, replace(config, block_sizes=[1])
+    dropped: list[int] = []
+    while len(dropped) < count:
+        scores = estimate_depth(core, shape, batches, config, dropped=dropped, **options)[metric][1]
+        remaining = [layer for layer in range(shape.num_layers) if layer not in dropped]
+        dropped.append(min(remaining, key=lambda layer: float(scores[layer])))
+    return dropped

@@ -1,0 +1,306 @@
+"""Depth importance: what a model loses when a layer, or a contiguous block of layers, is left out.
+
+    with DepthEstimator(model, shape, Groups.from_megatron(), config, forward) as estimator:
+        for batch in batches:               # micro-batches of this rank
+            estimator.add(batch)            # on every pipeline stage; drives Megatron's schedule itself
+        scores = estimator.finish()         # metric -> block size n -> [L-n+1], entry i for layers i .. i+n-1
+
+Larger means more important. The metrics (`full` is the intact model, `removed` the one without the block):
+
+    block_influence  1 - mean cos of the block's input and output          arXiv:2407.14679 s2.2; see block_influence.py
+    loss             loss(removed) - loss(full), nats per token; the       arXiv:2407.14679 s2.2, by perplexity
+                     ratio of the perplexities is its exponential
+    kl               KL(full || removed), nats per token                   arXiv:2504.11409, 256 samples
+    squared_error    sum (M_full - M_removed)^2 / sum M_full^2, M logits   arXiv:2511.16664; without the divisor, which
+                                                                           changes no rank, arXiv:2508.14444
+    accuracy         accuracy(full) - accuracy(removed) on a task          arXiv:2408.11796; see engine/depth.py
+
+Block influence needs one forward pass for all n. The others share the passes of one sweep (see removal.py). Means are
+over all tokens that count, of all samples: each token weighs the same, whatever sample and micro-batch it is in.
+
+Communication while streaming: the passes' own, pp for block influence, tp in the loss and the KL, and one maximum over
+all ranks per micro-batch that stops them together where an activation is not finite. At the end, once: tp, cp, dp, pp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from megatron.core import tensor_parallel
+from torch import Tensor, nn
+
+from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.distillation.divergence import CHUNK_ELEMENTS, forward_kl
+from minitron_nemo.importance.block_influence import BlockInfluence
+from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
+from minitron_nemo.parallel import Groups, all_reduce_max, all_reduce_sum, broadcast_from, group_rank, group_size
+from minitron_nemo.shape import ModelShape
+
+BLOCK_INFLUENCE, ACCURACY = "block_influence", "accuracy"
+LOGIT_METRICS = ("loss", "kl", "squared_error")
+DEPTH_METRICS = (BLOCK_INFLUENCE, *LOGIT_METRICS, ACCURACY)
+
+DepthScores = dict[str, dict[int, Tensor]]
+"""Metric -> block size n -> [L-n+1] float32."""
+
+
+@dataclass
+class DepthConfig:
+    """Which depth scores a run estimates, on how much data."""
+
+    metrics: list[str] = field(default_factory=list)
+    """Any of block_influence, loss, kl, squared_error, accuracy; empty: none."""
+    block_sizes: list[int] = field(default_factory=lambda: [1])
+    """Sizes n of the contiguous blocks that are left out in turn, each below the number of layers. Every size costs up
+    to half of L forward passes. Block influence gives all sizes whatever stands here."""
+    num_samples: int = 256
+    """Calibration samples over all data-parallel ranks, at least 1; 256 as in arXiv:2504.11409."""
+    task: str | None = None
+    """JSONL file of multiple-choice questions for the accuracy: {"context", "options", "answer"} or Winogrande's own
+    fields, one question a line."""
+    normalize: bool = False
+    """Divide an option's log-likelihood by its number of characters (acc_norm of lm-evaluation-harness; else acc)."""
+
+    def __post_init__(self) -> None:
+        for metric in self.metrics:
+            require(
+                metric in DEPTH_METRICS,
+                f"depth.metrics holds {metric}, which is not known; {did_you_mean(metric, DEPTH_METRICS)}",
+            )
+        require(
+            len(self.block_sizes) > 0
+            and min(self.block_sizes) >= 1
+            and len(set(self.block_sizes)) == len(self.block_sizes),
+            f"depth.block_sizes={list(self.block_sizes)} must be different sizes of at least 1; [1] is single layers.",
+        )
+        require(self.num_samples >= 1, f"depth.num_samples={self.num_samples} must be at least 1; try 256.")
+        require(
+            (ACCURACY in self.metrics) == (self.task is not None),
+            "depth.metrics holds accuracy, but depth.task is not set; give it a JSONL file of questions with options."
+            if self.task is None
+            else f"depth.task={self.task} is read for the accuracy only; add accuracy to depth.metrics.",
+        )
+
+    def require_fits(self, shape: ModelShape) -> None:
+        """Raises: ValueError: a block size that leaves no layer of such a model."""
+        if self.metrics:
+            Sweep(shape.num_layers, self.block_sizes)
+
+    @property
+    def reads_samples(self) -> bool:
+        """Whether a metric is asked for that needs calibration samples."""
+        return any(metric != ACCURACY for metric in self.metrics)
+
+
+class DepthEstimator:
+    """Every metric of `config` but the accuracy; see the module's text. The model's weights are only read."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: ModelShape,
+        groups: Groups,
+        config: DepthConfig,
+        forward: ForwardStep,
+        *,
+        vocab_size: int | None = None,
+        dropped: Collection[int] = (),
+    ) -> None:
+        """
+        Args:
+            model: the GPTModel of this rank (one pipeline stage of it), bare or wrapped.
+            forward: runs one micro-batch through it; see `removal.ForwardStep`.
+            vocab_size: real entries of the padded vocabulary, for kl and squared_error; None: all are real. The loss is
+                the model's own, over the padded vocabulary.
+            dropped: layers that are gone already, for iterative removal: scores are of what remains, loss, kl and
+                squared_error still against the intact model.
+        Raises: ValueError: a block size or a dropped layer the model does not have.
+        """
+        self.shape, self.groups, self.config = shape, groups, config
+        self._logit_metrics = [metric for metric in LOGIT_METRICS if metric in config.metrics]
+        self._sweep = Sweep(shape.num_layers, config.block_sizes, dropped)
+        self._passes = self._sweep.passes if self._logit_metrics else self._sweep.base
+        self._layers = LayerSwitches(model)
+        self._forward = forward
+        core = self._layers.model
+        self._sequence_parallel: bool = core.config.sequence_parallel
+        self._device = next(core.parameters()).device
+        self._influence = BlockInfluence(
+            shape.num_layers, groups, sequence_parallel=self._sequence_parallel, device=self._device
+        )
+        self._costs = LogitCosts(len(self._passes), self._logit_metrics, groups, vocab_size, self._device)
+        self._num_batches = 0
+
+    def __enter__(self) -> DepthEstimator:
+        self._layers.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._layers.__exit__(kind, error, trace)
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        """Run every pass over one micro-batch.
+
+        Args:
+            batch: this rank's part of it, tokens, labels, position_ids and loss_mask [b, s/cp]; tokens whose mask is 0
+                contribute nothing.
+        Communicates: see the module's text.
+        Raises: ValueError: a layer's output is not finite (names the layer and the sample), on every rank.
+        """
+        counts = batch["loss_mask"] != 0
+        self._layers.run(
+            self._passes, batch, self._forward, lambda number, logits: self._costs.see(number, logits, batch, counts)
+        )
+        self._num_batches += 1
+        counts = counts.t()  # [s/cp, b], as the states lie
+        if self._sequence_parallel:
+            counts = counts.chunk(group_size(self.groups.tp))[group_rank(self.groups.tp)]
+        self._stop_where_not_finite(counts)
+        if BLOCK_INFLUENCE in self.config.metrics:
+            self._influence.add(self._layers.states, counts)
+        self._layers.states.clear()
+
+    def finish(self) -> DepthScores:
+        """The scores, equal on every rank.
+
+        Communicates: tp, cp, dp and pp.
+        Raises: ValueError: no token counted, or a model without some layers gave logits that are not finite.
+        """
+        scores: dict[str, dict[int, Tensor]] = {}
+        if BLOCK_INFLUENCE in self.config.metrics:
+            scores[BLOCK_INFLUENCE] = self._influence.finish()
+        for metric, values in self._costs.finish().items():
+            scores[metric] = self._sweep.by_block(values)
+        for metric, by_size in scores.items():
+            for size, values in by_size.items():
+                require(
+                    # Reading the values waits for the device; the passes are over.
+                    bool(values.isfinite().all()),
+                    f"depth metric {metric} for blocks of {size} is not finite: no token counted, or the model without "
+                    "a block overflows. Check that the loss masks are not all 0, and try trainer.precision=fp32.",
+                )
+        return {
+            metric: {size: values.float().cpu() for size, values in by_size.items()}
+            for metric, by_size in scores.items()
+        }
+
+    def _stop_where_not_finite(self, counts: Tensor) -> None:
+        """Raise on every rank where a recorded state is not finite at a token that counts.
+
+        Communicates: one maximum of one number over tp, cp, dp and pp. Waits for the device, once per micro-batch, so
+        that a broken checkpoint does not cost a whole sweep.
+        """
+        rows, num_layers = counts.shape[1], self.shape.num_layers
+        per_batch = rows * group_size(self.groups.dp)
+        place = group_rank(self.groups.dp) * rows + torch.arange(rows, device=self._device)  # among all ranks' samples
+        worst = torch.full((), -1, device=self._device)
+        for row, state in self._layers.states.items():
+            per_token = state.sum(-1, dtype=torch.float32)  # not finite where a channel is not
+            broken = (counts & ~per_token.isfinite()).any(0)  # [b]
+            code = (num_layers - row) * per_batch + (per_batch - 1 - place)  # largest for the first layer and sample
+            worst = torch.maximum(worst, torch.where(broken, code, -1).max())
+        for group in (self.groups.tp, self.groups.cp, self.groups.dp, self.groups.pp):
+            worst = all_reduce_max(worst, group=group)
+        found = int(worst.item())
+        if found < 0:
+            return
+        layer = num_layers - found // per_batch - 1
+        sample = self._num_batches * per_batch - 1 - found % per_batch
+        source = "the embedding" if layer < 0 else f"decoder.layers.{layer}"
+        raise ValueError(
+            f"The output of {source} is not finite (NaN or infinity) in calibration sample {sample}; scores from it "
+            "rank nothing. Check the checkpoint and its dtype with the evaluate stage."
+        )
+
+
+class LogitCosts:
+    """Sums over counting tokens of what each pass's logits cost beside the first pass's; on the last stage."""
+
+    def __init__(
+        self, num_passes: int, metrics: list[str], groups: Groups, vocab_size: int | None, device: torch.device
+    ) -> None:
+        self.metrics, self.groups, self.vocab_size = metrics, groups, vocab_size
+        self._sums = torch.zeros(len(LOGIT_METRICS), num_passes, dtype=torch.float64, device=device)
+        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+        self._num_tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self._full: Tensor | None = None
+
+    def see(self, number: int, logits: Tensor, batch: dict[str, Tensor], counts: Tensor) -> None:
+        """Add pass `number`'s logits [b, s/cp, v/tp], which are overwritten. Communicates: tp, in loss and KL."""
+        if number == 0:
+            self._num_tokens += counts.sum()
+            if {"kl", "squared_error"} & set(self.metrics):
+                self._full = logits.clone()  # the cross-entropy overwrites what it is given
+            if "squared_error" in self.metrics:
+                self._squares += _squared_distance(logits, None, counts, self._num_real(logits))
+        elif self._full is not None:
+            if "kl" in self.metrics:
+                kl = forward_kl(logits, self._full, tp_group=self.groups.tp, vocab_size=self.vocab_size)
+                self._add("kl", number, kl, counts)
+            if "squared_error" in self.metrics:
+                distance = _squared_distance(logits, self._full, counts, self._num_real(logits))
+                self._sums[LOGIT_METRICS.index("squared_error"), number] += distance
+        if "loss" in self.metrics:
+            self._add("loss", number, token_losses(logits, batch["labels"]), counts)
+
+    def finish(self) -> dict[str, Tensor]:
+        """Metric -> [passes] float64, 0 for the first pass; equal on every rank.
+
+        Communicates: tp (the squares of a split vocabulary), cp, dp and pp (from the last stage).
+        """
+        sums, squares, groups = self._sums.clone(), self._squares, self.groups
+        row = LOGIT_METRICS.index("squared_error")
+        split = all_reduce_sum(torch.cat([sums[row], squares.view(1)]), group=groups.tp)
+        sums[row] = split[:-1]
+        packed = torch.cat([sums.flatten(), split[-1:], self._num_tokens.view(1)])
+        for group in (groups.cp, groups.dp):
+            packed = all_reduce_sum(packed, group=group)
+        packed = broadcast_from(packed, source=group_size(groups.pp) - 1, group=groups.pp)
+        sums, squares, num_tokens = packed[:-2].view_as(sums), packed[-2], packed[-1]
+        values = {
+            "loss": (sums[0] - sums[0, 0]) / num_tokens,
+            "kl": sums[1] / num_tokens,
+            "squared_error": sums[2] / squares,
+        }
+        return {metric: values[metric] for metric in self.metrics}
+
+    def _add(self, metric: str, number: int, per_token: Tensor, counts: Tensor) -> None:
+        self._sums[LOGIT_METRICS.index(metric), number] += torch.where(counts, per_token.double(), 0.0).sum()
+
+    def _num_real(self, logits: Tensor) -> int:
+        """Columns of this rank's logits that are not padding."""
+        local = logits.shape[-1]
+        if self.vocab_size is None:
+            return local
+        return min(max(self.vocab_size - group_rank(self.groups.tp) * local, 0), local)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each token in nats, [b, s/cp] float32, over the vocabulary split across tp.
+
+    Args:
+        logits: [b, s/cp, v/tp]; float32 ones are overwritten.
+        labels: [b, s/cp].
+    Communicates: tp, three all-reduces of [b, s/cp].
+    """
+    return tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous(), labels)
+
+
+def _squared_distance(logits: Tensor, other: Tensor | None, counts: Tensor, num_real: int) -> Tensor:
+    """Sum of squares of (logits - other) over counting tokens and real columns, float64; of the logits for None."""
+    rows = logits.flatten(0, 1)[:, :num_real]
+    others = other.flatten(0, 1)[:, :num_real] if other is not None else None
+    per_token = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
+    step = max(1, CHUNK_ELEMENTS // max(1, num_real))
+    for start in range(0, rows.shape[0], step):
+        chunk = slice(start, start + step)
+        difference = rows[chunk].float()
+        if others is not None:
+            difference = difference - others[chunk].float()
+        per_token[chunk] = difference.square().sum(-1)
+    return torch.where(counts.flatten(), per_token, 0.0).sum()

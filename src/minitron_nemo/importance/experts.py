@@ -1,0 +1,206 @@
+"""Importance of routed experts and of their neurons, read where Megatron-core computes them.
+
+    axis        what is read of each token routed to the expert                        shape
+    expert      L2 norm of the expert's output, which carries the router's weight      [t]
+    expert_ffn  input of the expert's linear_fc2, which carries the router's weight    [t, f/etp]
+
+An expert's tokens, of the whole calibration set, make one sequence: its score is by default their mean, over routed
+tokens only, as in the published reference implementation (the papers prune dense models). An expert that no token was
+routed to scores 0. Tokens whose loss mask is 0 are routed, and contribute nothing.
+
+    routed      which experts a token of this rank goes to                             [s*b/(cp*tp if sp), e]
+    code        the same over every rank that sends tokens here: 0 not routed,
+                1 routed and masked out, 2 routed                                      [e/ep, tokens of those ranks]
+
+Experts receive tokens expert by expert, within one rank by rank, within that in the order of [s, b]: so the places of
+`code` that are not 0 are the rows an expert sees.
+
+Communication per micro-batch and expert layer: one all-gather of `code` over the ranks that exchange tokens (expert
+model and expert tensor parallelism); with expert tensor parallelism, one all-reduce of each expert's output [t, h]. At
+the end, in `expert_moments`: tp, cp, dp and pp, three sums. No hook reads a value to the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
+
+from minitron_nemo.checks import require
+from minitron_nemo.importance.hooks import MicroBatch
+from minitron_nemo.importance.statistics import TokenMask, aggregate_sequence, partial_sums
+from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, group_rank, group_size
+from minitron_nemo.shape import ModelShape
+
+
+class ExpertWatch:
+    """The routed experts of one layer on this rank: sums over the tokens that counted."""
+
+    def __init__(
+        self, index: int, mlp: Any, shape: ModelShape, groups: Groups, current: MicroBatch, *, sequence_parallel: bool
+    ) -> None:
+        """
+        Args:
+            index: global layer index, from 0.
+            mlp: the layer's megatron.core MoELayer.
+        """
+        self.index, self.place = index, f"decoder.layers.{index}.mlp"
+        self.experts: list[int] = mlp.local_expert_indices
+        device, count = mlp.router.weight.device, len(self.experts)
+        self.num_tokens = torch.zeros(count, dtype=torch.float64, device=device)
+        neurons = (shape.moe_ffn_hidden_size or 0) // group_size(groups.etp)
+        self.output_sums = torch.zeros(3, count, dtype=torch.float64, device=device)
+        self.neuron_sums = torch.zeros(3, count, neurons, dtype=torch.float64, device=device)
+        self.num_seen = 0
+        self._current, self._etp = current, groups.etp
+        self._exchange = _groups_in_order_of_arrival(mlp)
+        self._shard = (group_rank(groups.tp), group_size(groups.tp)) if sequence_parallel else (0, 1)
+        self._is_copy = not sequence_parallel and group_rank(groups.tp) > 0  # every tp rank routes the same tokens
+        self._code = torch.zeros(count, 0, dtype=torch.uint8, device=device)
+
+    @torch.no_grad()
+    def route(self, routed: Tensor) -> None:
+        """A micro-batch's routing on this rank, [s*b, e] bool. Communicates: one all-gather a group that exchanges."""
+        number = self._current.number
+        require(
+            self.num_seen + 1 == number,
+            f"{self.place} saw forward pass {self.num_seen + 1}, but {number} micro-batches were announced. "
+            "Call estimator.sample(loss_mask) once before each forward pass, on every pipeline stage.",
+            RuntimeError,
+        )
+        counts = self._current.mask(*self._shard).counts.t().flatten().to(routed.device)  # [s*b], Megatron's order
+        require(
+            routed.shape[0] == counts.numel(),
+            f"{self.place} routes {routed.shape[0]} tokens, but the loss mask announced {counts.numel()} on this rank. "
+            "Give estimator.sample the mask [b, s] of the micro-batch that is run next.",
+        )
+        if self._is_copy:
+            counts = torch.zeros_like(counts)
+        code = routed.to(torch.uint8) * (1 + counts.to(torch.uint8)).unsqueeze(1)
+        for group in self._exchange:
+            code = torch.cat(all_gather_shards(code, group=group))
+        self._code = code[:, self.experts[0] : self.experts[-1] + 1].t().contiguous()
+        self.num_seen += 1
+
+    @torch.no_grad()
+    def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
+        """Add what local expert `expert` made of its tokens: [t, f/etp] and [t, h], both times the router's weight.
+
+        Communicates: expert tensor parallelism, one all-reduce of [t, h].
+        """
+        code, rows = self._code[expert], neurons.shape[0]
+        arrived = (code == 0).to(torch.uint8).argsort(stable=True)[:rows]  # no host value: the rows say how many
+        counts = code[arrived] == 2
+        self.num_tokens[expert] += counts.sum()
+        whole = outputs if group_size(self._etp) == 1 else all_reduce_sum(outputs.float(), group=self._etp)
+        # where, not a product: a token that does not count brings in nothing, not even its NaN
+        norms = torch.linalg.vector_norm(whole.float(), dim=-1).where(counts, 0).double()
+        self.output_sums[:, expert] += torch.stack([norms.sum(), norms.sum(), norms.square().sum()])
+        counted = neurons.where(counts.unsqueeze(1), 0).unsqueeze(1)  # [t, 1, f/etp]
+        everything = TokenMask(torch.ones(1, rows, dtype=torch.bool), self.num_tokens, None)
+        self.neuron_sums[:, expert] += partial_sums(counted, everything, self._current.scratch)[:, 0]
+
+
+def watch_experts(
+    model: Any, shape: ModelShape, groups: Groups, current: MicroBatch, handles: list[RemovableHandle]
+) -> list[ExpertWatch]:
+    """Hook every expert layer of this rank's pipeline stage.
+
+    Args:
+        model: the bare megatron.core GPTModel.
+        handles: gets the hooks, also where an error ends the call half-way.
+    """
+    watches = []
+    for layer in model.decoder.layers:
+        index = layer.layer_number - 1
+        if not shape.has_experts(index):
+            continue
+        mlp = layer.mlp
+        watch = ExpertWatch(index, mlp, shape, groups, current, sequence_parallel=model.config.sequence_parallel)
+        handles.append(mlp.router.register_forward_hook(_see_routing(watch)))
+        if hasattr(mlp.experts, "local_experts"):
+            for expert, module in enumerate(mlp.experts.local_experts):
+                handles.append(module.linear_fc2.register_forward_hook(_see_expert(watch, expert)))
+        else:
+            require(
+                hasattr(mlp.experts, "linear_fc2"),
+                f"{watch.place}.experts is a {type(mlp.experts).__name__} whose linear_fc2 cannot be watched. "
+                "Use experts one by one or transformer-engine's grouped linears (moe_use_legacy_grouped_gemm=false).",
+            )
+            handles.append(mlp.experts.linear_fc2.register_forward_hook(_see_grouped_experts(watch)))
+        watches.append(watch)
+    return watches
+
+
+def expert_moments(
+    watches: Sequence[ExpertWatch], shape: ModelShape, groups: Groups, device: torch.device
+) -> dict[str, Tensor]:
+    """Moments of the axes `expert` [l, 2, 3, e] and `expert_ffn` [l, e, 2, 3, f], float64, equal on every rank.
+
+    The second moment is the first one's square: there is one sequence an expert. Rows of dense layers are 0.
+    Communicates: tp, cp, dp and pp, sums of three tensors of that size.
+    """
+    layers, experts, neurons = shape.num_layers, shape.num_moe_experts or 0, shape.moe_ffn_hidden_size or 0
+    tokens = torch.zeros(layers, experts, dtype=torch.float64, device=device)
+    outputs, inside = tokens.new_zeros(3, layers, experts), tokens.new_zeros(3, layers, experts, neurons)
+    part = group_rank(groups.etp)
+    for watch in watches:
+        here, width = slice(watch.experts[0], watch.experts[-1] + 1), watch.neuron_sums.shape[-1]
+        inside[:, watch.index, here, part * width : (part + 1) * width] = watch.neuron_sums
+        if part == 0:  # the ranks one expert is split over saw the same tokens and the same whole outputs
+            tokens[watch.index, here], outputs[:, watch.index, here] = watch.num_tokens, watch.output_sums
+    for group in (groups.tp, groups.cp, groups.dp, groups.pp):
+        tokens, outputs, inside = (all_reduce_sum(local, group=group) for local in (tokens, outputs, inside))
+    num_tokens = tokens.flatten()
+    of_experts = aggregate_sequence(outputs.reshape(3, -1, 1), num_tokens)[..., 0].unflatten(1, (layers, experts))
+    of_neurons = aggregate_sequence(inside.flatten(1, 2), num_tokens).unflatten(1, (layers, experts))
+    return {"expert": _moments(of_experts.movedim(0, 1)), "expert_ffn": _moments(of_neurons.movedim(0, 2))}
+
+
+def _moments(aggregates: Tensor) -> Tensor:
+    """[..., 3, c] of one sample -> [..., 2, 3, c]: mean and mean square over it."""
+    return torch.stack([aggregates, aggregates.square()], dim=-3)
+
+
+def _groups_in_order_of_arrival(mlp: Any) -> list[ProcessGroup]:
+    """The groups over which one gathers tokens to get them in the order in which the dispatcher hands them out."""
+    kind, dispatcher = mlp.config.moe_token_dispatcher_type, mlp.token_dispatcher
+    orders = {
+        "allgather": [dispatcher.tp_ep_group],
+        "alltoall": [dispatcher.ep_group, dispatcher.tp_group],
+    }
+    require(
+        kind in orders,
+        f"moe_token_dispatcher_type={kind} hands out tokens in an order that is not known here; importance of experts "
+        f"can be estimated with {' or '.join(orders)}.",
+    )
+    return orders[kind]
+
+
+def _see_routing(watch: ExpertWatch) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
+    def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
+        watch.route(output[1])
+
+    return hook
+
+
+def _see_expert(watch: ExpertWatch, expert: int) -> Callable[[nn.Module, Any, tuple[Tensor, Any]], None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
+        watch.see(expert, args[0], output[0])
+
+    return hook
+
+
+def _see_grouped_experts(watch: ExpertWatch) -> Callable[[nn.Module, Any, tuple[Tensor, Any]], None]:
+    """transformer-engine's grouped linear takes all experts' tokens and how many each has, as host numbers."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, list[int]], output: tuple[Tensor, Any]) -> None:
+        parts = zip(args[0].split(args[1]), output[0].split(args[1]), strict=True)
+        for expert, (neurons, outputs) in enumerate(parts):
+            watch.see(expert, neurons, outputs)
+
+    return hook

@@ -1,0 +1,156 @@
+"""From scores and a target shape to a plan: the highest scores of each axis stay.
+
+Width is ranked as `ranking` says. Depth goes by the kept layers a person names, or by scores of layers: the lowest ones
+are dropped one by one (arXiv:2407.14679), or the contiguous block whose removal hurts least (arXiv:2408.11796).
+Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.checks import require
+from minitron_nemo.importance import Importance
+from minitron_nemo.importance.scores import expected_sizes
+from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of, require_prunable
+from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
+from minitron_nemo.shape import ModelShape
+
+_RANKED = {"ffn", "expert", "expert_ffn", "shared_expert_ffn"}
+"""Axes ranked row by row, each for itself."""
+
+
+@dataclass
+class DepthChoice:
+    """How the dropped layers are chosen, where the kept ones are not named."""
+
+    metric: str | None = None
+    """Depth scores to go by: block_influence, loss, kl, squared_error or accuracy, as far as they were estimated."""
+    contiguous: bool = False
+    """Drop the one block of neighbouring layers with the lowest score, instead of the layers with the lowest scores."""
+    keep_first: int = 0
+    """Layers at the beginning that are never dropped."""
+    keep_last: int = 0
+    """Layers at the end that are never dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_first", "keep_last"):
+            value = getattr(self, name)
+            require(value >= 0, f"depth.{name}={value} must be a number of layers, at least 0.")
+
+
+def plan_from_importance(
+    importance: Importance,
+    source: ModelShape,
+    target: ModelShape,
+    *,
+    batch_aggregation: str = "l2",
+    sequence_aggregation: str = "mean",
+    layers: Sequence[int] | None = None,
+    depth: DepthChoice | None = None,
+    merge_heads: bool = False,
+) -> PruningPlan:
+    """The plan that keeps the highest scores; the default aggregations are the paper's.
+
+    Args:
+        importance: scores of a model of shape `source`.
+        layers, depth: see `kept_layers`.
+        merge_heads: merge dropped heads into kept ones of their group, see `ranking.head_partners`.
+    Raises: ValueError: scores of another model, a target that does not fit, or depth without a way to choose it.
+    """
+    require_same_model(importance, source)
+    require_prunable(source, target)
+
+    def scores(axis: str) -> Tensor:
+        """An axis that stays whole needs no scores."""
+        if getattr(source, DIM_OF_AXIS[axis]) == getattr(target, DIM_OF_AXIS[axis]):
+            return torch.zeros(expected_sizes(source)[axis])
+        return importance.scores(axis, batch_aggregation, sequence_aggregation)
+
+    group = top_k(scores("group"), target.num_query_groups)
+    heads = {"heads_per_group": source.heads_per_group, "keep_per_group": target.heads_per_group}
+    merges = merge_heads and target.heads_per_group < source.heads_per_group
+    return PruningPlan(
+        source=source,
+        target=target,
+        hidden=top_k(scores("hidden"), target.hidden_size),
+        head=top_heads(scores("head"), group, **heads),
+        group=group,
+        layer=torch.tensor(kept_layers(importance, source, target.num_layers, layers=layers, depth=depth)),
+        head_partner=head_partners(scores("head"), group, **heads) if merges else None,
+        origin={
+            **importance.origin,
+            "num_samples": importance.num_samples,
+            "batch_aggregation": batch_aggregation,
+            "sequence_aggregation": sequence_aggregation,
+            "depth": "explicit" if layers is not None else depth.metric if depth else None,
+        },
+        **{axis: top_k(scores(axis), getattr(target, DIM_OF_AXIS[axis])) for axis in _RANKED & set(axes_of(source))},
+    )
+
+
+def kept_layers(
+    importance: Importance | None,
+    source: ModelShape,
+    keep: int,
+    *,
+    layers: Sequence[int] | None = None,
+    depth: DepthChoice | None = None,
+) -> list[int]:
+    """Source layers that stay, from 0, ascending.
+
+    Args:
+        importance: needed where `depth` decides.
+        keep: how many stay.
+        layers: the kept layers, in any order; decides where given.
+        depth: how to choose them otherwise.
+    Raises: ValueError: a number that does not fit, or nothing says which layers go.
+    """
+    have = source.num_layers
+    if layers is not None:
+        require(
+            len(layers) == keep,
+            f"layers={list(layers)} keeps {len(layers)} layers, but target.num_layers={keep}. "
+            f"Set target.num_layers={len(layers)} or name {keep} layers.",
+        )
+        return sorted(layers)
+    if keep == have:
+        return list(range(have))
+    require(
+        depth is not None and depth.metric is not None and importance is not None,
+        f"target.num_layers={keep} of {have} drops layers, but nothing says which. Give the kept layers (`layers`, "
+        f"from 0 to {have - 1}) or the metric of layer scores to go by (`depth.metric`), or set "
+        f"target.num_layers={have}.",
+    )
+    assert depth is not None and depth.metric is not None and importance is not None
+    drop, first, end = have - keep, depth.keep_first, have - depth.keep_last
+    require(
+        drop <= end - first,
+        f"target.num_layers={keep} drops {drop} of {have} layers, but depth.keep_first={depth.keep_first} and "
+        f"depth.keep_last={depth.keep_last} leave only {max(0, end - first)} to drop. Lower one of them, or keep more "
+        "layers.",
+    )
+    if depth.contiguous:
+        scores = importance.block_scores(depth.metric, drop)[first : end - drop + 1]
+        start = first + int(top_k(-scores, 1))
+        dropped = set(range(start, start + drop))
+    else:
+        scores = importance.layer_scores(depth.metric)[first:end]
+        dropped = {first + index for index in top_k(-scores, drop).tolist()}
+    return [layer for layer in range(have) if layer not in dropped]
+
+
+def require_same_model(importance: Importance, source: ModelShape) -> None:
+    """ValueError unless the scores are of a model of this shape."""
+    measured, have = importance.shape.to_dict(), source.to_dict()
+    different = [key for key in have if measured[key] != have[key]]
+    require(
+        not different,
+        "The importance is of another model: "
+        + ", ".join(f"{key}={measured[key]} there, {have[key]} in the model to prune" for key in different)
+        + ". Estimate importance on this model, or name the model it was estimated on.",
+    )

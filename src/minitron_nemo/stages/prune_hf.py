@@ -1,0 +1,47 @@
+"""prune-hf: a Hugging Face checkpoint and a plan in, the pruned Hugging Face checkpoint out; shard by shard.
+
+Nothing is loaded: a machine smaller than the model will do. The plan is one that the prune stage wrote, for the model
+that import-hf made of this checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.checks import require
+from minitron_nemo.engine.offline_hf import prune_hf
+from minitron_nemo.pruning import PruningPlan
+from minitron_nemo.stages.import_hf import EMBEDDED, embedded_teacher
+from minitron_nemo.stages.training import config_dict
+
+
+@dataclass
+class PruneHfConfig:
+    model: str = ""
+    """Directory with config.json and safetensors."""
+    plan: str = ""
+    """Folder with plan.json and plan.safetensors: a prune artifact, or an edited copy of its plan."""
+    max_shard_gigabytes: float = 5.0
+    """Size of a file of the result."""
+    output: str = "runs/pruned_hf"
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_shard_gigabytes > 0, f"prune_hf.max_shard_gigabytes={self.max_shard_gigabytes} must be above 0."
+        )
+
+
+def run(config: PruneHfConfig) -> Artifact:
+    """Raises: FileNotFoundError, ValueError: see `engine.offline_hf`; nothing is left behind."""
+    require(bool(config.model), "prune_hf.model is not set. Set it to a Hugging Face checkpoint directory.")
+    source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
+    plan = PruningPlan.load(config.plan)
+    with writing(config.output, stage="prune-hf", config=config_dict(config)) as draft:
+        prune_hf(source, plan, draft.path, max_shard_bytes=int(config.max_shard_gigabytes * 10**9))
+        plan.save(draft.path)
+        draft.metrics.update(
+            parameters=plan.target.num_parameters, parameters_of_source=plan.source.num_parameters, tokens=0
+        )
+    return open_artifact(config.output)

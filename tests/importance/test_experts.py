@@ -1,0 +1,111 @@
+"""Importance of experts and their neurons, against every token's way through its experts written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitron_nemo.importance.experts import expert_moments, watch_experts
+from minitron_nemo.importance.hooks import MicroBatch
+from minitron_nemo.importance.statistics import mark_tokens_over
+from minitron_nemo.parallel import Groups, group_rank, group_size
+from support.megatron import TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller
+from support.ranks import Ranks
+
+SHAPE = smaller(TINY_EXPERTS, moe_router_pre_softmax=True)
+GENERATOR = torch.Generator().manual_seed(7)
+BATCHES = [torch.randint(0, 66, (2, 8), generator=GENERATOR) for _ in range(4)]
+MASKS = [(torch.rand(2, 8, generator=GENERATOR) > 0.3).float() for _ in range(4)]
+MASKS[2][1] = 0  # a sample of which nothing counts
+
+
+def estimate(batches: list[Tensor], masks: list[Tensor], **overrides: Any) -> dict[str, Tensor]:
+    """Moments of this rank's share of the batches, merged over all ranks."""
+    model, groups = build_gpt(SHAPE, **overrides), Groups.from_megatron()
+    current, handles = MicroBatch(torch.device("cpu")), []
+    watches = watch_experts(model, SHAPE, groups, current, handles)
+    mine = slice(group_rank(groups.dp), None, group_size(groups.dp))
+    with torch.no_grad():
+        for tokens, mask in zip(batches[mine], masks[mine], strict=True):
+            current.announce(mark_tokens_over(mask, groups=[groups.cp]))
+            run_gpt(model, tokens)
+    for handle in handles:
+        handle.remove()
+    return expert_moments(watches, SHAPE, groups, torch.device("cpu"))
+
+
+def by_hand(batches: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+    """[l, 2, 3, e] and [l, e, 2, 3, f] in float64: every token that counts, through each of its experts, one by one."""
+    model, entering = build_gpt(SHAPE), {layer: [] for layer in range(SHAPE.num_layers)}
+    for layer, module in enumerate(model.decoder.layers):
+        module.mlp.register_forward_pre_hook(lambda _, args, layer=layer: entering[layer].append(args[0]))
+    with torch.no_grad():
+        for tokens in batches:
+            run_gpt(model, tokens)
+    experts, neurons = SHAPE.num_moe_experts or 0, SHAPE.moe_ffn_hidden_size or 0
+    outputs = torch.zeros(SHAPE.num_layers, experts, 3, dtype=torch.float64)
+    inside = torch.zeros(SHAPE.num_layers, experts, 3, neurons, dtype=torch.float64)
+    for layer in (0, 2):
+        prefix = f"decoder.layers.{layer}.mlp."
+        router = random_parameter(prefix + "router.weight", SHAPE).double()
+        norms: dict[int, list[Tensor]] = {expert: [] for expert in range(experts)}
+        acts: dict[int, list[Tensor]] = {expert: [] for expert in range(experts)}
+        for hidden, mask in zip(entering[layer], masks, strict=True):
+            for position, sample in (mask.t() != 0).nonzero().tolist():
+                token = hidden[position, sample].double()
+                weights, chosen = (router @ token).softmax(0).topk(2)
+                for weight, expert in zip(weights, chosen.tolist(), strict=True):
+                    name = prefix + f"experts.local_experts.{expert}.linear_fc"
+                    gate, up = (random_parameter(name + "1.weight", SHAPE).double() @ token).chunk(2)
+                    act = F.silu(gate) * up * weight
+                    acts[expert].append(act)
+                    norms[expert].append((random_parameter(name + "2.weight", SHAPE).double() @ act).norm())
+        for expert in range(experts):
+            norm, act = torch.stack(norms[expert]), torch.stack(acts[expert])
+            outputs[layer, expert] = torch.stack([norm.mean(), norm.norm(), norm.var(correction=0)])
+            inside[layer, expert] = torch.stack([act.abs().mean(0), act.norm(dim=0), act.var(0, correction=0)])
+    outputs = outputs.transpose(1, 2)
+    return {
+        "expert": torch.stack([outputs, outputs.square()], 1),
+        "expert_ffn": torch.stack([inside, inside.square()], 2),
+    }
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
+    for axis, tensor in expected.items():
+        torch.testing.assert_close(found[axis], tensor, rtol=1e-5, atol=1e-9, msg=f"{axis}, {where}")
+
+
+def test_experts_are_scored_by_what_they_add_to_the_tokens_routed_to_them() -> None:
+    expected = by_hand(BATCHES, MASKS)
+    assert expected["expert"][0, 0, 0].min() > 0  # each expert has tokens
+    assert_same(estimate(BATCHES, MASKS), expected, "one by one")
+    assert_same(estimate(BATCHES, MASKS, moe_token_dispatcher_type="alltoall"), expected, "all to all")
+
+
+@pytest.mark.parametrize("layout", ["dp2-ep2", "dp2", "tp2-sp", "tp2", "tp2-sp-ep2-etp1", "pp2", "tp2-sp-dp2-ep2"])
+def test_experts_score_the_same_on_every_layout(ranks: Ranks, layout: str) -> None:
+    expected = by_hand(BATCHES, MASKS)
+    for rank, found in enumerate(ranks(layout).run(estimate, BATCHES, MASKS)):
+        assert_same(found, expected, f"rank {rank} of {layout}")
+
+
+def test_masked_tokens_contribute_nothing_and_the_micro_batch_size_changes_nothing() -> None:
+    rows, masks = torch.cat(BATCHES), torch.cat(MASKS)
+    assert_same(estimate(list(rows.split(1)), list(masks.split(1))), by_hand(BATCHES, MASKS), "one sample at a time")
+    nothing = estimate(BATCHES, [torch.zeros(2, 8)] * 4)
+    assert all(tensor.abs().max() == 0 for tensor in nothing.values())
+
+
+def test_a_forward_pass_that_was_not_announced_is_refused() -> None:
+    model, current = build_gpt(SHAPE), MicroBatch(torch.device("cpu"))
+    watch_experts(model, SHAPE, Groups.from_megatron(), current, [])
+    with pytest.raises(RuntimeError, match=r"decoder\.layers\.0\.mlp saw forward pass 1, but 0 micro-batches"):
+        run_gpt(model, BATCHES[0])
+    current.announce(mark_tokens_over(torch.ones(2, 7), groups=[]))
+    with pytest.raises(ValueError, match=r"routes 16 tokens, but the loss mask announced 14 on this rank"):
+        run_gpt(model, BATCHES[0])

@@ -1,0 +1,137 @@
+"""The prune stages at their doors: budgets, depth by scores, plans, and cutting files instead of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minitron_nemo.artifact import open_artifact
+from minitron_nemo.importance import Importance
+from minitron_nemo.pruning import PruningPlan
+from support.artifacts import contents
+from support.door import Door
+from support.tiny import TinyChain
+
+
+@pytest.fixture(scope="module")
+def scored(door: Door, tiny_chain: TinyChain, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What to type for a run of its own that has scores of depth too."""
+    run = tmp_path_factory.mktemp("prune")
+    of_the_chain = [key for key in tiny_chain.overrides if not key.startswith(("run_dir=", "prune.target."))]
+    teacher = tiny_chain.run_dir / "corrected_teacher"
+    common = [
+        *of_the_chain,
+        f"run_dir={run}",
+        f"prune.model={teacher}",
+        f"estimate_importance.model={teacher}",
+        f"data.prepared={tiny_chain.run_dir / 'data'}",
+        *(f"~prune.target.{dim}" for dim in ("hidden_size", "ffn_hidden_size", "num_attention_heads")),
+    ]
+    done = door(
+        "estimate-importance",
+        *common,
+        "estimate_importance.depth.metrics=[block_influence,loss]",
+        "estimate_importance.depth.block_sizes=[1,2]",
+        "estimate_importance.depth.num_samples=4",
+    )
+    assert done.code == 0, done.err
+    return common
+
+
+def run_dir(common: list[str]) -> Path:
+    return Path(next(key for key in common if key.startswith("run_dir=")).split("=")[1])
+
+
+def test_a_budget_becomes_a_student_that_costs_no_more(door: Door, scored: list[str]) -> None:
+    done = door("prune", *scored, "prune.budget.parameters=40k", "prune.budget.tolerance=0")
+    assert "budget.parameters=40k is not a number above 0" in done.mistake
+    done = door("prune", *scored, "prune.budget.parameters=40K", "prune.budget.tolerance=0")
+    assert done.code == 0, done.err
+    plan = PruningPlan.load(run_dir(scored) / "student_pruned")
+    assert 36_000 < plan.target.num_parameters <= 40_000
+    assert (
+        plan.target.hidden_size < plan.source.hidden_size and plan.target.ffn_hidden_size < plan.source.ffn_hidden_size
+    )
+
+
+def test_the_best_contiguous_block_of_layers_goes(door: Door, scored: list[str]) -> None:
+    common = [*scored, "+prune.target.num_layers=2", "prune.depth.metric=loss"]
+    done = door("prune", *common, "prune.depth.contiguous=true", "prune.output=" + str(run_dir(scored) / "shallow"))
+    assert done.code == 0, done.err
+    scores = Importance.load(run_dir(scored) / "importance").block_scores("loss", 2)
+    start = int(scores.argmin())
+    expected = [layer for layer in range(4) if layer not in (start, start + 1)]
+    assert PruningPlan.load(run_dir(scored) / "shallow").layer.tolist() == expected
+    done = door("prune", *scored, "+prune.target.num_layers=2", "prune.depth.metric=kl")
+    assert "layer metric kl was not estimated; known: block_influence, loss." in done.mistake
+
+
+def test_files_are_cut_to_the_same_student_as_the_model(door: Door, scored: list[str], tiny_chain: TinyChain) -> None:
+    common = [*scored, "+prune.keep.hidden_size=0.5", "+prune.target.num_attention_heads=4", "prune.merge_heads=true"]
+    before = contents(tiny_chain.run_dir / "corrected_teacher")
+    exported = {}
+    for way in ("live", "offline"):
+        student = run_dir(scored) / way
+        done = door("prune", *common, f"prune.offline={way == 'offline'}", f"prune.output={student}")
+        assert done.code == 0, done.err
+        out = run_dir(scored) / f"export_{way}"
+        done = door(
+            "export-hf", *common, f"export_hf.model={student}", f"export_hf.output={out}", "export_hf.prompt=null"
+        )
+        assert done.code == 0, done.err
+        exported[way] = load_file(out / "model.safetensors")
+    assert contents(tiny_chain.run_dir / "corrected_teacher") == before
+    assert exported["live"].keys() == exported["offline"].keys()
+    for name, tensor in exported["live"].items():
+        assert torch.equal(tensor, exported["offline"][name]), name
+
+
+def test_a_plan_prunes_a_hugging_face_folder_to_another(door: Door, scored: list[str], tiny_chain: TinyChain) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plan = tiny_chain.run_dir / "student_pruned"
+    output = run_dir(scored) / "pruned_hf"
+    done = door("prune-hf", *scored, f"prune_hf.plan={plan}")
+    assert done.code == 0, done.err
+    target = PruningPlan.load(plan).target
+    model = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    assert sum(parameter.numel() for parameter in model.parameters()) == target.num_parameters
+    assert json.loads((output / "config.json").read_text())["hidden_size"] == target.hidden_size
+    assert open_artifact(output).stage == "prune-hf"
+
+
+def test_scores_come_from_a_file_of_samples_and_go_with_their_tokenizer(
+    door: Door, scored: list[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"import json  # {number}"}) for number in range(6)))
+    common = [*scored, f"estimate_importance.importance.calibration={file}", f"estimate_importance.output={tmp_path}/i"]
+    assert "num_samples=8 must be between 1 and the 6 records" in door("estimate-importance", *common).mistake
+    done = door("estimate-importance", *common, "estimate_importance.importance.num_samples=5")
+    assert done.code == 0, done.err
+    description = json.loads((tmp_path / "i" / "importance.json").read_text())
+    assert description["num_samples"] == 5
+    description["tokenizer_digest"] = "0" * 64
+    (tmp_path / "i" / "importance.json").write_text(json.dumps(description))
+    done = door("prune", *scored, f"prune.importance={tmp_path}/i", "+prune.keep.hidden_size=0.5")
+    assert "prune.importance was estimated with another tokenizer (digest 000000000000)" in done.mistake
+
+
+def test_an_edited_plan_is_followed(door: Door, scored: list[str], tmp_path: Path) -> None:
+    done = door("prune", *scored, "prune.layers=[0,3]", f"prune.output={tmp_path / 'first'}")
+    assert done.code == 0, done.err
+    description = json.loads((tmp_path / "first" / "plan.json").read_text())
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "plan.json").write_text(json.dumps(description | {"layer": [1, 2]}))
+    (tmp_path / "plan" / "plan.safetensors").write_bytes((tmp_path / "first" / "plan.safetensors").read_bytes())
+    done = door("prune", *scored, f"prune.plan={tmp_path / 'plan'}", f"prune.output={tmp_path / 'second'}")
+    assert done.code == 0, done.err
+    assert PruningPlan.load(tmp_path / "second").layer.tolist() == [1, 2]
+
+
+def test_a_target_of_nothing_says_what_can_be_set(door: Door, scored: list[str]) -> None:
+    assert "prune.target is empty: nothing would be pruned" in door("prune", *scored).mistake
