@@ -118,7 +118,7 @@ def seconds_by_hook(case: dict[str, Any], passes: int) -> dict[str, float]:
     see = Watch.see
 
     def timed(watch: Watch, activation: Tensor) -> None:
-        spent[watch.place.split(".", 3)[-1]] += seconds_of(lambda: see(watch, activation))
+        spent[watch.name.split(".", 3)[-1]] += seconds_of(lambda: see(watch, activation))
 
     Watch.see = timed  # type: ignore[method-assign]
     try:

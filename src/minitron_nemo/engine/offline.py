@@ -157,15 +157,19 @@ class _Stored:
             require(size >= end, f"{weights / file} has {size} of its {end} bytes. Fetch or make the checkpoint again.")
 
     def dtype(self, piece: ShardedTensor) -> torch.dtype:
-        return self.metadata.state_dict_metadata[piece.key].properties.dtype
+        return self._stored(piece).properties.dtype
+
+    def _stored(self, piece: ShardedTensor) -> TensorStorageMetadata:
+        stored = self.metadata.state_dict_metadata[piece.key]
+        assert isinstance(stored, TensorStorageMetadata)
+        return stored
 
     def read(self, piece: ShardedTensor) -> Tensor:
         """One piece, whichever chunks it was stored as; they are read one at a time."""
         sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
         wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
-        stored = self.metadata.state_dict_metadata[piece.key]
         into = torch.empty(sizes, dtype=self.dtype(piece))
-        items = create_read_items_for_chunk_list(piece.key, stored, [wanted])
+        items = create_read_items_for_chunk_list(piece.key, self._stored(piece), [wanted])
         self.reader.read_data(LoadPlan(items), _Into(into))
         return into.view(piece.local_shape)
 
