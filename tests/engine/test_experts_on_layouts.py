@@ -6,13 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.optim import OptimConfig
 from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
 from minitron_nemo.stages import export_hf, import_hf, pretrain
+from minitron_nemo.stages.training import prepare_layout
 from support.hf import load_with_transformers
+from support.megatron import TINY_EXPERTS
 from support.ranks import Ranks, current_layout
 from support.tiny import VOCAB_SIZE
 from support.tiny_run import TinyRun, read_weights, trainer_values
@@ -86,3 +89,9 @@ def test_a_mixture_trains_with_its_experts_spread_over_ranks(ranks: Ranks, tiny_
             assert not torch.equal(tensor, before[name]), f"{layout} left {name} as it was"
         assert load_with_transformers(tmp_path / layout / "exported").config.mlp_only_layers == [1]
     torch.testing.assert_close(losses["dp2-ep2"], losses["pp2"], rtol=0, atol=1e-3)
+
+
+def test_experts_on_tensor_parallel_ranks_need_the_tokens_split_too() -> None:
+    trainer = TrainerConfig(**trainer_values(tensor_model_parallel_size=2, expert_model_parallel_size=2))
+    with pytest.raises(ValueError, match=r"size=2 of a model with experts needs .*Set trainer\.sequence_parallel=true"):
+        prepare_layout(trainer, TINY_EXPERTS, seed=0)

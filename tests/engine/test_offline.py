@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from minitron_nemo.engine import safetensors_stream
+from minitron_nemo.engine.checkpoint import read_shape
 from minitron_nemo.engine.hf import load_hf, save_hf, shape_from_hf, vocab_size_from_hf
 from minitron_nemo.engine.offline_hf import prune_hf
 from minitron_nemo.parallel import Groups
@@ -33,7 +35,7 @@ from support.hf import LLAMA3_SCALING, hf_model, tensors_of
 from support.megatron import bare_model
 from support.ranks import Ranks
 from support.tiny import write_corpus, write_teacher
-from support.tiny_run import trainer_values
+from support.tiny_run import TinyRun, trainer_values
 
 DIMS: dict[str, Any] = {
     "vocab_size": 51,
@@ -336,7 +338,7 @@ def prune_both_ways(hf: Path, directory: Path, target: dict[str, int]) -> dict[s
     return before
 
 
-def weights_on_this_layout(path: Path, layout: dict[str, int]) -> dict[str, Tensor]:
+def weights_on_this_layout(path: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     """Full parameters of an artifact that was loaded on the current layout."""
     from minitron_nemo.engine.checkpoint import open_model
     from minitron_nemo.engine.forward import open_core
@@ -364,11 +366,88 @@ def test_an_artifact_is_pruned_as_the_loaded_model_is_and_loads_on_every_layout(
     [before] = ranks("single").run(prune_both_ways, hf, tmp_path, target)
     assert contents(tmp_path / "teacher") == before
     [expected] = ranks("single").run(weights_on_this_layout, tmp_path / "loaded", {})
-    layouts = {"single": {}, "tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
-    for layout, sizes in layouts.items():
+    split = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    for layout, sizes in {"single": {}, "tp2-sp": split, "pp2": {"pipeline_model_parallel_size": 2}}.items():
         for found in ranks(layout).run(weights_on_this_layout, tmp_path / "offline", sizes):
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), layout
     ours, theirs = contents(tmp_path / "offline"), contents(tmp_path / "loaded")
     beside = [file for file in theirs if not file.startswith("weights/") and file != "manifest.json"]
     assert {file: ours[file] for file in beside} == {file: theirs[file] for file in beside}
+
+
+def save_with_numbered_layers(path: str, copy: Path) -> None:
+    """The same model with each layer's tensors under keys of their own, as some versions write them."""
+    from megatron.core import dist_checkpointing
+
+    from minitron_nemo.engine.checkpoint import open_model
+    from minitron_nemo.engine.forward import open_core
+    from minitron_nemo.engine.training import TrainerConfig
+    from minitron_nemo.engine.weights_io import CONTENT, PREFIX, WEIGHTS
+    from minitron_nemo.stages.training import prepare_layout
+
+    source, trainer = open_model(path, key="path"), TrainerConfig(**trainer_values())
+    prepare_layout(trainer, source.shape, seed=0)
+    core, content = open_core(source, trainer), CONTENT | {"non_homogeneous_layers": True}
+    shutil.copytree(path, copy, ignore=shutil.ignore_patterns(WEIGHTS))
+    (copy / WEIGHTS).mkdir()
+    dist_checkpointing.save(core.sharded_state_dict(prefix=PREFIX, metadata=content), str(copy / WEIGHTS))
+
+
+def prune_artifact(path: Path, plan: PruningPlan, output: Path, dtype: torch.dtype | None = None) -> None:
+    from minitron_nemo.engine.checkpoint import open_model
+    from minitron_nemo.engine.offline import prune_checkpoint
+
+    prune_checkpoint(open_model(path, key="path"), plan, output, dtype=dtype)
+
+
+def stored_tensors(path: Path) -> dict[str, Tensor]:
+    """What a checkpoint holds, by key, layers stacked or not."""
+    from megatron.core import dist_checkpointing
+    from torch.distributed.checkpoint import load
+
+    wanted = dist_checkpointing.load_tensors_metadata(str(path / "weights"))
+    tensors = {key: torch.empty(entry.global_shape, dtype=entry.dtype) for key, entry in wanted.items()}
+    load(tensors, checkpoint_id=path / "weights", no_dist=True)
+    return tensors
+
+
+def test_layers_under_keys_of_their_own_are_read_too(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
+    alone, plan = ranks("single"), random_plan(read_shape(Path(tiny_run.teacher), key="path"), num_layers=2)
+    alone.run(save_with_numbered_layers, tiny_run.teacher, tmp_path / "numbered")
+    alone.run(prune_artifact, Path(tiny_run.teacher), plan, tmp_path / "expected")
+    alone.run(prune_artifact, tmp_path / "numbered", plan, tmp_path / "found")
+    [expected], [found] = (alone.run(stored_tensors, tmp_path / name) for name in ("expected", "found"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    [numbered], [teacher] = (
+        alone.run(stored_tensors, path) for path in (tmp_path / "numbered", Path(tiny_run.teacher))
+    )
+    assert len(numbered) > len(teacher)
+
+
+def test_an_artifact_is_written_in_the_dtype_asked_for(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
+    alone, plan = ranks("single"), random_plan(read_shape(Path(tiny_run.teacher), key="path"), hidden_size=24)
+    for name, dtype in (("stored", None), ("bf16", torch.bfloat16)):
+        alone.run(prune_artifact, Path(tiny_run.teacher), plan, tmp_path / name, dtype)
+    [stored], [halved] = (alone.run(stored_tensors, tmp_path / name) for name in ("stored", "bf16"))
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert all(torch.equal(halved[key], tensor.bfloat16()) for key, tensor in stored.items())
+
+
+def test_an_artifact_that_cannot_be_pruned_is_refused_before_anything_is_written(
+    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    alone, out, shape = ranks("single"), tmp_path / "out", read_shape(Path(tiny_run.teacher), key="path")
+    plan = random_plan(shape, num_layers=2)
+    other = random_plan(dataclasses.replace(shape, ffn_hidden_size=64), num_layers=2)
+    with pytest.raises(ValueError, match=r"ffn_hidden_size: 80 there, 64 here\)\. Prune the model that the plan"):
+        alone.run(prune_artifact, Path(tiny_run.teacher), other, out)
+    with pytest.raises(ValueError, match="runs in one process, not in 2"):
+        ranks("dp2").run(prune_artifact, Path(tiny_run.teacher), plan, out)
+    copy = Path(shutil.copytree(tiny_run.teacher, tmp_path / "copy"))
+    largest = max((copy / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"{largest.name} has \d+ of its \d+ bytes"):
+        alone.run(prune_artifact, copy, plan, out)
+    assert not out.exists()

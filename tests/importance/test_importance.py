@@ -7,52 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from gathering_attention import build_context_parallel_gpt
 from importance_by_hand import PAIRS, importance_by_hand
+from importance_on_ranks import NUM_SAMPLES, SHAPE, TOKENS, estimate, make_samples
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from minitron_nemo.importance import Importance, ImportanceConfig, ImportanceEstimator
+from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
-from support.megatron import TINY, build_gpt, causal_mask, run_gpt
+from support.megatron import build_gpt, causal_mask, run_gpt
 from support.ranks import Ranks
 
-NUM_SAMPLES, TOKENS = 6, 12
-SHAPE = dataclasses.replace(TINY, num_layers=2)
 AXES = ("hidden", "ffn", "head", "group")
-
-
-def make_samples(padded: bool = True) -> tuple[Tensor, Tensor]:
-    """tokens [6, 12] and their mask; where padded, every sample ends elsewhere and one has a hole."""
-    tokens = torch.randint(SHAPE.padded_vocab_size, (NUM_SAMPLES, TOKENS), generator=torch.Generator().manual_seed(5))
-    mask = torch.ones(NUM_SAMPLES, TOKENS)
-    if padded:
-        for sample, length in enumerate((12, 7, 10, 3, 12, 9)):
-            mask[sample, length:] = 0
-        mask[4, 2:5] = 0
-    return tokens, mask
-
-
-def estimate(
-    tokens: Tensor, mask: Tensor, *, micro_batch: int = 1, shape: ModelShape = SHAPE, head_norm: str = "before"
-) -> Importance:
-    """Importance on the current layout; dp ranks take every dp-th sample, cp ranks their part of each."""
-    groups = Groups.from_megatron()
-    context_parallel = parallel_state.get_context_parallel_world_size() > 1
-    model = build_context_parallel_gpt(shape) if context_parallel else build_gpt(shape)
-    first, step = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    batch = get_batch_on_this_cp_rank({"tokens": tokens[first::step], "mask": mask[first::step]})
-    with ImportanceEstimator(model, shape, groups, ImportanceConfig(head_norm=head_norm)) as estimator, torch.no_grad():
-        for start in range(0, len(batch["tokens"]), micro_batch):
-            here = slice(start, start + micro_batch)
-            estimator.sample(batch["mask"][here])
-            run_gpt(model, batch["tokens"][here])
-        return estimator.finish()
 
 
 def assert_same_scores(actual: Importance, expected: Any, message: str, rtol: float = 1e-5) -> None:
@@ -80,7 +50,7 @@ def by_hand() -> dict[tuple[str, str, str], Tensor]:
     return importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples())
 
 
-@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "dp2", "cp2"])
+@pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "dp2", "cp2", "tp2-pp2", "tp2-dp2"])
 def test_importance_is_the_same_on_every_layout(
     ranks: Ranks, by_hand: dict[tuple[str, str, str], Tensor], layout: str
 ) -> None:
@@ -99,20 +69,27 @@ def test_all_nine_aggregations_equal_loops_over_all_activations(by_hand: dict[tu
     assert_same_scores(estimate(*make_samples()), by_hand, "one process")
 
 
-def test_head_norm_after_aggregation_equals_loops_over_all_activations(ranks: Ranks) -> None:
-    expected = importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples(), head_norm="after")
-    assert_same_scores(estimate(*make_samples(), head_norm="after"), expected, "one process")
-    for rank, importance in enumerate(ranks("tp2").run(estimate, *make_samples(), head_norm="after")):
-        assert_same_scores(importance, expected, f"rank {rank} of tp2")
+OPTIONS = [{"head_norm": "after", "neurons": "pre_activation"}, {"metric": "contributions"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_other_measures_equal_loops_over_all_activations_on_every_split(ranks: Ranks, options: dict[str, str]) -> None:
+    expected = importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples(), **options)
+    assert_same_scores(estimate(*make_samples(), **options), expected, "one process")
+    for rank, importance in enumerate(ranks("tp2-sp").run(estimate, *make_samples(), **options)):
+        assert_same_scores(importance, expected, f"rank {rank} of tp2-sp")
 
 
 @pytest.mark.parametrize(
     "changes", [{"normalization": "LayerNorm1p", "gated_linear_unit": False}, {"add_bias_linear": True}]
 )
-def test_importance_of_other_architectures_equals_loops_over_all_activations(changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("neurons", ["post_activation", "pre_activation"])
+def test_importance_of_other_architectures_equals_loops_over_all_activations(
+    changes: dict[str, Any], neurons: str
+) -> None:
     shape = dataclasses.replace(SHAPE, **changes)
-    expected = importance_by_hand(build_gpt(shape), shape, *make_samples())
-    assert_same_scores(estimate(*make_samples(), shape=shape), expected, str(changes))
+    expected = importance_by_hand(build_gpt(shape), shape, *make_samples(), neurons=neurons)
+    assert_same_scores(estimate(*make_samples(), shape=shape, neurons=neurons), expected, str(changes))
 
 
 def estimate_in_schedule(tokens: Tensor, mask: Tensor, *, micro_batch: int) -> Importance:
@@ -231,6 +208,66 @@ def test_norms_fused_into_linears_score_hidden_channels_alike(ranks: Ranks, norm
             assert_same_scores(importance, plain, f"{normalization}, rank {rank} of tp2-sp")
 
 
+def test_merged_halves_are_one_pass_over_both() -> None:
+    tokens, mask = make_samples()
+    parts = [estimate(tokens[here], mask[here]) for here in (slice(2), slice(2, None))]
+    depth = [{"loss": {1: torch.tensor(values)}} for values in ([1.0, 4.0], [2.0, 1.0])]
+    merged = Importance.merge([dataclasses.replace(part, depth=each) for part, each in zip(parts, depth, strict=True)])
+    assert_same_scores(merged, estimate(tokens, mask), "merged", rtol=1e-6)
+    assert merged.num_samples == NUM_SAMPLES and merged.origin["head_norm"] == "before"
+    assert_close(merged.layer_scores("loss"), torch.tensor([(2 * 1.0 + 4 * 2.0) / 6, (2 * 4.0 + 4 * 1.0) / 6]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokenizer_digest": "other"}, r"the tokenizer's digest is None in the first and other in another"),
+        ({"origin": {"head_norm": "after"}}, r"importance.head_norm is before in the first and after in another"),
+        ({"depth": {"loss": {1: torch.zeros(2)}}}, r"depth metrics and their block sizes is \{\} in the first"),
+        ({"shape": dataclasses.replace(SHAPE, rotary_base=5.0)}, r"the model's rotary_base is 10000.0 in the first"),
+    ],
+)
+def test_runs_of_different_measurements_do_not_merge(changes: dict[str, Any], message: str) -> None:
+    first = estimate(*make_samples())
+    if "origin" in changes:
+        changes = {"origin": {**first.origin, **changes["origin"]}}
+    with pytest.raises(ValueError, match=message):
+        Importance.merge([first, dataclasses.replace(first, **changes)])
+
+
+def magnitudes(shape: ModelShape) -> Importance:
+    return weight_magnitude(build_gpt(shape), shape, Groups.from_megatron())
+
+
+def test_weight_magnitude_is_the_norm_of_a_structures_weights_on_every_layout(ranks: Ranks) -> None:
+    layers = build_gpt(SHAPE).decoder.layers
+    f, d = SHAPE.ffn_hidden_size, SHAPE.kv_channels
+    expected_ffn, expected_head = torch.zeros(2, f), torch.zeros(2, SHAPE.num_attention_heads)
+    for layer in (0, 1):
+        fc1, fc2 = layers[layer].mlp.linear_fc1.weight, layers[layer].mlp.linear_fc2.weight
+        for neuron in range(f):
+            expected_ffn[layer, neuron] = torch.cat([fc1[neuron], fc1[f + neuron], fc2[:, neuron]]).norm()
+        qkv, proj = layers[layer].self_attention.linear_qkv.weight, layers[layer].self_attention.linear_proj.weight
+        for head in range(SHAPE.num_attention_heads):
+            first = (head // SHAPE.heads_per_group * (SHAPE.heads_per_group + 2) + head % SHAPE.heads_per_group) * d
+            rows, columns = qkv[first : first + d], proj[:, head * d : (head + 1) * d]
+            expected_head[layer, head] = torch.cat([rows.flatten(), columns.flatten()]).norm()
+    alone = magnitudes(SHAPE)
+    assert_close(alone.scores("ffn"), expected_ffn)
+    assert_close(alone.scores("head"), expected_head)
+    assert_close(alone.scores("ffn", "mean", "variance"), expected_ffn)
+    for importance in ranks("tp2-pp2").run(magnitudes, SHAPE):
+        assert_same_scores(importance, alone, "tp2-pp2", rtol=0)
+
+
+def test_random_scores_are_those_of_the_seed() -> None:
+    first, again, other = (random_scores(SHAPE, seed=seed) for seed in (1, 1, 2))
+    assert_same_scores(again, first, "same seed", rtol=0)
+    for axis in AXES:
+        assert not torch.equal(other.scores(axis), first.scores(axis)), axis
+        assert first.scores(axis).unique().numel() == first.scores(axis).numel(), f"{axis} has ties"
+
+
 def test_importance_round_trips_through_files(tmp_path: Any) -> None:
     importance = estimate(*make_samples())
     importance.save(tmp_path / "importance")
@@ -297,16 +334,47 @@ def test_a_mask_of_another_size_is_an_error() -> None:
             run_gpt(model, tokens)
 
 
-def test_activations_that_are_not_finite_are_an_error_that_names_the_layer() -> None:
-    tokens, mask = make_samples()
+def test_activations_that_are_not_finite_stop_the_pass_and_name_layer_axis_and_sample() -> None:
+    """The pass ends with the micro-batch, not with the calibration: the next announcement raises."""
+    tokens, mask = make_samples(padded=False)
+    tokens[tokens == 0] = 1
+    tokens[3, 7] = 0
     model = build_gpt(SHAPE)
     with torch.no_grad():
-        model.decoder.layers[1].mlp.linear_fc1.weight[3] = float("inf")
-        with ImportanceEstimator(model, SHAPE, Groups()) as estimator:
-            estimator.sample(mask)
-            run_gpt(model, tokens)
-            with pytest.raises(ValueError, match=r"axis ffn in decoder.layers.1 are not finite"):
-                estimator.finish()
+        model.embedding.word_embeddings.weight[0] = float("nan")
+    message = (
+        r"axis hidden \(input norm\) in decoder.layers.0 are not finite \(NaN or infinity\) in calibration sample 3 "
+    )
+    with ImportanceEstimator(model, SHAPE, Groups()) as estimator, torch.no_grad():
+        for start in (0, 2):
+            estimator.sample(mask[start : start + 2])
+            run_gpt(model, tokens[start : start + 2])
+        with pytest.raises(ValueError, match=message):
+            estimator.sample(mask[4:])
+    with ImportanceEstimator(model, SHAPE, Groups()) as estimator, torch.no_grad():
+        estimator.sample(mask)
+        run_gpt(model, tokens)
+        with pytest.raises(ValueError, match=message):
+            estimator.finish()
+
+
+def not_finite_on_one_rank(tokens: Tensor, mask: Tensor) -> str:
+    """A neuron of the last layer that only the second tensor-parallel rank holds."""
+    model = build_gpt(SHAPE)
+    if parallel_state.get_tensor_model_parallel_rank() == 1:
+        model.decoder.layers[1].mlp.linear_fc1.weight.data[3] = float("inf")
+    with ImportanceEstimator(model, SHAPE, Groups.from_megatron()) as estimator, torch.no_grad():
+        estimator.sample(mask)
+        run_gpt(model, tokens)
+        with pytest.raises(ValueError) as error:
+            estimator.finish()
+    return str(error.value)
+
+
+def test_every_rank_stops_with_one_message_where_one_of_them_is_not_finite(ranks: Ranks) -> None:
+    first, second = ranks("tp2").run(not_finite_on_one_rank, *make_samples())
+    assert "axis ffn in decoder.layers.1 are not finite" in first and "sample 0 " in first
+    assert second == first
 
 
 def test_unknown_aggregation_error_names_the_near_one() -> None:
@@ -315,5 +383,7 @@ def test_unknown_aggregation_error_names_the_near_one() -> None:
         importance.scores("ffn", sequence="means")
     with pytest.raises(ValueError, match=r"importance.head_norm=befor is not known; did you mean before\?"):
         ImportanceConfig(head_norm="befor")
+    with pytest.raises(ValueError, match=r"importance.neurons=pre is not known; .*pre_activation"):
+        ImportanceConfig(neurons="pre")
     with pytest.raises(ValueError, match=r"importance.num_samples=0 must be at least 1; try 1024"):
         ImportanceConfig(num_samples=0)

@@ -49,7 +49,8 @@ def example(tokens: int = 10, batch: int = 3, channels: int = 5) -> tuple[Tensor
 def test_aggregates_equal_float64(monkeypatch) -> None:
     activation, mask = example()
     assert_close(aggregates(activation, mask), aggregates_by_hand(activation, mask), rtol=1e-6, atol=1e-7)
-    monkeypatch.setitem(statistics.BLOCK_ELEMENTS, "cpu", 30)  # two tokens a block
+    monkeypatch.setitem(statistics.BLOCK_ELEMENTS, "cpu", 12)
+    monkeypatch.setattr(statistics, "BLOCK_TOKENS", 4)  # blocks of 4 tokens and 3 channels, the last ones smaller
     assert_close(aggregates(activation, mask), aggregates_by_hand(activation, mask), rtol=1e-6, atol=1e-7)
 
 
@@ -74,3 +75,14 @@ def test_bf16_activations_are_summed_in_float32() -> None:
     activation, mask = example(tokens=500)
     activation = activation.bfloat16()
     assert_close(aggregates(activation, mask), aggregates_by_hand(activation, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_what_does_not_count_brings_in_nothing_not_even_a_nan() -> None:
+    activation, mask = example()
+    expected = aggregates(activation, mask)
+    activation[5, 0] = float("nan")
+    activation[8, 1] = float("inf")
+    assert torch.equal(aggregates(activation, mask), expected)
+    mask[2] = 0  # nor does a sample without tokens
+    activation[:, 2] = float("nan")
+    assert torch.equal(aggregates(activation, mask)[:, 2], torch.zeros(3, 5, dtype=torch.float64))

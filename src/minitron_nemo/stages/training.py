@@ -91,6 +91,7 @@ def run_training(
 
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
     """
+    _require_tokens_split(trainer, model.shape)
     directory = output.with_name(output.name + ".training")
     with saying_when_full(output), _leaving_nothing_of_a_mistake(directory):
         _continue_only_the_same(directory, config)
@@ -152,16 +153,22 @@ def _leaving_nothing_of_a_mistake(directory: Path) -> Iterator[None]:
         raise
 
 
-def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> None:
-    """Build the groups of `trainer`'s layout after checking that the model's dims split over it."""
-    shape.require_splits_over(
-        trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size, trainer.expert_model_parallel_size
-    )
+def _require_tokens_split(trainer: TrainerConfig, shape: ModelShape) -> None:
+    """What Megatron-core asks to train a mixture of experts on tensor-parallel ranks, or to spread its experts."""
     require(
         shape.num_moe_experts is None or trainer.tensor_model_parallel_size == 1 or trainer.sequence_parallel,
         f"trainer.tensor_model_parallel_size={trainer.tensor_model_parallel_size} of a model with experts needs "
         "sequence parallelism, as every rank would route every token. Set trainer.sequence_parallel=true.",
     )
+
+
+def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> None:
+    """Build the groups of `trainer`'s layout after checking that the model's dims split over it."""
+    shape.require_splits_over(
+        trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size, trainer.expert_model_parallel_size
+    )
+    if trainer.expert_model_parallel_size > 1:
+        _require_tokens_split(trainer, shape)
     require(
         trainer.seq_length <= shape.seq_length,
         f"trainer.seq_length={trainer.seq_length} is longer than the model's context of {shape.seq_length} tokens. "
