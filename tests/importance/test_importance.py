@@ -19,7 +19,7 @@ from minitron_nemo.importance import Importance, ImportanceConfig, ImportanceEst
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
-from support.megatron import build_gpt, causal_mask, run_gpt
+from support.megatron import TINY_EXPERTS, build_gpt, causal_mask, run_gpt
 from support.ranks import Ranks
 
 AXES = ("hidden", "ffn", "head", "group")
@@ -90,6 +90,20 @@ def test_importance_of_other_architectures_equals_loops_over_all_activations(
     shape = dataclasses.replace(SHAPE, **changes)
     expected = importance_by_hand(build_gpt(shape), shape, *make_samples(), neurons=neurons)
     assert_same_scores(estimate(*make_samples(), shape=shape, neurons=neurons), expected, str(changes))
+
+
+def test_a_model_with_experts_is_scored_on_every_axis_it_has(ranks: Ranks) -> None:
+    """The axes of experts have their own tests; here they stand beside the others, of dense and expert layers."""
+    shape = dataclasses.replace(
+        TINY_EXPERTS, num_layers=3, moe_layer_freq=(0, 1, 1), moe_shared_expert_intermediate_size=20
+    )
+    alone = estimate(*make_samples(), shape=shape)
+    assert set(alone.axes) == {*AXES, "expert", "expert_ffn", "shared_expert_ffn"}
+    for axis, dense in (("ffn", [True, False, False]), ("shared_expert_ffn", [False, True, True])):
+        assert (alone.scores(axis) > 0).any(1).tolist() == dense, axis
+    for importance in ranks("tp2-sp").run(estimate, *make_samples(), shape=shape, micro_batch=3):
+        for axis in alone.axes:
+            assert_close(importance.scores(axis), alone.scores(axis), rtol=1e-4, atol=0, msg=axis)
 
 
 def estimate_in_schedule(tokens: Tensor, mask: Tensor, *, micro_batch: int) -> Importance:
