@@ -25,7 +25,8 @@ MISTYPED = {
     ),
     "a key without its section": (
         ["distill", "recipe=quickstart", "hidden_size=64"],
-        "hidden_size is not a key of this recipe; did you mean prune.target.hidden_size or prune.budget.dims.hidden_size?",
+        "hidden_size is not a key of this recipe; did you mean prune.target.hidden_size or "
+        "prune.budget.dims.hidden_size?",
     ),
     "a key like no other": (
         ["distill", "recipe=quickstart", "slurm.zzz=64"],
