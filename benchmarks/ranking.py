@@ -2,33 +2,40 @@
 
 On the teacher that the package brings along: for each target (hidden channels, neurons, heads, all of them together,
 layers) the held-out loss right after pruning to the same dims, nothing retrained, by every metric and aggregation,
-by weight magnitude and by chance (5 seeds). Exits non-zero where neither importance metric beats both.
+by weight magnitude and by chance (5 seeds). Losses are of two held-out sets that share no sample. Exits non-zero where
+the metric that the docs recommend for a target (`RECOMMENDED`, named here before anything is measured) does not beat
+magnitude and every chance on both sets; prints by how much, with the standard error of the difference.
 `make bench-ranking`, or `python benchmarks/ranking.py`; the table goes to benchmarks/results/ranking.json.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from minitron_nemo.cli import quieten
 from minitron_nemo.doors import hush
 from minitron_nemo.engine.data import TRAIN, VALIDATION, batches, split_prefixes
 from minitron_nemo.engine.depth import estimate_depth
 from minitron_nemo.engine.distributed import LayoutConfig, use_layout
-from minitron_nemo.engine.forward import estimate_importance, mean_loss, new_core, run_forward
+from minitron_nemo.engine.forward import estimate_importance, new_core, run_forward
 from minitron_nemo.engine.hf import load_hf, shape_from_hf
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.importance import Aggregation, Importance, ImportanceConfig
-from minitron_nemo.importance.depth import DepthConfig
+from minitron_nemo.importance.depth import DepthConfig, GreedyConfig
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import PruningPlan, kept_layers, plan_from_importance, prune_into
+from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
 from minitron_nemo.pruning.planning import DepthChoice
+from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prepare_data
 from minitron_nemo.stages.import_hf import embedded_teacher
 
@@ -43,8 +50,15 @@ TARGETS = {
 }
 METRICS = ("activations", "contributions")
 LAYERS_DROPPED = 2
+DEPTH = f"layers -{LAYERS_DROPPED}"
 DEPTH_METRICS = ["block_influence", "loss", "kl", "squared_error"]
+RECOMMENDED = dict.fromkeys(TARGETS, "contributions l2,l2") | {DEPTH: "greedy by squared_error"}
+BASELINES = ("random", "weight_magnitude")
+ROUNDS = 2
 RESULT = Path(__file__).parent / "results" / "ranking.json"
+
+Row = dict[str, torch.Tensor]
+"""Ranking -> loss of each held-out micro-batch, both sets after each other, [2 * micro-batches of a set] float64."""
 
 
 class Bench:
@@ -58,7 +72,8 @@ class Bench:
         load_hf(self.core, teacher, self.shape, Groups.from_megatron())
         config = prepare_data.PrepareDataConfig(corpus="stdlib", tokenizer=str(teacher), output=str(folder / "data"))
         self.data = prepare_data.run(config)
-        self.held_out = self._batches(VALIDATION, HELD_OUT, seed=1)
+        self.held_out = self._batches(VALIDATION, 2 * HELD_OUT, seed=1)
+        self._losses: dict[str, torch.Tensor] = {}
 
     def _batches(self, split: str, num_samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
         return list(
@@ -71,37 +86,49 @@ class Bench:
             )
         )
 
-    def importance(self, metric: str, seed: int = 0) -> Importance:
+    def importance(
+        self, metric: str, seed: int = 0, core: GPTModel | None = None, shape: ModelShape | None = None
+    ) -> Importance:
+        """Width scores of the teacher, or of a student of it."""
         samples = self._batches(TRAIN, SAMPLES, seed=0)
         config = ImportanceConfig(num_samples=SAMPLES, metric=metric)
-        return estimate_importance(self.core, self.shape, samples, config, total=len(samples), seed=seed)
+        core, shape = core or self.core, shape or self.shape
+        return estimate_importance(core, shape, samples, config, total=len(samples), seed=seed)
 
-    def depth(self) -> Importance:
+    def depth(self, greedy: str | None = None) -> Importance:
         samples = self._batches(TRAIN, SAMPLES // 4, seed=0)
-        scores = estimate_depth(
-            self.core,
-            self.shape,
-            samples,
-            DepthConfig(metrics=DEPTH_METRICS, block_sizes=[1, LAYERS_DROPPED], num_samples=SAMPLES // 4),
-            total=len(samples),
+        config = DepthConfig(
+            metrics=[] if greedy else DEPTH_METRICS,
+            block_sizes=[1, LAYERS_DROPPED],
+            greedy=GreedyConfig(metric=greedy, drop=LAYERS_DROPPED),
+            num_samples=SAMPLES // 4,
         )
+        scores = estimate_depth(self.core, self.shape, samples, config, total=len(samples))
         return Importance(self.shape, {}, SAMPLES // 4, depth=scores)
 
-    def loss(self, plan: PruningPlan | None = None) -> float:
-        core = self.core
-        if plan is not None:
-            core = new_core(plan.target, TRAINER)
-            prune_into(self.core, core, plan, Groups.from_megatron())
-        return mean_loss(run_forward(core, self.held_out, label="loss", total=len(self.held_out)))[0]
+    def student(self, plan: PruningPlan) -> GPTModel:
+        core = new_core(plan.target, TRAINER)
+        prune_into(self.core, core, plan, Groups.from_megatron())
+        return core
+
+    def losses(self, plan: PruningPlan | None = None) -> torch.Tensor:
+        """Of each held-out micro-batch; a plan that was measured already is not measured again."""
+        kept = plan and {axis: getattr(plan, axis) for axis in ("hidden", "ffn", "head", "layer", "head_partner")}
+        key = repr(kept and {axis: entry if entry is None else entry.tolist() for axis, entry in kept.items()})
+        if key not in self._losses:
+            core = self.core if plan is None else self.student(plan)
+            sums = torch.stack(run_forward(core, self.held_out, label="loss", total=len(self.held_out)))
+            self._losses[key] = sums[:, 0] / sums[:, 1]
+        return self._losses[key]
 
 
-def width_table(bench: Bench) -> dict[str, dict[str, float]]:
-    """target -> ranking -> loss."""
+def width_table(bench: Bench) -> dict[str, Row]:
+    """target -> ranking -> losses."""
     measured = {metric: bench.importance(metric=metric) for metric in METRICS}
     magnitude = bench.importance(metric="weight_magnitude")
-    table: dict[str, dict[str, float]] = {}
+    table: dict[str, Row] = {}
     for target, dims in TARGETS.items():
-        row: dict[str, float] = {}
+        row: Row = {}
         wanted = bench.shape.pruned_to(**dims)
         for metric, importance in measured.items():
             for batch in Aggregation:
@@ -113,21 +140,41 @@ def width_table(bench: Bench) -> dict[str, dict[str, float]]:
                         batch_aggregation=batch.value,
                         sequence_aggregation=sequence.value,
                     )
-                    row[f"{metric} {batch.value},{sequence.value}"] = bench.loss(plan)
+                    row[f"{metric} {batch.value},{sequence.value}"] = bench.losses(plan)
             if "num_attention_heads" in dims:
                 plan = plan_from_importance(importance, bench.shape, wanted, merge_heads=True)
-                row[f"{metric} l2,mean, heads merged"] = bench.loss(plan)
-        row["weight_magnitude"] = bench.loss(plan_from_importance(magnitude, bench.shape, wanted))
+                row[f"{metric} l2,mean, heads merged"] = bench.losses(plan)
+        row[f"{RECOMMENDED[target]}, {ROUNDS} rounds"] = bench.losses(
+            in_rounds(bench, RECOMMENDED[target], measured, wanted)
+        )
+        row["weight_magnitude"] = bench.losses(plan_from_importance(magnitude, bench.shape, wanted))
         for seed in range(SEEDS):
             chance = bench.importance(metric="random", seed=seed)
-            row[f"random {seed}"] = bench.loss(plan_from_importance(chance, bench.shape, wanted))
+            row[f"random {seed}"] = bench.losses(plan_from_importance(chance, bench.shape, wanted))
         table[target] = row
         show(target, row)
     return table
 
 
-def depth_row(bench: Bench) -> dict[str, float]:
-    """Losses without two layers, by how they were chosen."""
+def in_rounds(bench: Bench, ranking: str, measured: dict[str, Importance], wanted: ModelShape) -> PruningPlan:
+    metric, aggregations = ranking.split()
+    batch, sequence = aggregations.split(",")
+
+    def score(plan: PruningPlan) -> Importance:
+        return bench.importance(metric, core=bench.student(plan), shape=plan.target)
+
+    return plan_in_rounds(
+        measured[metric],
+        targets_of_rounds(bench.shape, wanted, ROUNDS),
+        score,
+        layers=range(bench.shape.num_layers),
+        batch_aggregation=batch,
+        sequence_aggregation=sequence,
+    )
+
+
+def depth_row(bench: Bench) -> Row:
+    """Losses without two layers, by how they were chosen; and of every other pair, to know what was possible."""
     scores, full = bench.depth(), bench.shape.num_layers
     keep = full - LAYERS_DROPPED
     chosen = {}
@@ -136,6 +183,8 @@ def depth_row(bench: Bench) -> dict[str, float]:
             choice = DepthChoice(metric=metric, contiguous=contiguous)
             name = f"{metric}{', contiguous' if contiguous else ''}"
             chosen[name] = kept_layers(scores, bench.shape, keep, depth=choice)
+        order = bench.depth(greedy=metric)
+        chosen[f"greedy by {metric}"] = kept_layers(order, bench.shape, keep, depth=DepthChoice(metric="greedy"))
     chosen["weight_magnitude"] = kept_layers(
         Importance(bench.shape, {}, 1, depth={"magnitude": {1: layer_magnitudes(bench)}}),
         bench.shape,
@@ -145,13 +194,15 @@ def depth_row(bench: Bench) -> dict[str, float]:
     for seed in range(SEEDS):
         order = torch.randperm(full, generator=torch.Generator().manual_seed(seed))
         chosen[f"random {seed}"] = sorted(order[:keep].tolist())
+    for kept in itertools.combinations(range(full), keep):
+        chosen[f"all but {sorted(set(range(full)) - set(kept))}"] = list(kept)
     widths = bench.importance(metric="random")
     target = bench.shape.pruned_to(num_layers=keep)
     row = {
-        name: bench.loss(plan_from_importance(widths, bench.shape, target, layers=layers))
+        name: bench.losses(plan_from_importance(widths, bench.shape, target, layers=layers))
         for name, layers in chosen.items()
     }
-    show("layers -2", row)
+    show(DEPTH, row)
     return row
 
 
@@ -161,16 +212,37 @@ def layer_magnitudes(bench: Bench) -> torch.Tensor:
     ).float()
 
 
-def show(target: str, row: dict[str, float]) -> None:
+def of_sets(losses: torch.Tensor) -> list[float]:
+    """Mean loss on each of the two held-out sets."""
+    return [float(half.mean()) for half in losses.chunk(2)]
+
+
+def show(target: str, row: Row) -> None:
     print(f"\n{target}")
-    for name, loss in sorted(row.items(), key=lambda item: item[1]):
-        print(f"  {loss:7.3f}  {name}", flush=True)
+    for name, losses in sorted(row.items(), key=lambda item: float(item[1].mean())):
+        print("  {:7.3f} {:7.3f}  {}".format(*of_sets(losses), name), flush=True)
 
 
-def is_better(row: dict[str, float]) -> bool:
-    """Whether some importance metric, by its best aggregation, beats magnitude and every random choice."""
-    baselines = [loss for name, loss in row.items() if name.startswith(("random", "weight"))]
-    return min(loss for name, loss in row.items() if not name.startswith(("random", "weight"))) < min(baselines)
+def margins(target: str, row: Row) -> dict[str, dict[str, Any]]:
+    """What each baseline loses beside the recommended ranking, nats/token, and the difference's standard error."""
+    found = {}
+    for name in (name for name in row if name.startswith(BASELINES)):
+        difference = row[name] - row[RECOMMENDED[target]]  # the same micro-batches: their own difficulty cancels
+        found[name] = {
+            "loss": float(difference.mean()),
+            "standard_error": float(difference.std() / len(difference) ** 0.5),
+            "on_each_set": of_sets(difference),
+        }
+    return found
+
+
+def is_better(margin: dict[str, dict[str, Any]]) -> bool:
+    """Whether every baseline loses on both held-out sets, and by more than twice the standard error.
+
+    One that made the very same choice does not count: of 15 pairs of layers, five draws hit the best one now and then.
+    """
+    others = [each for each in margin.values() if each["loss"] != 0]
+    return all(min(each["on_each_set"]) > 0 and each["loss"] > 2 * each["standard_error"] for each in others)
 
 
 def main() -> int:
@@ -178,21 +250,30 @@ def main() -> int:
     hush()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        whole = bench.loss()
-        print(f"teacher: {whole:.3f} nats/token over {HELD_OUT} held-out samples of {TRAINER.seq_length} tokens")
-        table = width_table(bench) | {"layers -2": depth_row(bench)}
+        whole = bench.losses()
+        print("teacher: {:.3f} and {:.3f} nats/token over two sets".format(*of_sets(whole)), end=" ")
+        print(f"of {HELD_OUT} held-out samples of {TRAINER.seq_length} tokens")
+        table = {DEPTH: depth_row(bench)} | width_table(bench)
+    found = {target: margins(target, row) for target, row in table.items()}
     result = {
         "command": "make bench-ranking",
         "date": date.today().isoformat(),
-        "teacher": whole,
+        "teacher": of_sets(whole),
         "calibration_samples": SAMPLES,
-        "held_out_samples": HELD_OUT,
+        "held_out_samples": [HELD_OUT, HELD_OUT],
         "torch": torch.__version__,
-        "losses": table,
+        "recommended": RECOMMENDED,
+        "margins_over_recommended": found,
+        "losses": {target: {name: of_sets(losses) for name, losses in row.items()} for target, row in table.items()},
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
-    short = [target for target, row in table.items() if not is_better(row)]
-    print(f"\nimportance beats magnitude and chance on {len(table) - len(short)} of {len(table)} targets")
+    print("\nwhat baselines lose beside the recommended ranking, nats/token")
+    for target, margin in found.items():
+        name, least = min(margin.items(), key=lambda item: item[1]["loss"])
+        margin_of_it = f"{least['loss']:+.4f} +- {least['standard_error']:.4f}"
+        print(f"  {target:14} {RECOMMENDED[target]:24} at least {margin_of_it} ({name})")
+    short = [target for target, margin in found.items() if not is_better(margin)]
+    print(f"\nthe recommended ranking beats magnitude and chance on {len(table) - len(short)} of {len(table)} targets")
     if short:
         print(f"not on: {', '.join(short)}")
     return 1 if short else 0

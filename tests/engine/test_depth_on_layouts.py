@@ -18,7 +18,7 @@ from minitron_nemo.engine.depth import estimate_depth, greedy_layers
 from minitron_nemo.engine.multiple_choice import Question, read_questions
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.importance import Importance, ImportanceConfig
-from minitron_nemo.importance.depth import DEPTH_METRICS, DepthConfig, DepthScores
+from minitron_nemo.importance.depth import DEPTH_METRICS, DepthConfig, DepthScores, GreedyConfig
 from minitron_nemo.stages import estimate_importance
 from support.depth_by_hand import costs_by_hand, whole_logits, without_layers
 from support.megatron import TINY, build_gpt
@@ -60,7 +60,7 @@ def make_batches(dp_rank: int = 0, dp_size: int = 1) -> list[dict[str, Tensor]]:
 
 
 def run(questions: list[Question], normalize: bool = False) -> tuple[DepthScores, list[int], list[int]]:
-    """Scores, and the orders of dropping by squared error and by accuracy, on the current layout."""
+    """Scores, and the orders of dropping by loss and by accuracy, on the current layout."""
     model = build_gpt(SHAPE)
     batches = make_batches(parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
     config = DepthConfig(
@@ -68,9 +68,10 @@ def run(questions: list[Question], normalize: bool = False) -> tuple[DepthScores
     )
     task: dict[str, Any] = {"questions": questions, "micro_batch_size": 3}
     scores = estimate_depth(model, SHAPE, batches, config, **task, total=len(batches))
-    by_error = greedy_layers(model, SHAPE, batches, DepthConfig(metrics=["squared_error"]), 3)
-    by_task = greedy_layers(model, SHAPE, batches, DepthConfig(metrics=["accuracy"], task="given"), 2, **task)
-    return scores, by_error, by_task
+    loss, right = GreedyConfig(metric="loss", drop=3), GreedyConfig(metric="accuracy", drop=2)
+    by_loss = greedy_layers(model, SHAPE, batches, DepthConfig(greedy=loss))
+    by_task = greedy_layers(model, SHAPE, batches, DepthConfig(greedy=right, task="given"), **task)
+    return scores, by_loss, by_task
 
 
 def accuracy_by_hand(questions: list[Question], gone: set[int], *, normalize: bool = False) -> float:
@@ -100,12 +101,13 @@ def accuracy_drops_by_hand(questions: list[Question], dropped: set[int], **optio
     }
 
 
-def squared_error_by_hand(gone: set[int]) -> float:
+def loss_by_hand(gone: set[int]) -> float:
+    """Of the model without these layers, less the whole one's."""
     samples = {name: torch.cat([batch[name] for batch in make_batches()]) for name in ("tokens", "labels", "loss_mask")}
     full = whole_logits(build_gpt(SHAPE), samples["tokens"])
     removed = whole_logits(without_layers(SHAPE, gone), samples["tokens"])
     costs = costs_by_hand(full, removed, samples["labels"], samples["loss_mask"], SHAPE.padded_vocab_size)
-    return costs["squared_error"]
+    return costs["loss"]
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -119,12 +121,14 @@ def test_accuracy_drop_equals_questions_asked_one_by_one(questions: list[Questio
 
 
 def test_layers_are_dropped_by_what_the_model_without_the_others_loses(questions: list[Question]) -> None:
-    _, by_error, by_task = run(questions)
+    _, by_loss, by_task = run(questions)
     dropped: list[int] = []
     for _ in range(3):
         remaining = set(range(SHAPE.num_layers)) - set(dropped)
-        dropped.append(min(remaining, key=lambda layer: squared_error_by_hand({*dropped, layer})))
-    assert by_error == dropped
+        dropped.append(min(remaining, key=lambda layer: loss_by_hand({*dropped, layer})))
+    assert by_loss == dropped
+    alone = estimate_depth(build_gpt(SHAPE), SHAPE, make_batches(), DepthConfig(metrics=["loss"]))["loss"][1]
+    assert by_loss != alone.argsort()[:3].tolist()  # another order than without scoring again
     dropped = []
     for _ in range(2):
         drops = accuracy_drops_by_hand(questions, set(dropped))[1]
@@ -134,21 +138,33 @@ def test_layers_are_dropped_by_what_the_model_without_the_others_loses(questions
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2"])
 def test_scores_and_drops_are_the_same_on_every_layout(ranks: Ranks, questions: list[Question], layout: str) -> None:
-    expected, by_error, by_task = run(questions)
-    for scores, rank_by_error, rank_by_task in ranks(layout).run(run, questions):
-        assert (rank_by_error, rank_by_task) == (by_error, by_task)
+    expected, by_loss, by_task = run(questions)
+    for scores, rank_by_loss, rank_by_task in ranks(layout).run(run, questions):
+        assert (rank_by_loss, rank_by_task) == (by_loss, by_task)
         for metric, by_size in expected.items():
             for size, values in by_size.items():
                 # accuracies are counts: equal, unless two options are equally likely up to rounding
                 assert_close(scores[metric][size], values, rtol=1e-5, atol=1e-7, msg=f"{metric} {size} on {layout}")
 
 
-def test_dropping_all_layers_or_by_two_metrics_is_an_error() -> None:
+def test_the_order_of_dropping_is_a_score_of_layers_that_leaves_out_the_protected() -> None:
+    model, batches = build_gpt(SHAPE), make_batches()
+    greedy = GreedyConfig(metric="loss", drop=2, keep_first=1)
+    scores = estimate_depth(model, SHAPE, iter(batches), DepthConfig(metrics=["kl"], greedy=greedy))
+    assert_close(scores["kl"], estimate_depth(model, SHAPE, batches, DepthConfig(metrics=["kl"]))["kl"])
+    first = min({1, 2, 3}, key=lambda layer: loss_by_hand({layer}))
+    second = min({1, 2, 3} - {first}, key=lambda layer: loss_by_hand({first, layer}))
+    expected = torch.full((4,), 2.0)
+    expected[first], expected[second] = 0, 1
+    assert scores["greedy"].keys() == {1} and torch.equal(scores["greedy"][1], expected)
+
+
+def test_dropping_more_layers_than_a_model_can_lose_is_an_error() -> None:
     model = build_gpt(SHAPE)
-    with pytest.raises(ValueError, match="4 layers cannot be dropped of 4; drop 1 to 3"):
-        greedy_layers(model, SHAPE, make_batches(), DepthConfig(metrics=["loss"]), 4)
-    with pytest.raises(ValueError, match=r"depth.metrics=\['loss', 'kl'\] must hold one metric"):
-        greedy_layers(model, SHAPE, make_batches(), DepthConfig(metrics=["loss", "kl"]), 1)
+    for values, most in (({"drop": 4}, 3), ({"drop": 2, "keep_first": 2, "keep_last": 1}, 1)):
+        config = DepthConfig(greedy=GreedyConfig(metric="loss", **values))
+        with pytest.raises(ValueError, match=f"cannot be dropped of 4, .*: at most {most} can, as one must stay"):
+            greedy_layers(model, SHAPE, make_batches(), config)
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------
@@ -161,7 +177,13 @@ def run_stage(run: TinyRun, task: str, output: str) -> dict[str, Any]:
         estimate_importance.EstimateImportanceConfig(
             model=run.teacher,
             importance=ImportanceConfig(num_samples=2),
-            depth=DepthConfig(metrics=list(DEPTH_METRICS), block_sizes=SIZES, num_samples=4, task=task),
+            depth=DepthConfig(
+                metrics=list(DEPTH_METRICS),
+                block_sizes=SIZES,
+                greedy=GreedyConfig(metric="kl", drop=2),
+                num_samples=4,
+                task=task,
+            ),
             trainer=TrainerConfig(**trainer_values(pipeline_model_parallel_size=layout.pp)),
             data=DataConfig(prepared=run.data),
             output=output,
@@ -180,9 +202,12 @@ def test_the_stage_writes_every_depth_metric(ranks: Ranks, tiny_run: TinyRun, tm
         assert (metrics["depth_samples"], metrics["depth_questions"]) == (4, 1)
         found[layout] = Importance.load(output)
     expected = found["single"]
-    assert set(expected.depth) == set(DEPTH_METRICS)
+    assert set(expected.depth) == {*DEPTH_METRICS, "greedy"}
+    assert sorted(expected.layer_scores("greedy").tolist()) == [0, 1, 2, 2]
+    assert expected.depth_samples == dict.fromkeys(DEPTH_METRICS, 4) | {"accuracy": 1}  # an order is no mean
+    sizes = {"block_influence": [1, 2, 3], "greedy": [1]}
     for metric, by_size in expected.depth.items():
-        assert sorted(by_size) == ([1, 2, 3] if metric == "block_influence" else SIZES)
+        assert sorted(by_size) == sizes.get(metric, SIZES)
         assert torch.equal(expected.layer_scores(metric), by_size[1])
         for size, values in by_size.items():
             assert_close(found["pp2"].depth[metric][size], values, rtol=1e-5, atol=2e-6, msg=f"{metric} {size}")

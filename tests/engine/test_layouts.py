@@ -87,9 +87,16 @@ def run_importance(run: TinyRun, output: str) -> None:
     )
 
 
-def run_prune(run: TinyRun, output: str) -> None:
+def run_prune(run: TinyRun, output: str, rounds: int = 1) -> None:
     prune.run(
-        prune.PruneConfig(model=run.teacher, importance=run.importance, target=TARGET, trainer=trainer(), output=output)
+        prune.PruneConfig(
+            model=run.teacher,
+            importance=run.importance,
+            target=TARGET,
+            rounds=rounds,
+            trainer=trainer(),
+            output=output,
+        )
     )
 
 
@@ -196,6 +203,17 @@ def test_pruning_on_two_ranks_gives_the_same_student_to_the_bit(
     assert list(found) == list(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def test_pruning_in_rounds_is_the_same_on_a_split_model(ranks: Ranks, tiny_run: TinyRun, one_rank: OneRank) -> None:
+    found = []
+    for layout in ("single", "tp2"):
+        output = str(tiny_run.directory / f"{layout} student of two rounds")
+        ranks(layout).run(run_prune, tiny_run, output, 2)
+        found.append(one_rank.weights(output))
+    assert list(found[0]) == list(found[1])
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
 
 
 def test_held_out_loss_is_the_same_on_every_layout(ranks: Ranks, tiny_run: TinyRun) -> None:

@@ -1,7 +1,7 @@
 """A Megatron-core GPT model that runs under context parallelism without transformer-engine.
 
 Megatron-core's own attention refuses context parallelism; `GatheringAttention` stands in its place in the layer spec:
-it gathers keys and values over the group and masks by the tokens' true positions. Forward only.
+it gathers keys and values over the group and masks by the tokens' true positions.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 from minitron_nemo.layer_spec import plain_block_spec
-from minitron_nemo.parallel import Groups, all_gather_shards
+from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters
 from support.megatron import random_parameter, transformer_config
@@ -29,7 +30,7 @@ class GatheringAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         group = parallel_state.get_context_parallel_group()
-        keys, values = (torch.cat(all_gather_shards(x, group=group)) for x in (key, value))
+        keys, values = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
         positions = [positions_on(rank, group.size(), len(query)) for rank in range(group.size())]
         mine, all_positions = positions[group.rank()], torch.cat(positions)
         repeat = query.shape[2] // keys.shape[2]
@@ -45,9 +46,9 @@ def positions_on(rank: int, size: int, length: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
-def build_context_parallel_gpt(shape: ModelShape) -> GPTModel:
+def build_context_parallel_gpt(shape: ModelShape, *, seed: int = 0, **overrides: Any) -> GPTModel:
     """As `support.megatron.build_gpt`, with `GatheringAttention`."""
-    config = transformer_config(shape)
+    config = transformer_config(shape, **overrides)
     spec = plain_block_spec(config)
     for layer in spec.layer_specs:
         layer.submodules.self_attention.submodules.core_attention = GatheringAttention
@@ -61,5 +62,5 @@ def build_context_parallel_gpt(shape: ModelShape) -> GPTModel:
         rotary_percent=shape.rotary_percent,
         rotary_base=shape.rotary_base,
     )
-    load_full_parameters(model, shape, Groups.from_megatron(), lambda name: random_parameter(name, shape))
+    load_full_parameters(model, shape, Groups.from_megatron(), lambda name: random_parameter(name, shape, seed=seed))
     return model.eval()

@@ -31,13 +31,17 @@ def make_samples(padded: bool = True) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def build_model(shape: ModelShape = SHAPE) -> Any:
+    """The test model's part of this rank, with an attention that works on the current layout."""
+    context_parallel = parallel_state.get_context_parallel_world_size() > 1
+    return build_context_parallel_gpt(shape) if context_parallel else build_gpt(shape)
+
+
 def estimate(
     tokens: Tensor, mask: Tensor, *, micro_batch: int = 1, shape: ModelShape = SHAPE, **options: Any
 ) -> Importance:
     """Importance on the current layout; dp ranks take every dp-th sample, cp ranks their part of each."""
-    groups = Groups.from_megatron()
-    context_parallel = parallel_state.get_context_parallel_world_size() > 1
-    model = build_context_parallel_gpt(shape) if context_parallel else build_gpt(shape)
+    groups, model = Groups.from_megatron(), build_model(shape)
     first, step = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     batch = get_batch_on_this_cp_rank({"tokens": tokens[first::step], "mask": mask[first::step]})
     with ImportanceEstimator(model, shape, groups, ImportanceConfig(**options)) as estimator, torch.no_grad():

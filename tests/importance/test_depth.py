@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minitron_nemo.importance.block_influence import BlockInfluence
-from minitron_nemo.importance.depth import LOGIT_METRICS, DepthConfig, DepthEstimator, DepthScores
+from minitron_nemo.importance.depth import LOGIT_METRICS, DepthConfig, DepthEstimator, DepthScores, GreedyConfig
 from minitron_nemo.importance.removal import LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups
 from support.depth_by_hand import block_influence_by_hand, costs_by_hand, whole_logits, without_layers
@@ -243,14 +243,18 @@ def test_no_token_that_counts_is_an_error() -> None:
         ({"metrics": ["block_influense"]}, r"which is not known; did you mean block_influence\?"),
         ({"block_sizes": [0]}, r"depth.block_sizes=\[0\] must be different sizes of at least 1"),
         ({"block_sizes": []}, r"depth.block_sizes=\[\] must be different sizes"),
+        ({"greedy": {"metric": "loss?"}}, r"depth.greedy.metric=loss\? is not known; did you mean loss"),
+        ({"greedy": {"drop": 0}}, "depth.greedy.drop=0 must be a number of layers, at least 1"),
+        ({"greedy": {"keep_last": -1}}, "depth.greedy.keep_last=-1 must be a number of layers, at least 0"),
+        ({"greedy": {"metric": "accuracy"}}, "accuracy is asked for .*, but depth.task is not set"),
         ({"num_samples": 0}, "depth.num_samples=0 must be at least 1; try 256"),
-        ({"metrics": ["accuracy"]}, "holds accuracy, but depth.task is not set"),
+        ({"metrics": ["accuracy"]}, "accuracy is asked for .*, but depth.task is not set"),
         ({"task": "questions.jsonl"}, "depth.task=questions.jsonl is read for the accuracy only"),
     ],
 )
 def test_a_config_that_cannot_work_says_what_to_change(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DepthConfig(**values)
+        DepthConfig(**values | ({"greedy": GreedyConfig(**values["greedy"])} if "greedy" in values else {}))
 
 
 def test_a_block_that_leaves_no_layer_is_an_error() -> None:

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from importance_by_hand import PAIRS
 from torch import Tensor
 
+from minitron_nemo.importance import Importance, ImportanceEstimator
 from minitron_nemo.importance.experts import expert_moments, watch_experts
 from minitron_nemo.importance.hooks import MicroBatch
+from minitron_nemo.importance.scores import moments_of_sequence
 from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.parallel import Groups, group_rank, group_size
 from support.megatron import TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller
@@ -35,7 +38,8 @@ def estimate(batches: list[Tensor], masks: list[Tensor], **overrides: Any) -> di
             run_gpt(model, tokens)
     for handle in handles:
         handle.remove()
-    return expert_moments(watches, SHAPE, groups, torch.device("cpu"))
+    sums = expert_moments(watches, SHAPE, groups, torch.device("cpu"))
+    return {axis: moments_of_sequence(tensor) for axis, tensor in sums.items()}
 
 
 def by_hand(batches: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
@@ -109,3 +113,36 @@ def test_a_forward_pass_that_was_not_announced_is_refused() -> None:
     current.announce(mark_tokens_over(torch.ones(2, 7), groups=[]))
     with pytest.raises(ValueError, match=r"routes 16 tokens, but the loss mask announced 14 on this rank"):
         run_gpt(model, BATCHES[0])
+
+
+def importance_of(batches: list[Tensor], masks: list[Tensor], model: Any = None) -> Importance:
+    model = build_gpt(SHAPE) if model is None else model
+    with ImportanceEstimator(model, SHAPE, Groups.from_megatron()) as estimator, torch.no_grad():
+        for tokens, mask in zip(batches, masks, strict=True):
+            estimator.sample(mask)
+            run_gpt(model, tokens)
+        return estimator.finish()
+
+
+def test_merged_runs_weigh_an_expert_by_the_tokens_routed_to_it_in_each() -> None:
+    parts = [importance_of(BATCHES[here], MASKS[here]) for here in (slice(1), slice(1, None))]
+    tokens = [part.moments["expert"][0, 0] for part in parts]
+    shares = tokens[0] / (tokens[0] + tokens[1])
+    assert shares.max() - shares.min() > 0.05  # no number of samples would weigh all experts right
+    merged, whole = Importance.merge(parts), importance_of(BATCHES, MASKS)
+    for axis in ("expert", "expert_ffn", "shared_expert_ffn"):
+        for batch, sequence in PAIRS:
+            found, expected = (run.scores(axis, batch, sequence) for run in (merged, whole))
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, msg=f"{axis} {batch} {sequence}")
+
+
+def test_the_layer_and_the_expert_whose_activations_are_not_finite_are_named() -> None:
+    model = build_gpt(SHAPE)
+    model.decoder.layers[0].mlp.experts.local_experts[3].linear_fc1.weight.data[5] = float("nan")
+    message = r"axis expert_ffn in decoder.layers.0 are not finite \(NaN or infinity\) in expert 3; scores from them"
+    with pytest.raises(ValueError, match=message):
+        importance_of(BATCHES, MASKS, model)
+    model = build_gpt(SHAPE)
+    model.decoder.layers[2].mlp.experts.local_experts[1].linear_fc2.weight.data[5] = float("inf")
+    with pytest.raises(ValueError, match=r"axis expert in decoder.layers.2 are not finite .* in expert 1;"):
+        importance_of(BATCHES, MASKS, model)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from importance_by_hand import PAIRS, importance_by_hand
-from importance_on_ranks import NUM_SAMPLES, SHAPE, TOKENS, estimate, make_samples
+from importance_on_ranks import NUM_SAMPLES, SHAPE, TOKENS, build_model, estimate, make_samples
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.identity_op import IdentityOp
@@ -50,18 +50,42 @@ def by_hand() -> dict[tuple[str, str, str], Tensor]:
     return importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples())
 
 
+@pytest.fixture(scope="module")
+def contributions_by_hand() -> dict[tuple[str, str, str], Tensor]:
+    return importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples(), metric="contributions")
+
+
+def estimate_all(tokens: Tensor, mask: Tensor, *, micro_batch: int = 1) -> dict[str, Importance]:
+    """By every metric."""
+    estimated = {
+        metric: estimate(tokens, mask, micro_batch=micro_batch, metric=metric)
+        for metric in ("activations", "contributions")
+    }
+    magnitude = weight_magnitude(build_model(), SHAPE, Groups.from_megatron())
+    return {**estimated, "weight_magnitude": magnitude, "random": random_scores(SHAPE, seed=1)}
+
+
 @pytest.mark.parametrize("layout", ["tp2", "tp2-sp", "pp2", "dp2", "cp2", "tp2-pp2", "tp2-dp2"])
-def test_importance_is_the_same_on_every_layout(
-    ranks: Ranks, by_hand: dict[tuple[str, str, str], Tensor], layout: str
+def test_importance_by_every_metric_is_the_same_on_every_layout(
+    ranks: Ranks,
+    by_hand: dict[tuple[str, str, str], Tensor],
+    contributions_by_hand: dict[tuple[str, str, str], Tensor],
+    layout: str,
 ) -> None:
-    everyone = ranks(layout).run(estimate, *make_samples(), micro_batch=3)
-    for rank, importance in enumerate(everyone):
-        assert_same_scores(importance, by_hand, f"rank {rank} of {layout}")
-        assert importance.num_samples == NUM_SAMPLES
-        for axis in AXES:  # bitwise: ranks that rank differently would prune differently
-            for batch, sequence in PAIRS:
-                ours, first = importance.scores(axis, batch, sequence), everyone[0].scores(axis, batch, sequence)
-                assert torch.equal(ours, first), f"rank {rank} of {layout} differs from rank 0 in {axis}"
+    magnitude = weight_magnitude(build_gpt(SHAPE), SHAPE, Groups.from_megatron())
+    everyone = ranks(layout).run(estimate_all, *make_samples(), micro_batch=3)
+    for rank, by_metric in enumerate(everyone):
+        where = f"rank {rank} of {layout}"
+        assert_same_scores(by_metric["activations"], by_hand, where)
+        assert_same_scores(by_metric["contributions"], contributions_by_hand, f"contributions, {where}")
+        assert_same_scores(by_metric["weight_magnitude"], magnitude, f"weight magnitude, {where}", rtol=0)
+        assert_same_scores(by_metric["random"], random_scores(SHAPE, seed=1), f"random, {where}", rtol=0)
+        assert by_metric["activations"].num_samples == NUM_SAMPLES
+        for metric, importance in by_metric.items():
+            for axis in AXES:  # bitwise: ranks that rank differently would prune differently
+                for pair in PAIRS:
+                    ours, first = importance.scores(axis, *pair), everyone[0][metric].scores(axis, *pair)
+                    assert torch.equal(ours, first), f"{where} differs from rank 0 in {axis} by {metric}"
 
 
 def test_all_nine_aggregations_equal_loops_over_all_activations(by_hand: dict[tuple[str, str, str], Tensor]) -> None:
@@ -69,15 +93,20 @@ def test_all_nine_aggregations_equal_loops_over_all_activations(by_hand: dict[tu
     assert_same_scores(estimate(*make_samples()), by_hand, "one process")
 
 
-OPTIONS = [{"head_norm": "after", "neurons": "pre_activation"}, {"metric": "contributions"}]
+OPTIONS = {"head_norm": "after", "neurons": "pre_activation"}
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_other_measures_equal_loops_over_all_activations_on_every_split(ranks: Ranks, options: dict[str, str]) -> None:
-    expected = importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples(), **options)
-    assert_same_scores(estimate(*make_samples(), **options), expected, "one process")
-    for rank, importance in enumerate(ranks("tp2-sp").run(estimate, *make_samples(), **options)):
+def test_other_measures_equal_loops_over_all_activations(ranks: Ranks) -> None:
+    expected = importance_by_hand(build_gpt(SHAPE), SHAPE, *make_samples(), **OPTIONS)
+    assert_same_scores(estimate(*make_samples(), **OPTIONS), expected, "one process")
+    for rank, importance in enumerate(ranks("tp2-sp").run(estimate, *make_samples(), **OPTIONS)):
         assert_same_scores(importance, expected, f"rank {rank} of tp2-sp")
+
+
+def test_contributions_equal_loops_over_what_each_structure_writes(
+    contributions_by_hand: dict[tuple[str, str, str], Tensor],
+) -> None:
+    assert_same_scores(estimate(*make_samples(), metric="contributions"), contributions_by_hand, "one process")
 
 
 @pytest.mark.parametrize(
@@ -225,11 +254,32 @@ def test_norms_fused_into_linears_score_hidden_channels_alike(ranks: Ranks, norm
 def test_merged_halves_are_one_pass_over_both() -> None:
     tokens, mask = make_samples()
     parts = [estimate(tokens[here], mask[here]) for here in (slice(2), slice(2, None))]
-    depth = [{"loss": {1: torch.tensor(values)}} for values in ([1.0, 4.0], [2.0, 1.0])]
-    merged = Importance.merge([dataclasses.replace(part, depth=each) for part, each in zip(parts, depth, strict=True)])
+    merged = Importance.merge(parts)
     assert_same_scores(merged, estimate(tokens, mask), "merged", rtol=1e-6)
     assert merged.num_samples == NUM_SAMPLES and merged.origin["head_norm"] == "before"
-    assert_close(merged.layer_scores("loss"), torch.tensor([(2 * 1.0 + 4 * 2.0) / 6, (2 * 4.0 + 4 * 1.0) / 6]))
+    assert len(merged.origin["merged"]) == 2
+
+
+def test_merged_depth_scores_weigh_each_run_by_its_own_depth_samples(tmp_path: Any) -> None:
+    first, second = (
+        dataclasses.replace(random_scores(SHAPE, seed=1), num_samples=1024, depth={"loss": {1: scores}})
+        for scores in (torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]))
+    )
+    first = dataclasses.replace(first, depth_samples={"loss": 100})
+    second = dataclasses.replace(second, depth_samples={"loss": 300})
+    second.save(tmp_path)
+    merged = Importance.merge([first, Importance.load(tmp_path)])
+    assert_close(merged.layer_scores("loss"), torch.tensor([(1 * 1.0 + 3 * 2.0) / 4, (1 * 4.0 + 3 * 1.0) / 4]))
+    assert merged.depth_samples == {"loss": 400}
+
+
+def test_depth_scores_that_are_no_mean_over_known_samples_do_not_merge() -> None:
+    depth = {"loss": {1: torch.rand(2)}, "order": {1: torch.tensor([1.0, 2.0])}}
+    part = dataclasses.replace(random_scores(SHAPE, seed=1), depth=depth, depth_samples={"loss": 8})
+    with pytest.raises(ValueError, match=r"Depth scores order are no mean over a known number of samples.*depth=False"):
+        Importance.merge([part, part])
+    other = dataclasses.replace(part, depth={}, depth_samples={})
+    assert Importance.merge([part, other], depth=False).depth == {}
 
 
 @pytest.mark.parametrize(
@@ -249,11 +299,7 @@ def test_runs_of_different_measurements_do_not_merge(changes: dict[str, Any], me
         Importance.merge([first, dataclasses.replace(first, **changes)])
 
 
-def magnitudes(shape: ModelShape) -> Importance:
-    return weight_magnitude(build_gpt(shape), shape, Groups.from_megatron())
-
-
-def test_weight_magnitude_is_the_norm_of_a_structures_weights_on_every_layout(ranks: Ranks) -> None:
+def test_weight_magnitude_is_the_norm_of_a_structures_weights() -> None:
     layers = build_gpt(SHAPE).decoder.layers
     f, d = SHAPE.ffn_hidden_size, SHAPE.kv_channels
     expected_ffn, expected_head = torch.zeros(2, f), torch.zeros(2, SHAPE.num_attention_heads)
@@ -266,12 +312,10 @@ def test_weight_magnitude_is_the_norm_of_a_structures_weights_on_every_layout(ra
             first = (head // SHAPE.heads_per_group * (SHAPE.heads_per_group + 2) + head % SHAPE.heads_per_group) * d
             rows, columns = qkv[first : first + d], proj[:, head * d : (head + 1) * d]
             expected_head[layer, head] = torch.cat([rows.flatten(), columns.flatten()]).norm()
-    alone = magnitudes(SHAPE)
+    alone = weight_magnitude(build_gpt(SHAPE), SHAPE, Groups.from_megatron())
     assert_close(alone.scores("ffn"), expected_ffn)
     assert_close(alone.scores("head"), expected_head)
     assert_close(alone.scores("ffn", "mean", "variance"), expected_ffn)
-    for importance in ranks("tp2-pp2").run(magnitudes, SHAPE):
-        assert_same_scores(importance, alone, "tp2-pp2", rtol=0)
 
 
 def test_random_scores_are_those_of_the_seed() -> None:

@@ -90,6 +90,22 @@ def test_layers_that_must_stay_leave_enough_to_drop() -> None:
         kept_layers(random_scores(), TINY, 2, depth=DepthChoice(metric="loss", contiguous=True))
 
 
+def test_layers_go_in_the_greedy_order_as_far_as_it_reaches() -> None:
+    importance = with_depth("greedy", {1: [2.0, 0.0, 2.0, 1.0]})
+
+    def kept(keep: int, **choice: Any) -> list[int]:
+        return kept_layers(importance, TINY, keep, depth=DepthChoice(metric="greedy", **choice))
+
+    assert (kept(4), kept(3), kept(2)) == ([0, 1, 2, 3], [0, 2, 3], [0, 2])
+    assert kept(3, keep_first=1, keep_last=1) == [0, 2, 3]
+    with pytest.raises(ValueError, match=r"drops 3 of 4 layers, but the greedy order holds only 2. Keep at least 2"):
+        kept(1)
+    with pytest.raises(ValueError, match=r"drops layers \[3\], which depth.keep_first=0 and depth.keep_last=1 protect"):
+        kept(2, keep_last=1)
+    with pytest.raises(ValueError, match=r"depth.contiguous=true drops a block"):
+        kept(2, contiguous=True)
+
+
 EXPERTS = dataclasses.replace(
     TINY,
     family="mixtral",

@@ -22,6 +22,8 @@ from minitron_nemo.importance import Importance
 from minitron_nemo.importance.scores import moment_sizes
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.report import summary, summary_table
+from minitron_nemo.report.correlation import ranks as places
+from minitron_nemo.report.correlation import spearman
 from minitron_nemo.report.figures import GRID, INK, PAPER, SERIES, smoothed
 from minitron_nemo.report.rows import count, order_of
 from minitron_nemo.report.run import read_history
@@ -183,7 +185,7 @@ def test_a_whole_run_is_reported_with_every_model_picture_and_stage(report: Arti
         row[:-1] for row in page.rows
     ]
     assert ["pruned only", parameters, "6.200", "492.75", "+3.320", "0"] in [row[:-1] for row in page.rows]
-    assert page.tags.count("svg") == 5  # curves, neurons, heads, hidden channels, layers
+    assert page.tags.count("svg") == 6  # curves, neurons, heads, hidden channels, layers, aggregations
     assert ["ffn (in each layer)", "40", "27", "13", "68%"] in page.rows
     assert ["hidden_size", "24", "16", "67%"] in page.rows
     assert ["kv_channels", "8", "8", "="] in page.rows
@@ -192,6 +194,66 @@ def test_a_whole_run_is_reported_with_every_model_picture_and_stage(report: Arti
     assert open_artifact(report.path.parent / "distilled").digest in page.text
     assert "at most\n3.4e-06" in page.text
     assert "Missing or in doubt" not in page.text
+
+
+EXPERTS = dataclasses.replace(
+    TEACHER, family="qwen3_moe", num_moe_experts=4, moe_ffn_hidden_size=20, moe_shared_expert_intermediate_size=12,
+    moe_router_topk=2, moe_layer_freq=(1, 0, 1),
+)  # fmt: skip
+
+
+def test_every_score_of_an_importance_artifact_is_drawn(tmp_path: Path) -> None:
+    """An importance of every axis, by several depth metrics and block sizes, and two more to compare with."""
+    blocks = {n: torch.rand(4 - n, generator=torch.Generator().manual_seed(n)) for n in (1, 2)}
+    depth = {
+        "block_influence": blocks,
+        "kl": {1: 2 * blocks[1]},
+        "loss": {1: -blocks[1]},
+        "greedy": {1: torch.arange(3.0)},
+    }
+    full = importance_of(EXPERTS)
+    for axis in ("expert", "expert_ffn", "shared_expert_ffn"):
+        full.moments[axis][1] = 0
+    full = dataclasses.replace(full, depth=depth)
+    student = EXPERTS.pruned_to(num_moe_experts=3, moe_ffn_hidden_size=15, hidden_size=16)
+    for name, importance in (
+        ("importance", full),
+        ("importance_on_code", full),
+        ("importance_of_another_model", dataclasses.replace(importance_of(TEACHER), depth={})),
+    ):
+        with writing(tmp_path / name, stage="estimate-importance", config={}) as draft:
+            importance.save(draft.path)
+    with writing(tmp_path / "student_pruned", stage="prune", config={}) as draft:
+        plan_from_importance(full, EXPERTS, student).save(draft.path)
+    page = page_of(tmp_path)
+
+    # neurons of dense layers, of shared and of routed experts; experts, heads, hidden channels; four depth metrics;
+    # agreement of aggregations, of depth metrics, of artifacts
+    assert page.tags.count("figure") == page.tags.count("svg") == 6 + 4 + 3
+    assert ["expert (in each layer)", "4", "3", "1", "75%"] in page.rows
+    assert ["expert_ffn (in each expert)", "20", "15", "5", "75%"] in page.rows
+    for said in (
+        "Neurons inside the routed experts.", "A dot marks a kept expert.", "Block influence: ", "KL: ", "Loss: ",
+        "Greedy: ", "Between the ways to make one score", "Between the depth metrics", "layer, block_influence",
+        "artifacts of one shape (3 layers, hidden size 24)", "importance_on_code",
+    ):  # fmt: skip
+        assert said in page.text
+    figure = page.text[page.text.index("Between the depth metrics") - 400 :]
+    assert "-1.00" in figure and "1.00" in figure  # loss is the opposite of kl, which is block influence
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_rank_correlation_shares_places_between_ties_and_leaves_out_rows_without_order() -> None:
+    first = torch.tensor([[1.0, 2.0, 2.0, 4.0], [5.0, 6.0, 7.0, 8.0], [3.0, 3.0, 3.0, 3.0]])
+    second = torch.tensor([[10.0, 30.0, 20.0, 40.0], [0.4, 0.3, 0.2, 0.1], [1.0, 2.0, 3.0, 4.0]])
+
+    assert places(first).tolist() == [[0, 1.5, 1.5, 3], [0, 1, 2, 3], [1.5, 1.5, 1.5, 1.5]]
+    # places less their mean: (-1.5, 0, 0, 1.5) and (-1.5, .5, -.5, 1.5), so 4.5 / sqrt(4.5 * 5); the next row -1
+    expected = (4.5 / math.sqrt(4.5 * 5) - 1) / 2
+    torch.testing.assert_close(
+        spearman(torch.stack([first, second])), torch.tensor([[1, expected], [expected, 1]], dtype=torch.float64)
+    )
+    assert spearman(torch.stack([first[2], second[2]])).isnan().tolist() == [[True, True], [True, False]]
 
 
 def test_the_file_asks_nothing_of_the_network(report: Artifact) -> None:
@@ -238,6 +300,17 @@ def test_missing_artifacts_are_named_with_the_stage_that_makes_them(tmp_path: Pa
     assert "Missing: teacher" not in page.text
     assert "svg" not in page.tags
     assert "The expected order (distilled < pruned + CE < from scratch < pruned only) cannot be checked." in page.text
+
+
+def test_a_run_that_only_prunes_misses_no_training(tmp_path: Path) -> None:
+    teacher = write_model(tmp_path, "teacher", "import-hf", TEACHER)
+    write_evaluation(tmp_path, teacher, 2.91)
+    write_evaluation(tmp_path, write_model(tmp_path, "student_pruned", "prune", TEACHER), 4.2)
+    values = summary(tmp_path)
+    assert [sentence.split()[0] for sentence in values["missing"]] == ["importance", "export"]
+    assert values["order"]["statement"].startswith("Nothing was trained in this run")
+    (tmp_path / "distilled.training").mkdir()
+    assert any(sentence.startswith("distilled (stage distill)") for sentence in summary(tmp_path)["missing"])
 
 
 def test_a_model_without_evaluation_keeps_its_row_and_leaves_the_order_open(tmp_path: Path) -> None:

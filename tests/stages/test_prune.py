@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.importance import Importance
 from minitron_nemo.pruning import PruningPlan
+from minitron_nemo.pruning.iterative import compose
 from support.artifacts import contents
 from support.door import Door
 from support.tiny import TinyChain
+from support.tiny_run import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,8 @@ def scored(door: Door, tiny_chain: TinyChain, tmp_path_factory: pytest.TempPathF
         *common,
         "estimate_importance.depth.metrics=[block_influence,loss]",
         "estimate_importance.depth.block_sizes=[1,2]",
+        "estimate_importance.depth.greedy.metric=loss",
+        "estimate_importance.depth.greedy.drop=2",
         "estimate_importance.depth.num_samples=4",
     )
     assert done.code == 0, done.err
@@ -67,7 +72,92 @@ def test_the_best_contiguous_block_of_layers_goes(door: Door, scored: list[str])
     expected = [layer for layer in range(4) if layer not in (start, start + 1)]
     assert PruningPlan.load(run_dir(scored) / "shallow").layer.tolist() == expected
     done = door("prune", *scored, "+prune.target.num_layers=2", "prune.depth.metric=kl")
-    assert "layer metric kl was not estimated; known: block_influence, loss." in done.mistake
+    assert "layer metric kl was not estimated; known: block_influence, greedy, loss." in done.mistake
+
+
+def test_layers_that_were_dropped_one_after_another_go(door: Door, scored: list[str]) -> None:
+    output = run_dir(scored) / "greedy"
+    common = [*scored, "prune.depth.metric=greedy", f"prune.output={output}"]
+    done = door("prune", *common, "+prune.target.num_layers=2")
+    assert done.code == 0, done.err
+    places = Importance.load(run_dir(scored) / "importance").layer_scores("greedy")
+    assert PruningPlan.load(output).layer.tolist() == [layer for layer in range(4) if places[layer] == 2]
+    assert PruningPlan.load(output).origin["depth"] == "greedy"
+    done = door("prune", *common, "+prune.target.num_layers=1")
+    assert "the greedy order holds only 2. Keep at least 2 layers" in done.mistake
+
+
+def test_two_rounds_are_two_prunings_with_scores_between(door: Door, scored: list[str]) -> None:
+    """By hand: a student half-way, its own importance, and the student of that."""
+    place = run_dir(scored) / "rounds"
+    place.mkdir()
+    target = ["+prune.target.ffn_hidden_size=40", "+prune.target.num_attention_heads=4", "+prune.target.hidden_size=20"]
+    last = [*target, "+prune.target.num_layers=3"]
+    done = door("prune", *scored, *last, "prune.depth.metric=loss", "prune.rounds=2", f"prune.output={place / 'both'}")
+    assert done.code == 0, done.err
+    both = PruningPlan.load(place / "both")
+    assert both.origin["rounds"] == 2 and both.origin["depth"] == "loss"
+
+    half_way = [
+        "+prune.target.ffn_hidden_size=60",
+        "+prune.target.num_attention_heads=6",
+        "+prune.target.hidden_size=26",
+    ]
+    steps = [
+        ["prune", *half_way, f"prune.output={place / 'half'}"],
+        [
+            "estimate-importance",
+            f"estimate_importance.model={place / 'half'}",
+            f"estimate_importance.output={place / 'i'}",
+        ],
+        [
+            "prune",
+            *last,
+            f"prune.model={place / 'half'}",
+            f"prune.importance={place / 'i'}",
+            f"prune.output={place / 'two'}",
+        ],
+    ]
+    steps[-1].append(f"prune.layers={both.layer.tolist()}".replace(" ", ""))
+    for stage, *values in steps:
+        done = door(stage, *scored, *values)
+        assert done.code == 0, done.err
+    by_hand = compose(PruningPlan.load(place / "half"), PruningPlan.load(place / "two"))
+    for axis in ("hidden", "ffn", "head", "group", "layer"):
+        assert torch.equal(getattr(both, axis), getattr(by_hand, axis)), axis
+    weights = [read_weights(str(place / name)) for name in ("both", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        assert torch.equal(tensor, weights[1][name]), name
+
+    done = door("prune", *scored, *target, f"prune.output={place / 'one'}")
+    assert done.code == 0, done.err
+    assert not torch.equal(PruningPlan.load(place / "one").ffn, both.ffn)  # scores between made a difference
+
+
+def test_rounds_that_cannot_work_are_refused_before_anything_is_made(
+    door: Door, scored: list[str], tmp_path: Path
+) -> None:
+    width, output = "+prune.keep.hidden_size=0.5", run_dir(scored) / "refused"
+    for values, said in (
+        (["prune.rounds=0", width], "prune.rounds=0 must be at least 1"),
+        (["prune.rounds=2", width, "prune.offline=true"], "prune.rounds=2, but prune.offline=true never holds a model"),
+        (
+            ["prune.rounds=2", width, "prune.merge_heads=true"],
+            "prune.rounds=2, but prune.merge_heads=true changes heads",
+        ),
+        (["prune.rounds=2", "prune.plan=somewhere"], "prune.rounds=2, but prune.plan is set"),
+        (["prune.rounds=2", "prune.layers=[0,3]"], "prune.rounds=2 cuts the width in steps, but the target only drops"),
+    ):
+        assert said in door("prune", *scored, *values, f"prune.output={output}").mistake
+    scores = tmp_path / "importance"
+    shutil.copytree(run_dir(scored) / "importance", scores)
+    manifest = json.loads((scores / "manifest.json").read_text())
+    manifest["inputs"] = [made | {"digest": "0" * 64} for made in manifest["inputs"]]  # the data are others now
+    (scores / "manifest.json").write_text(json.dumps(manifest))
+    done = door("prune", *scored, width, "prune.rounds=2", f"prune.importance={scores}", f"prune.output={output}")
+    assert f"was made again since {scores} was estimated on it" in done.mistake
+    assert not output.exists()
 
 
 def test_files_are_cut_to_the_same_student_as_the_model(door: Door, scored: list[str], tiny_chain: TinyChain) -> None:

@@ -20,8 +20,16 @@ from minitron_nemo.checks import require
 from minitron_nemo.engine.models import data_step, forward_step
 from minitron_nemo.engine.multiple_choice import Question, accuracy, micro_batches
 from minitron_nemo.engine.progress import Reporter
-from minitron_nemo.importance.depth import ACCURACY, DepthConfig, DepthEstimator, DepthScores, token_losses
+from minitron_nemo.importance.depth import (
+    ACCURACY,
+    DepthConfig,
+    DepthEstimator,
+    DepthScores,
+    GreedyConfig,
+    token_losses,
+)
 from minitron_nemo.importance.removal import LayerSwitches, Sweep
+from minitron_nemo.importance.scores import GREEDY
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
@@ -41,10 +49,12 @@ def estimate_depth(
     """Every metric of `config`: metric -> block size n -> [L-n+1] float32, entry i for layers i .. i+n-1.
 
     The same on every layout and for every micro-batch size, up to float rounding, and equal on every rank. Larger means
-    more important.
+    more important. Of an order of dropping (`config.greedy`) a layer's score is its place, from 0; layers that were not
+    dropped all have the number of those that were.
 
     Args:
-        batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s].
+        batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s]; an order of
+            dropping holds all of them in memory.
         questions: for the accuracy; all of them on every rank.
         micro_batch_size: options of questions that are run at once.
         vocab_size: real entries of the padded vocabulary; None: all are real.
@@ -52,8 +62,10 @@ def estimate_depth(
         total: number of micro-batches, for the progress line.
     Communicates: see `importance.depth`.
     """
+    if config.greedy.metric is not None:
+        batches = list(batches)  # read once per drop
     scores: DepthScores = {}
-    if config.reads_samples:
+    if set(config.metrics) - {ACCURACY}:
         groups = Groups.from_megatron()
         estimator = DepthEstimator(core, shape, groups, config, forward_step, vocab_size=vocab_size, dropped=dropped)
         with estimator, Reporter("depth", total, show=dist.get_rank() == 0) as reporter:
@@ -66,7 +78,15 @@ def estimate_depth(
         likelihoods = option_likelihoods(core, sweep, questions, micro_batch_size)
         right = accuracy(questions, likelihoods, normalize=config.normalize)
         scores[ACCURACY] = {size: values.float().cpu() for size, values in sweep.by_block(right[0] - right).items()}
-    return {metric: scores[metric] for metric in config.metrics}
+    scores = {metric: scores[metric] for metric in config.metrics}
+    if config.greedy.metric is not None:
+        assert isinstance(batches, list)
+        task = {"questions": questions, "micro_batch_size": micro_batch_size}
+        order = greedy_layers(core, shape, batches, config, vocab_size=vocab_size, total=total, **task)
+        places = torch.full((shape.num_layers,), float(len(order)))
+        places[order] = torch.arange(len(order), dtype=torch.float32)
+        scores[GREEDY] = {1: places}
+    return scores
 
 
 def option_likelihoods(core: MCoreGPTModel, sweep: Sweep, questions: Sequence[Question], rows: int) -> Tensor:
@@ -116,34 +136,31 @@ def greedy_layers(
     shape: ModelShape,
     batches: Sequence[dict[str, Tensor]],
     config: DepthConfig,
-    count: int,
     **options: Any,
 ) -> list[int]:
-    """The `count` layers to drop, in the order of dropping: each time the least important one of those that remain.
+    """The layers that `config.greedy` drops, in the order of dropping.
 
-    Importance is estimated again after every drop (arXiv:2508.14444 by squared error of the logits, arXiv:2511.16664
-    by the normalised one), so that layers that can stand in for each other do not all go.
+    Each time the least important one of those that remain goes, and importance is estimated again without it
+    (arXiv:2508.14444 by squared error of the logits, arXiv:2511.16664 by the normalised one), so that layers that can
+    stand in for each other do not all go. Of equal ones the first goes.
 
     Args:
         batches: as for `estimate_depth`; read once per drop.
-        config: holds the one metric to drop by.
         options: `questions`, `micro_batch_size`, `vocab_size`, `total` of `estimate_depth`.
     Returns: layer indices from 0, of the intact model; equal on every rank.
-    Communicates: see `estimate_depth`, `count` times.
-    Raises: ValueError: another number of metrics, or a count that leaves no layer.
+    Communicates: see `estimate_depth`, once per drop.
+    Raises: ValueError: more layers than the model can lose.
     """
-    require(
-        len(config.metrics) == 1,
-        f"depth.metrics={list(config.metrics)} must hold one metric for layers to be dropped by, e.g. [squared_error].",
-    )
-    require(
-        1 <= count < shape.num_layers,
-        f"{count} layers cannot be dropped of {shape.num_layers}; drop 1 to {shape.num_layers - 1}.",
-    )
-    [metric], config = config.metrics, replace(config, block_sizes=[1])
+    config.require_fits(shape)
+    greedy, have = config.greedy, shape.num_layers
+    assert greedy.metric is not None, "an order of dropping was not asked for"
+    task = config.task if greedy.metric == ACCURACY else None
+    once = replace(config, metrics=[greedy.metric], block_sizes=[1], greedy=GreedyConfig(), task=task)
+    remaining = list(range(greedy.keep_first, have - greedy.keep_last))
     dropped: list[int] = []
-    while len(dropped) < count:
-        scores = estimate_depth(core, shape, batches, config, dropped=dropped, **options)[metric][1]
-        remaining = [layer for layer in range(shape.num_layers) if layer not in dropped]
-        dropped.append(min(remaining, key=lambda layer: float(scores[layer])))
+    while len(dropped) < greedy.drop:
+        scores = estimate_depth(core, shape, batches, once, dropped=dropped, **options)[greedy.metric][1]
+        least = min(remaining, key=lambda layer: float(scores[layer]))
+        remaining.remove(least)
+        dropped.append(least)
     return dropped

@@ -230,6 +230,9 @@ class ImportanceEstimator:
 
     def _stop(self, place: int, sample: int) -> NoReturn:
         layer, place = divmod(place, len(PLACES))
+        for experts in self._experts:  # experts keep no sample, so they are asked only where something else has failed
+            if experts.index < layer:
+                experts.require_finite()
         raise ValueError(
             f"Activations of axis {PLACES[place]} in decoder.layers.{layer} are not finite (NaN or infinity) in "
             f"calibration sample {sample} (from 0, in the order of calibration); scores from them rank nothing. "

@@ -6,7 +6,8 @@
 
 An expert's tokens, of the whole calibration set, make one sequence: its score is by default their mean, over routed
 tokens only, as in the published reference implementation (the papers prune dense models). An expert that no token was
-routed to scores 0. Tokens whose loss mask is 0 are routed, and contribute nothing.
+routed to scores 0. Tokens whose loss mask is 0 are routed, and contribute nothing. Kept are sums over those tokens,
+which add where runs merge; see `scores.py`.
 
     routed      which experts a token of this rank goes to                             [s*b/(cp*tp if sp), e]
     code        the same over every rank that sends tokens here: 0 not routed,
@@ -17,7 +18,7 @@ Experts receive tokens expert by expert, within one rank by rank, within that in
 
 Communication per micro-batch and expert layer: one all-gather of `code` over the ranks that exchange tokens (expert
 model and expert tensor parallelism); with expert tensor parallelism, one all-reduce of each expert's output [t, h]. At
-the end, in `expert_moments`: tp, cp, dp and pp, three sums. No hook reads a value to the host.
+the end, in `expert_moments`: tp, cp, dp and pp, two sums. No hook reads a value to the host.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.checks import require
 from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.statistics import TokenMask, aggregate_sequence, partial_sums
+from minitron_nemo.importance.statistics import TokenMask, partial_sums
 from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
@@ -104,6 +105,11 @@ class ExpertWatch:
         everything = TokenMask(torch.ones(1, rows, dtype=torch.bool), self.num_tokens, None)
         self.neuron_sums[:, expert] += partial_sums(counted, everything, self._current.scratch)[:, 0]
 
+    def require_finite(self) -> None:
+        """Raises: ValueError: an activation of an expert of this rank was not finite. Waits for the device."""
+        totals = {"expert_ffn": self.neuron_sums.sum((0, 2)), "expert": self.output_sums.sum(0)}
+        _require_finite({axis: total.unsqueeze(0) for axis, total in totals.items()}, [self.index], self.experts)
+
 
 def watch_experts(
     model: Any, shape: ModelShape, groups: Groups, current: MicroBatch, handles: list[RemovableHandle]
@@ -139,31 +145,48 @@ def watch_experts(
 def expert_moments(
     watches: Sequence[ExpertWatch], shape: ModelShape, groups: Groups, device: torch.device
 ) -> dict[str, Tensor]:
-    """Moments of the axes `expert` [l, 2, 3, e] and `expert_ffn` [l, e, 2, 3, f], float64, equal on every rank.
+    """Number of tokens, sum |a|, sum a and sum a^2 of each expert [l, 4, e] and of each of its neurons [l, e, 4, f].
 
-    The second moment is the first one's square: there is one sequence an expert. Rows of dense layers are 0.
-    Communicates: tp, cp, dp and pp, sums of three tensors of that size.
+    By axis, `expert` and `expert_ffn`, float64, equal on every rank; rows of dense layers are 0.
+    Communicates: tp, cp, dp and pp, sums of two tensors of that size.
+    Raises: ValueError: an expert's activations were not finite (names layer, axis and expert), on every rank.
     """
     layers, experts, neurons = shape.num_layers, shape.num_moe_experts or 0, shape.moe_ffn_hidden_size or 0
-    tokens = torch.zeros(layers, experts, dtype=torch.float64, device=device)
-    outputs, inside = tokens.new_zeros(3, layers, experts), tokens.new_zeros(3, layers, experts, neurons)
+    outputs = torch.zeros(layers, 4, experts, dtype=torch.float64, device=device)
+    inside = outputs.new_zeros(layers, experts, 4, neurons)
     part = group_rank(groups.etp)
     for watch in watches:
         here, width = slice(watch.experts[0], watch.experts[-1] + 1), watch.neuron_sums.shape[-1]
-        inside[:, watch.index, here, part * width : (part + 1) * width] = watch.neuron_sums
+        mine = inside[watch.index, here, :, part * width : (part + 1) * width]
+        mine[:, 0], mine[:, 1:] = watch.num_tokens.unsqueeze(-1), watch.neuron_sums.movedim(0, 1)
         if part == 0:  # the ranks one expert is split over saw the same tokens and the same whole outputs
-            tokens[watch.index, here], outputs[:, watch.index, here] = watch.num_tokens, watch.output_sums
+            outputs[watch.index, :, here] = torch.cat([watch.num_tokens.unsqueeze(0), watch.output_sums])
     for group in (groups.tp, groups.cp, groups.dp, groups.pp):
-        tokens, outputs, inside = (all_reduce_sum(local, group=group) for local in (tokens, outputs, inside))
-    num_tokens = tokens.flatten()
-    of_experts = aggregate_sequence(outputs.reshape(3, -1, 1), num_tokens)[..., 0].unflatten(1, (layers, experts))
-    of_neurons = aggregate_sequence(inside.flatten(1, 2), num_tokens).unflatten(1, (layers, experts))
-    return {"expert": _moments(of_experts.movedim(0, 1)), "expert_ffn": _moments(of_neurons.movedim(0, 2))}
+        outputs, inside = (all_reduce_sum(local, group=group) for local in (outputs, inside))
+    _require_finite({"expert_ffn": inside.sum((2, 3)), "expert": outputs.sum(1)}, range(layers), range(experts))
+    return {"expert": outputs, "expert_ffn": inside}
 
 
-def _moments(aggregates: Tensor) -> Tensor:
-    """[..., 3, c] of one sample -> [..., 2, 3, c]: mean and mean square over it."""
-    return torch.stack([aggregates, aggregates.square()], dim=-3)
+def _require_finite(totals: dict[str, Tensor], layers: Sequence[int], experts: Sequence[int]) -> None:
+    """Name the first expert, in the order of the forward pass, whose activations are not finite.
+
+    Args:
+        totals: by axis [l, e], not finite where a sum of the expert is not.
+        layers, experts: which they are.
+    """
+    # Reading the values waits for the device; the pass is over.
+    broken = [
+        (layer, place, expert)
+        for place, total in enumerate(totals.values())
+        for layer, expert in (~total.isfinite()).nonzero().tolist()
+    ]
+    if broken:
+        layer, place, expert = min(broken)
+        raise ValueError(
+            f"Activations of axis {list(totals)[place]} in decoder.layers.{layers[layer]} are not finite (NaN or "
+            f"infinity) in expert {experts[expert]}; scores from them rank nothing. Check the checkpoint and its dtype "
+            "with the evaluate stage."
+        )
 
 
 def _groups_in_order_of_arrival(mlp: Any) -> list[ProcessGroup]:

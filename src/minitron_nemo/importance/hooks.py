@@ -237,7 +237,7 @@ def watch_layers(
             fused = getattr(norm, "weight", None) is None
             module = layer.get_submodule(linear_name) if fused else norm
             place = f"{name}.{linear_name if fused else norm_name}"
-            normalise = _fused_norm(module, model.config, place) if fused and not contributions else None
+            normalise = fused_norm(module, model.config, place) if fused and not contributions else None
             watch = axes["hidden"].add(place, 2 * index + number, first + 2 * number, normalise)
             if fused or contributions:
                 handles.append(module.register_forward_pre_hook(_see_input(watch)))
@@ -312,11 +312,11 @@ def _written_by_heads(linear_proj: Any, heads: int) -> Callable[[Tensor], Tensor
     return norms
 
 
-def _fused_norm(linear: Any, config: Any, name: str) -> Callable[[Tensor], Tensor]:
+def fused_norm(linear: Any, config: Any, name: str) -> Callable[[Tensor], Tensor]:
     """The norm inside a transformer-engine linear, in float32: [s, b, h] -> [s, b, h]."""
     require(
         getattr(linear, "layer_norm_weight", None) is not None,
-        f"{name} has no norm before it and none inside (no layer_norm_weight); the score of hidden channels reads "
+        f"{name} has no norm before it and none inside (no layer_norm_weight), and hidden channels are read at "
         "norm outputs. Use Megatron's local or transformer-engine GPT layer spec.",
     )
 

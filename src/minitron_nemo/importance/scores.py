@@ -10,6 +10,8 @@ different samples merge exactly and every aggregation can be chosen later:
                      variance along the sequence (the order of `Aggregation`). A row is a layer, for hidden a norm (two
                      a layer: input norm, pre-MLP norm). head counts c = n where a token's L2 norm over kv_channels was
                      taken first, n*d where it is taken of the aggregates.
+    of experts       [rows, 4, c] float64: number of tokens, sum |a|, sum a and sum a^2 over the tokens routed to an
+                     expert. They make one sequence, whatever samples they come from, so it is sums that merge.
 
 On disk: `importance.safetensors` (keys `ffn`, ..., `depth.<metric>.<block size>`) beside `importance.json` (the model's
 shape, the number of samples, how the scores were obtained).
@@ -28,11 +30,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.importance.statistics import Aggregation, aggregate_samples
+from minitron_nemo.importance.statistics import Aggregation, aggregate_samples, aggregate_sequence
 from minitron_nemo.shape import ModelShape
 
 WIDTH_AXES = ("hidden", "ffn", "head", "group")
 TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"
+GREEDY = "greedy"
+"""Depth scores of single layers: a layer's place in the order that layers were dropped in, one after another, from 0;
+the number of dropped layers for those that were not."""
 OPTIONS = ("metric", "head_norm", "neurons")
 """Keys of `origin` that say what was measured; runs that differ in one of them do not merge."""
 
@@ -44,12 +49,15 @@ class Importance:
     shape: ModelShape
     """The model that was measured."""
     moments: Mapping[str, Tensor]
-    """[..., 2, 3, c] float64 by measured axis; see the module's text."""
+    """[..., 2, 3, c] or [..., 4, c] float64 by measured axis; see the module's text."""
     num_samples: int
     """Calibration samples that took part, over all data-parallel ranks."""
     depth: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     """metric -> block size n -> [l-n+1] float32; entry i is the block of layers i to i+n-1. Empty where no depth was
     estimated."""
+    depth_samples: Mapping[str, int] = field(default_factory=dict)
+    """metric -> samples (of the accuracy: questions) its depth scores are a mean over. A metric that is not here does
+    not merge: the number is not known, or its scores are no mean (an order of dropping)."""
     tokenizer_digest: str | None = None
     """Of the tokenizer that made the samples; None where unknown."""
     origin: Mapping[str, Any] = field(default_factory=dict)
@@ -83,11 +91,13 @@ class Importance:
         """Scores of a width axis; the defaults are the paper's choice (L2 over samples of the sequence mean of |a|).
 
         hidden sums over all norms; a group sums its heads.
-        Returns: hidden [h], ffn [l, f], head [l, n], group [l, g]; float32.
+        Returns: hidden [h], ffn [l, f], head [l, n], group [l, g], expert [l, e], expert_ffn [l, e, f],
+            shared_expert_ffn [l, f]; float32. Rows of layers without the axis are 0.
         """
         require(axis in self.axes, f"axis={axis} was not estimated; {did_you_mean(axis, self.axes)}")
         pair = Aggregation.parse(batch, "batch_aggregation"), Aggregation.parse(sequence, "sequence_aggregation")
-        scores = aggregate_samples(self.moments[_measured_axis(axis)], *pair)
+        moments = self.moments[_measured_axis(axis)]
+        scores = aggregate_samples(moments_of_sequence(moments) if _is_sums(moments) else moments, *pair)
         if axis == "hidden":
             scores = scores.sum(0)
         elif axis in ("head", "group"):
@@ -119,33 +129,53 @@ class Importance:
         return known[size]
 
     @classmethod
-    def merge(cls, parts: Sequence[Importance]) -> Importance:
+    def merge(cls, parts: Sequence[Importance], *, depth: bool = True) -> Importance:
         """One importance of all the samples, as one pass over all of them would have given.
 
-        Depth scores are averaged with the same weights: exact where samples have equally many tokens that count.
-        Raises: ValueError: no parts, or parts of another model, tokenizer, measurement, or with other depth scores.
+        Width scores exactly. Depth scores are averaged by their own numbers of samples: exact where samples have
+        equally many tokens that count, and for the squared error equally large logits.
+
+        Args:
+            depth: False leaves depth scores out.
+        Raises: ValueError: no parts, or parts of another model, tokenizer, measurement, or with other depth scores, or
+            with depth scores that have no number of samples.
         """
         require(len(parts) > 0, "Nothing to merge. Name at least one importance artifact.")
         first = parts[0]
         for other in parts[1:]:
-            first._require_mergeable(other)
-        total = sum(part.num_samples for part in parts)
+            first._require_mergeable(other, depth=depth)
+        metrics = tuple(first.depth) if depth else ()
+        for part in parts:
+            unknown = [metric for metric in metrics if metric not in part.depth_samples]
+            require(
+                not unknown,
+                f"Depth scores {', '.join(unknown)} are no mean over a known number of samples, so those of several "
+                "runs cannot be averaged. Merge without depth scores (depth=False), and estimate them over all samples "
+                "in one run.",
+            )
 
-        def mean(tensors: Sequence[Tensor]) -> Tensor:
-            weighted = [tensor.double() * part.num_samples for tensor, part in zip(tensors, parts, strict=True)]
-            return (torch.stack(weighted).sum(0) / total).to(tensors[0].dtype)
+        def width(axis: str) -> Tensor:
+            tensors = [part.moments[axis] for part in parts]
+            if _is_sums(tensors[0]):
+                return torch.stack(tensors).sum(0)
+            return _mean(tensors, [part.num_samples for part in parts])
 
         def agreed(key: str) -> bool:
             return all(key in part.origin and part.origin[key] == first.origin[key] for part in parts)
 
+        weights = {metric: [part.depth_samples[metric] for part in parts] for metric in metrics}
         return cls(
             shape=first.shape,
-            moments={axis: mean([part.moments[axis] for part in parts]) for axis in first.moments},
-            num_samples=total,
+            moments={axis: width(axis) for axis in first.moments},
+            num_samples=sum(part.num_samples for part in parts),
             depth={
-                metric: {size: mean([part.depth[metric][size] for part in parts]) for size in blocks}
-                for metric, blocks in first.depth.items()
+                metric: {
+                    size: _mean([part.depth[metric][size] for part in parts], weights[metric])
+                    for size in first.depth[metric]
+                }
+                for metric in metrics
             },
+            depth_samples={metric: sum(weights[metric]) for metric in metrics},
             tokenizer_digest=first.tokenizer_digest,
             origin={
                 **{key: value for key, value in first.origin.items() if agreed(key)},
@@ -153,16 +183,18 @@ class Importance:
             },
         )
 
-    def _require_mergeable(self, other: Importance) -> None:
+    def _require_mergeable(self, other: Importance, *, depth: bool) -> None:
         mine, theirs = self.shape.to_dict(), other.shape.to_dict()
         for key in mine:
             _require_equal(f"the model's {key}", mine[key], theirs[key])
         _require_equal("the tokenizer's digest", self.tokenizer_digest, other.tokenizer_digest)
         for option in OPTIONS:
             _require_equal(f"importance.{option}", self.origin.get(option), other.origin.get(option))
-        _require_equal("the axes", sorted(self.moments), sorted(other.moments))
-        blocks = [{metric: sorted(sizes) for metric, sizes in sorted(part.depth.items())} for part in (self, other)]
-        _require_equal("the depth metrics and their block sizes", *blocks)
+        sizes = [{axis: list(part.moments[axis].shape) for axis in sorted(part.moments)} for part in (self, other)]
+        _require_equal("the size of the axes' moments", *sizes)
+        if depth:
+            blocks = [{metric: sorted(sizes) for metric, sizes in sorted(part.depth.items())} for part in (self, other)]
+            _require_equal("the depth metrics and their block sizes", *blocks)
 
     def save(self, folder: Path | str) -> None:
         """Write the two files into `folder`; call it on one rank."""
@@ -180,6 +212,7 @@ class Importance:
             "origin": dict(self.origin),
             "axes": {axis: list(sizes[axis]) for axis in self.axes},
             "depth": {metric: sorted(blocks) for metric, blocks in self.depth.items()},
+            "depth_samples": dict(self.depth_samples),
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
@@ -208,6 +241,7 @@ class Importance:
             moments=moments,
             num_samples=description["num_samples"],
             depth=depth,
+            depth_samples=description.get("depth_samples", {}),
             tokenizer_digest=description["tokenizer_digest"],
             origin=description["origin"],
         )
@@ -235,7 +269,35 @@ def moment_sizes(shape: ModelShape) -> dict[str, list[tuple[int, ...]]]:
     measured = {axis: [size] for axis, size in expected_sizes(shape).items() if _measured_axis(axis) == axis}
     measured["hidden"] = [(2 * shape.num_layers, shape.hidden_size)]
     measured["head"].append((shape.num_layers, shape.query_projection_size))
-    return {axis: [(*size[:-1], 2, 3, size[-1]) for size in sizes] for axis, sizes in measured.items()}
+    moments = {axis: [(*size[:-1], 2, 3, size[-1]) for size in sizes] for axis, sizes in measured.items()}
+    for axis in ("expert", "expert_ffn"):
+        if axis in moments:
+            *rows, channels = measured[axis][0]
+            moments[axis].append((*rows, 4, channels))
+    return moments
+
+
+def moments_of_sequence(sums: Tensor) -> Tensor:
+    """Moments of one sequence, whose second is the first one's square.
+
+    Args:
+        sums: [..., 4, c] float64, number of tokens, sum |a|, sum a and sum a^2 over them.
+    Returns:
+        [..., 2, 3, c] float64; 0 where there are no tokens.
+    """
+    tokens, *of_tokens = (part.flatten() for part in sums.unbind(-2))
+    aggregates = aggregate_sequence(torch.stack(of_tokens).unsqueeze(-1), tokens).squeeze(-1)  # [3, ... * c]
+    aggregates = aggregates.unflatten(1, (*sums.shape[:-2], sums.size(-1))).movedim(0, -2)
+    return torch.stack([aggregates, aggregates.square()], dim=-3)
+
+
+def _is_sums(moments: Tensor) -> bool:
+    return moments.size(-2) == 4
+
+
+def _mean(tensors: Sequence[Tensor], weights: Sequence[int]) -> Tensor:
+    weighted = [tensor.double() * weight for tensor, weight in zip(tensors, weights, strict=True)]
+    return (torch.stack(weighted).sum(0) / sum(weights)).to(tensors[0].dtype)
 
 
 def _measured_axis(axis: str) -> str:

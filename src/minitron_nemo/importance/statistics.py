@@ -138,23 +138,20 @@ def _sums_of_rows(rows: Tensor, scratch: Tensor) -> Tensor:
     mean, so that the variance of a channel with a large constant part (norm outputs have them) survives.
     """
     num_rows, channels = rows.shape
-    if num_rows == 0:
-        return torch.zeros(3, channels, dtype=torch.float64, device=rows.device)
-    height = min(num_rows, max(BLOCK_TOKENS, scratch.numel() // channels), scratch.numel())
+    sums = torch.zeros(3, channels, dtype=torch.float64, device=rows.device)
+    height = min(max(num_rows, 1), max(BLOCK_TOKENS, scratch.numel() // channels), scratch.numel())
     width = scratch.numel() // height
-    blocks = rows.split(height)
-    of_blocks = torch.empty(len(blocks), 3, channels, device=rows.device)  # sum of |a|, mean, variance
-    for block, of_block in zip(blocks, of_blocks.unbind(), strict=True):
+    of_block = torch.empty(3, channels, device=rows.device)  # sum of |a|, mean, variance
+    for block in rows.split(height) if num_rows else ():
         for source, result in zip(block.split(width, 1), of_block.split(width, 1), strict=True):
             values = scratch[: source.numel()].view(source.shape).copy_(source)
             _mean_and_variance(values, result)
             torch.sum(values.abs_(), 0, out=result[0])
-    sums = of_blocks.double()
-    sums[:, 2].addcmul_(sums[:, 1], sums[:, 1])  # mean of a^2
-    sums[:, 1:] *= height
-    if len(blocks[-1]) != height:
-        sums[-1, 1:] *= len(blocks[-1]) / height
-    return sums.sum(0)
+        block_sums = of_block.double()
+        block_sums[2].addcmul_(block_sums[1], block_sums[1])  # mean of a^2
+        block_sums[1:] *= len(block)
+        sums += block_sums
+    return sums
 
 
 def _mean_and_variance(values: Tensor, result: Tensor) -> None:

@@ -8,12 +8,49 @@ Nothing here communicates.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from minitron_nemo.checks import require
+from minitron_nemo.importance import Importance
 from minitron_nemo.pruning.plan import PruningPlan, axes_of
+from minitron_nemo.pruning.planning import plan_from_importance
 from minitron_nemo.shape import ModelShape
+
+
+def plan_in_rounds(
+    importance: Importance,
+    targets: Sequence[ModelShape],
+    score: Callable[[PruningPlan], Importance],
+    *,
+    layers: Sequence[int],
+    batch_aggregation: str = "l2",
+    sequence_aggregation: str = "mean",
+) -> PruningPlan:
+    """The plan from the scored model to the last of `targets`; before each but the first, what is left is scored.
+
+    Args:
+        importance: scores of the model to prune.
+        targets: of `targets_of_rounds`.
+        score: from a plan to the importance of the student it makes.
+        layers: kept layers, from 0; the others go in the last round.
+    """
+    plan = None
+    for target in targets:
+        step = plan_from_importance(
+            importance if plan is None else score(plan),
+            importance.shape if plan is None else plan.target,
+            target,
+            layers=layers if target.num_layers < importance.shape.num_layers else None,
+            batch_aggregation=batch_aggregation,
+            sequence_aggregation=sequence_aggregation,
+        )
+        plan = step if plan is None else compose(plan, step)
+    assert plan is not None, "a plan has at least one round"
+    return replace(plan, origin={**plan.origin, "rounds": len(targets)})
 
 
 def targets_of_rounds(source: ModelShape, target: ModelShape, rounds: int, *, multiple: int = 1) -> list[ModelShape]:

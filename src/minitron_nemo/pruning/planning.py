@@ -1,7 +1,8 @@
 """From scores and a target shape to a plan: the highest scores of each axis stay.
 
 Width is ranked as `ranking` says. Depth goes by the kept layers a person names, or by scores of layers: the lowest ones
-are dropped one by one (arXiv:2407.14679), or the contiguous block whose removal hurts least (arXiv:2408.11796).
+are dropped one by one (arXiv:2407.14679), or the contiguous block whose removal hurts least (arXiv:2408.11796), or
+the first of an order made by dropping one after another (arXiv:2508.14444).
 Nothing here communicates.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minitron_nemo.checks import require
 from minitron_nemo.importance import Importance
-from minitron_nemo.importance.scores import expected_sizes
+from minitron_nemo.importance.scores import GREEDY, expected_sizes
 from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of, require_prunable
 from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
 from minitron_nemo.shape import ModelShape
@@ -29,7 +30,8 @@ class DepthChoice:
     """How the dropped layers are chosen, where the kept ones are not named."""
 
     metric: str | None = None
-    """Depth scores to go by: block_influence, loss, kl, squared_error or accuracy, as far as they were estimated."""
+    """Depth scores to go by: block_influence, loss, kl, squared_error, accuracy or greedy, as far as they were
+    estimated."""
     contiguous: bool = False
     """Drop the one block of neighbouring layers with the lowest score, instead of the layers with the lowest scores."""
     keep_first: int = 0
@@ -134,7 +136,9 @@ def kept_layers(
         f"depth.keep_last={depth.keep_last} leave only {max(0, end - first)} to drop. Lower one of them, or keep more "
         "layers.",
     )
-    if depth.contiguous:
+    if depth.metric == GREEDY:
+        dropped = _first_dropped(importance.layer_scores(GREEDY), drop, depth)
+    elif depth.contiguous:
         scores = importance.block_scores(depth.metric, drop)[first : end - drop + 1]
         start = first + int(top_k(-scores, 1))
         dropped = set(range(start, start + drop))
@@ -142,6 +146,33 @@ def kept_layers(
         scores = importance.layer_scores(depth.metric)[first:end]
         dropped = {first + index for index in top_k(-scores, drop).tolist()}
     return [layer for layer in range(have) if layer not in dropped]
+
+
+def _first_dropped(places: Tensor, drop: int, depth: DepthChoice) -> set[int]:
+    """The first `drop` layers of an order of dropping, given by each layer's place in it.
+
+    Raises: ValueError: fewer were ordered, or the order holds layers that `depth` protects.
+    """
+    have, ordered = len(places), int((places < places.max()).sum())
+    require(
+        not depth.contiguous,
+        "depth.contiguous=true drops a block of neighbouring layers, and depth.metric=greedy orders single ones. Set "
+        "depth.contiguous=false, or go by a metric of blocks, such as depth.metric=loss.",
+    )
+    require(
+        drop <= ordered,
+        f"target.num_layers={have - drop} drops {drop} of {have} layers, but the greedy order holds only {ordered}. "
+        f"Keep at least {have - ordered} layers, or estimate importance with depth.greedy.drop={drop}.",
+    )
+    dropped = {int(layer) for layer in places.argsort()[:drop]}
+    protected = sorted(layer for layer in dropped if not depth.keep_first <= layer < have - depth.keep_last)
+    require(
+        not protected,
+        f"The greedy order drops layers {protected}, which depth.keep_first={depth.keep_first} and depth.keep_last="
+        f"{depth.keep_last} protect. Estimate importance with depth.greedy.keep_first={depth.keep_first} and "
+        f"depth.greedy.keep_last={depth.keep_last}, or lower them.",
+    )
+    return dropped
 
 
 def require_same_model(importance: Importance, source: ModelShape) -> None:

@@ -21,6 +21,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from minitron_nemo.report.correlation import Agreement
 from minitron_nemo.report.rows import count
 from minitron_nemo.report.run import Curve, History
 from minitron_nemo.report.scores import kept_mask
@@ -37,6 +38,7 @@ _CSS_VARIABLE = {INK: "var(--ink)", GRID: "var(--grid)", PAPER: "var(--paper)"} 
     colour: f"var(--{name.replace('_', '-')})" for name, colour in SERIES.items()
 }
 _COLORMAP = "cividis"
+_PANELS = 4  # block sizes side by side
 _POINTS = 1200  # drawn per curve: more than a screen's pixels only makes the file larger
 _STYLE = {
     "svg.fonttype": "none",
@@ -117,43 +119,38 @@ def loss_curves(
         return _svg(figure, "curves", "Loss curves over training tokens")
 
 
-def neuron_map(scores: npt.NDArray[np.float64], kept: int | None) -> str:
-    """FFN scores [l, f], each layer sorted from its highest to its lowest, log scale; a line after the `kept`-th."""
-    layers, size = scores.shape
+def neuron_map(scores: npt.NDArray[np.float64], kept: int | None, name: str = "neurons") -> str:
+    """Scores [l, f] or, of every expert, [l, e, f], each sorted from its highest to its lowest, log scale; a line after
+    the `kept`-th. Experts of a layer are averaged after sorting. Layers without these neurons are blank.
+
+    Args:
+        name: of the picture, unlike the page's others.
+    """
+    layers, size = scores.shape[0], scores.shape[-1]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(7.6, min(6.5, 1.5 + 0.22 * layers)), layout="constrained")
         axes = figure.subplots()
-        ordered = -np.sort(-scores, axis=1)
-        _image(figure, axes, ordered, "score (log)")
+        ordered = -np.sort(-scores, axis=-1)
+        _image(figure, axes, ordered if ordered.ndim == 2 else ordered.mean(1), "score (log)")
         axes.set_xlabel("neurons of a layer, from its highest score to its lowest")
         axes.set_ylabel("layer")
         axes.set_xticks(sorted({0, size} | ({kept} if kept else set())))
         axes.set_xticklabels([str(round(tick)) for tick in axes.get_xticks()])
         if kept is not None and 0 < kept < size:
             _cut(axes, kept, f"{kept} kept", f"{size - kept} dropped")
-        return _svg(figure, "neurons", "Heat map of neuron scores by layer")
+        return _svg(figure, name, "Heat map of neuron scores by layer")
 
 
 def head_map(scores: npt.NDArray[np.float64], kept: npt.NDArray[np.int64] | None, heads_per_group: int) -> str:
     """Head scores [l, n], log scale; kept heads [l, k] carry a dot, and gaps stand between query groups."""
-    layers, heads = scores.shape
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(min(7.6, 2.4 + 0.42 * heads), min(9, 1.5 + 0.3 * layers)), layout="constrained")
-        axes = figure.subplots()
-        _image(figure, axes, scores, "score (log)", unit_cells=True)
-        for edge in range(heads_per_group, heads, heads_per_group):
-            axes.axvline(edge, color=PAPER, linewidth=2.5)
-        if kept is not None:
-            layer, head = np.nonzero(kept_mask(kept, heads))
-            axes.plot(
-                head + 0.5, layer + 0.5, linestyle="", marker="o", markersize=min(7.0, 150 / max(heads, layers)),
-                markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8,
-            )  # fmt: skip
-        axes.set_xlabel("head (gaps between query groups)" if heads_per_group < heads else "head")
-        axes.set_ylabel("layer")
-        ticks = np.unique(np.linspace(0, heads - 1, min(heads, 12)).round().astype(int))
-        axes.set_xticks(ticks + 0.5, [str(tick) for tick in ticks])
-        return _svg(figure, "heads", "Heat map of head scores by layer")
+    heads = scores.shape[1]
+    edges = range(heads_per_group, heads, heads_per_group)
+    return _cell_map(scores, kept, "head (gaps between query groups)" if edges else "head", "heads", edges)
+
+
+def expert_map(scores: npt.NDArray[np.float64], kept: npt.NDArray[np.int64] | None) -> str:
+    """Expert scores [l, e], log scale; kept experts [l, k] carry a dot. Layers without experts are blank."""
+    return _cell_map(scores, kept, "expert", "experts")
 
 
 def hidden_profile(scores: npt.NDArray[np.float64], kept: int | None) -> str:
@@ -176,25 +173,84 @@ def hidden_profile(scores: npt.NDArray[np.float64], kept: int | None) -> str:
         return _svg(figure, "hidden", "Hidden-channel scores from the highest to the lowest")
 
 
-def layer_profile(scores: npt.NDArray[np.float64], kept: npt.NDArray[np.int64] | None) -> str:
-    """Layer scores [l] by depth; dropped layers are hollow."""
-    size = scores.shape[0]
-    mask = kept_mask(kept, size) if kept is not None else np.ones(size, dtype=bool)
+def layer_bars(metric: str, scores: Mapping[int, npt.NDArray[np.float64]], kept: npt.NDArray[np.int64] | None) -> str:
+    """One metric's scores of single layers, and of blocks by the block's first layer, a panel for each size.
+
+    Dropped layers are hollow; a triangle points at the lowest bar of each panel.
+
+    Args:
+        scores: block size n -> [l-n+1].
+        kept: layers [k].
+    """
+    blocks = sorted(size for size in scores if size > 1)
+    rows = ([[1] * _PANELS] if 1 in scores else []) + [
+        (blocks[start : start + _PANELS] + [0] * _PANELS)[:_PANELS] for start in range(0, len(blocks), _PANELS)
+    ]
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.6, 2.8), layout="constrained")
-        axes = figure.subplots()
-        axes.vlines(np.arange(size), 0, scores, color=GRID, linewidth=2)
-        axes.plot(np.flatnonzero(mask), scores[mask], "o", color=INK, label="kept")
-        if not mask.all():
-            axes.plot(
-                np.flatnonzero(~mask), scores[~mask], "o", markerfacecolor="none", markeredgecolor=INK, label="dropped"
-            )
-            axes.legend(frameon=False, fontsize=9)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("score")
-        axes.set_ylim(bottom=min(0.0, float(np.nanmin(scores))))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        return _svg(figure, "layers", "Layer scores by depth")
+        heights = [1.5 if 1 in row else 1.0 for row in rows]
+        figure = Figure(figsize=(7.6, 0.5 + 1.35 * sum(heights)), layout="constrained")
+        panels = figure.subplot_mosaic(rows, empty_sentinel=0, gridspec_kw={"height_ratios": heights})
+        for size, axes in panels.items():
+            values = scores[size]
+            places = np.arange(len(values))
+            mask = kept_mask(kept, len(values)) if size == 1 and kept is not None else np.ones(len(values), dtype=bool)
+            axes.bar(places[mask], values[mask], color=INK, width=0.7, label="kept")
+            if not mask.all():
+                axes.bar(
+                    places[~mask], values[~mask], color="none", edgecolor=INK, linewidth=1, width=0.7, label="dropped"
+                )
+                axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+            lowest = int(np.argmin(values))
+            axes.annotate(
+                "\u25bc", xy=(lowest, max(0.0, float(values[lowest]))), xytext=(0, 1), textcoords="offset points",
+                ha="center", va="bottom", fontsize=7, in_layout=False,
+            )  # fmt: skip
+            axes.set_title(f"{size} layers" if size > 1 else "single layers", fontsize=9, loc="left")
+            axes.set_xlim(-0.6, len(values) - 0.4)
+            axes.margins(y=0.16)
+            axes.xaxis.set_major_locator(MaxNLocator(8 if size == 1 else 4, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(4 if size == 1 else 3))
+            axes.tick_params(labelsize=8)
+        figure.supxlabel("layer, or first layer of the block" if blocks else "layer", fontsize=10)
+        figure.supylabel("score", fontsize=10)
+        return _svg(figure, f"layers-{metric}", f"Layer scores by {metric}")
+
+
+def agreement_tables(tables: Sequence[Agreement], name: str) -> str:
+    """Rank correlations, a panel for each table, lower halves; brighter is more alike.
+
+    Args:
+        name: of the picture, unlike the page's others.
+    """
+    columns = min(2, len(tables))
+    rows = -(-len(tables) // columns)
+    most = max(len(table.labels) for table in tables)
+    with matplotlib.rc_context(_STYLE):
+        size = 0.9 + 0.3 * most
+        figure = Figure(figsize=(max(3.8, size + 0.9) * columns, (size + 0.2) * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in panels[len(tables) :]:
+            axes.set_visible(False)
+        for axes, table in zip(panels, tables, strict=False):
+            values, count = table.table.numpy(), len(table.labels)
+            shown = np.where(np.tri(count, k=-1, dtype=bool), values, np.nan)[1:, :-1]  # the rest says nothing new
+            axes.pcolormesh(shown, cmap=_COLORMAP, vmin=-1, vmax=1, edgecolors=PAPER, linewidth=0.6)
+            axes.invert_yaxis()
+            axes.set_aspect("equal")
+            for row, column in zip(*np.nonzero(np.isfinite(shown)), strict=True):
+                value = shown[row, column]
+                axes.text(
+                    column + 0.5, row + 0.5, f"{value:.2f}".replace("0.", "."), ha="center", va="center", fontsize=7,
+                    color="black" if value > 0 else "white", in_layout=False,
+                )  # fmt: skip
+            axes.set_title(table.title, fontsize=10, loc="left")
+            ticks = np.arange(count - 1) + 0.5
+            axes.set_xticks(ticks, table.labels[:-1], rotation=90, fontsize=8)
+            axes.set_yticks(ticks, table.labels[1:], fontsize=8)
+            axes.spines[:].set_visible(False)
+            axes.grid(False)
+            axes.tick_params(length=0)
+        return _svg(figure, name, "Rank correlations: " + ", ".join(table.title for table in tables))
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------
@@ -269,11 +325,44 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
             )  # fmt: skip
 
 
+def _cell_map(
+    scores: npt.NDArray[np.float64],
+    kept: npt.NDArray[np.int64] | None,
+    unit: str,
+    name: str,
+    edges: Sequence[int] = (),
+) -> str:
+    """[l, c], a cell for each unit of a layer, log scale; kept ones [l, k] carry a dot.
+
+    Args:
+        edges: units before which a gap stands.
+    """
+    layers, units = scores.shape
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(min(7.6, 2.4 + 0.42 * units), min(9, 1.5 + 0.3 * layers)), layout="constrained")
+        axes = figure.subplots()
+        _image(figure, axes, scores, "score (log)", unit_cells=True)
+        for edge in edges:
+            axes.axvline(edge, color=PAPER, linewidth=2.5)
+        if kept is not None:
+            layer, place = np.nonzero(kept_mask(kept, units) & (scores > 0).any(1, keepdims=True))
+            axes.plot(
+                place + 0.5, layer + 0.5, linestyle="", marker="o", markersize=min(7.0, 150 / max(units, layers)),
+                markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8,
+            )  # fmt: skip
+        axes.set_xlabel(unit)
+        axes.set_ylabel("layer")
+        ticks = np.unique(np.linspace(0, units - 1, min(units, 12)).round().astype(int))
+        axes.set_xticks(ticks + 0.5, [str(tick) for tick in ticks])
+        return _svg(figure, name, f"Heat map of {name}' scores by layer")
+
+
 def _image(figure: Figure, axes: Axes, scores: npt.NDArray[np.float64], label: str, unit_cells: bool = False) -> None:
-    """[l, x] as a heat map, layer 0 on top, on a log scale with a colour bar."""
+    """[l, x] as a heat map, layer 0 on top, on a log scale with a colour bar; rows of zeros stay blank."""
     values = _positive(scores)
     layers, size = values.shape
     low, high = float(values.min()), float(values.max())
+    values[~(scores > 0).any(1)] = np.nan
     image = axes.imshow(
         values, aspect="equal" if unit_cells and size <= 40 else "auto", cmap=_COLORMAP,
         norm=LogNorm(low, high if high > low else low * 1.01), extent=(0, size, layers, 0),

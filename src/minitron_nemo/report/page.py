@@ -7,6 +7,7 @@ template, with every value escaped but the pictures, which `figures` draws.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,27 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from minitron_nemo.artifact import Artifact
+from minitron_nemo.importance import Importance
+from minitron_nemo.importance.scores import GREEDY
 from minitron_nemo.report import figures, rows
+from minitron_nemo.report.correlation import between_aggregations, between_artifacts, between_depth_metrics
 from minitron_nemo.report.run import VARIANTS, Run
-from minitron_nemo.report.scores import Pruning, counts, share_kept_from_top
+from minitron_nemo.report.scores import Pruning, counts, importances, share_kept_from_top
 from minitron_nemo.shape import ModelShape
+
+_DEPTH_CAPTIONS = {
+    "block_influence": "Block influence: how much a layer turns the residual stream, 1 less the mean cosine between "
+    "what goes in and what comes out.",
+    "loss": "Loss: how many nats per token the loss on calibration text grows when a layer is left out; below 0 the "
+    "model is better without it.",
+    "kl": "KL: how far the predictions move from the intact model's when a layer is left out, in nats per token.",
+    "squared_error": "Squared error: the squared change of the logits when a layer is left out, as a share of the "
+    "intact model's squared logits.",
+    "accuracy": "Accuracy: the share of a task's questions by which the model answers fewer rightly when a layer is "
+    "left out.",
+    GREEDY: "Greedy: the order in which layers were dropped one after another, each time the one the remaining model "
+    "needed least; 0 went first, and layers that stayed to the end share the highest bar.",
+}
 
 
 def render(run: Run, values: dict[str, Any]) -> str:
@@ -49,6 +67,7 @@ def render(run: Run, values: dict[str, Any]) -> str:
         origin=pruning.origin,
         counts=counts(pruning.kept, pruning.sizes),
         pictures=_pictures(pruning),
+        agreements=_agreements(importances(run), pruning),
         shapes=_shapes(run, pruning),
         versions=versions,
         provenance=[_provenance(name, artifact, common) for name, artifact in sorted(run.artifacts.items())],
@@ -89,6 +108,28 @@ def _pictures(pruning: Pruning) -> list[Markup]:
         )
         svg = figures.neuron_map(scores["ffn"], _number_kept(pruning, "ffn"))
         pictures.append(_figure(svg, caption + _agreement(pruning, "ffn")))
+    if "shared_expert_ffn" in scores:
+        caption = (
+            "Neurons of the shared expert, which sees every token, sorted by score in each layer as above; layers "
+            "without one are blank."
+        )
+        svg = figures.neuron_map(scores["shared_expert_ffn"], _number_kept(pruning, "shared_expert_ffn"), "shared")
+        pictures.append(_figure(svg, caption + _agreement(pruning, "shared_expert_ffn")))
+    if "expert" in scores:
+        caption = (
+            "Routed experts, one cell each: the brighter, the more an expert adds to the tokens routed to it. An "
+            "expert at the lowest brightness may have got no token at all. Layers without experts are blank."
+        )
+        if "expert" in kept:
+            caption += " A dot marks a kept expert."
+        pictures.append(_figure(figures.expert_map(scores["expert"], kept.get("expert")), caption))
+    if "expert_ffn" in scores:
+        caption = (
+            "Neurons inside the routed experts. Each expert's neurons are sorted by score, then the experts of a layer "
+            "are averaged: the faster a row fades, the less is lost right of the line in a typical expert of it."
+        )
+        svg = figures.neuron_map(scores["expert_ffn"], _number_kept(pruning, "expert_ffn"), "expert-neurons")
+        pictures.append(_figure(svg, caption + _agreement(pruning, "expert_ffn")))
     if "head" in scores:
         caption = "Attention heads, one cell each; the brighter, the more important."
         if "head" in kept:
@@ -102,9 +143,56 @@ def _pictures(pruning: Pruning) -> list[Markup]:
         )
         svg = figures.hidden_profile(scores["hidden"], _number_kept(pruning, "hidden"))
         pictures.append(_figure(svg, caption + _agreement(pruning, "hidden")))
-    if "layer" in scores:
-        caption = "Layers by depth; the higher, the more the model changes when the layer is left out."
-        pictures.append(_figure(figures.layer_profile(scores["layer"], kept.get("layer")), caption))
+    for metric, blocks in pruning.depth.items():
+        caption = _DEPTH_CAPTIONS.get(metric, f"Layers by {metric}; the higher, the more important.")
+        if len(blocks) > 1:
+            caption += (
+                " The panel of n layers shows what leaving out a block of n neighbouring layers does, at the place of "
+                "its first layer."
+            )
+        caption += " A triangle points at the lowest bar, the layer or block to drop first by this metric."
+        if 1 in blocks and "layer" in kept and len(kept["layer"]) < len(blocks[1]):
+            caption += " Hollow bars are the layers that the plan drops."
+        pictures.append(_figure(figures.layer_bars(metric, blocks, kept.get("layer")), caption))
+    return pictures
+
+
+def _agreements(artifacts: Mapping[str, Importance], pruning: Pruning) -> list[Markup]:
+    """Rank correlations between the metrics of the run's importance, and between its importance artifacts."""
+    pictures = []
+    how_to_read = (
+        "A number is Spearman's rank correlation: 1 where both put everything in the same order, so that either would "
+        "prune alike, 0 where the orders are unrelated, -1 where they are opposite."
+    )
+    shown = artifacts.get("importance")
+    if shown is not None:
+        if tables := between_aggregations(shown):
+            caption = (
+                "Between the ways to make one score of an activation, for each axis (aggregation over samples / along "
+                f"a sample's tokens). {how_to_read} Correlations are of units in the same layer, averaged over layers; "
+                "aggregations that give all of them one score are left out. Where all numbers are high, the choice of "
+                "aggregation matters little."
+            )
+            pictures.append(_figure(figures.agreement_tables(tables, "aggregations"), caption))
+        if tables := between_depth_metrics(shown):
+            caption = f"Between the depth metrics, over the scores of single layers. {how_to_read}"
+            pictures.append(_figure(figures.agreement_tables(tables, "depth-metrics"), caption))
+    shapes: list[ModelShape] = []
+    for importance in artifacts.values():
+        if importance.shape not in shapes:
+            shapes.append(importance.shape)
+    batch, sequence = pruning.aggregations
+    for number, shape in enumerate(shapes):
+        alike = {name: importance for name, importance in artifacts.items() if importance.shape == shape}
+        tables = between_artifacts(alike, batch, sequence)
+        if not tables:
+            continue
+        caption = (
+            f"Between the run's importance artifacts of one shape ({shape.num_layers} layers, hidden size "
+            f"{shape.hidden_size:,}), for each axis, by {batch} over samples of the {sequence} over a sample's tokens. "
+            f"{how_to_read} High numbers between runs over other samples mean that there were enough of them."
+        )
+        pictures.append(_figure(figures.agreement_tables(tables, f"artifacts-{number}"), caption))
     return pictures
 
 

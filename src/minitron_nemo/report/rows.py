@@ -49,11 +49,14 @@ def summarize(run: Run) -> dict[str, Any]:
         known = reference is not None and row["held_out_loss"] is not None
         row["gap_to_teacher"] = row["held_out_loss"] - losses[reference] if known else None
     export = run.artifacts.get("export")
+    order = order_of(losses)
+    if run.only_prunes:
+        order["statement"] = "Nothing was trained in this run; pruned models are only the start of good ones."
     return {
         "run_dir": str(run.path),
         "reference_teacher": reference,
         "rows": rows,
-        "order": order_of(losses),
+        "order": order,
         "fairness": _fairness(rows),
         "max_logit_difference": _finite(export.metrics.get("max_logit_difference")) if export else None,
         "other_evaluations": {

@@ -38,6 +38,8 @@ VARIANTS = (
     Variant("from_scratch", "from scratch", "pretrain"),
     Variant("student_pruned", "pruned only", "prune"),
 )
+TRAINED = ("corrected_teacher", "distilled", "pruned_ce", "from_scratch")
+"""Variants that training makes; a run may stop before any of them."""
 # Artifacts that are no model of the table: name -> the stage that makes it.
 OTHERS = {"importance": "estimate-importance", "export": "export-hf"}
 
@@ -71,6 +73,12 @@ class Run:
     """By evaluated path, evaluations of models that are not a variant of this run."""
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def only_prunes(self) -> bool:
+        """Whether the run holds a pruned student and no trace of training one, finished or begun."""
+        begun = {place.name.split(".")[0] for place in self.path.iterdir()}
+        return "student_pruned" in self.artifacts and begun.isdisjoint(TRAINED)
 
     def shape(self, name: str) -> ModelShape | None:
         """Shape of a model artifact, or None where the artifact or its shape.json is absent."""
@@ -200,6 +208,8 @@ def _assign_evaluations(run: Run) -> None:
 
 def _note_what_is_missing(run: Run) -> None:
     for variant in VARIANTS:
+        if run.only_prunes and variant.name in TRAINED:
+            continue
         if variant.name not in run.artifacts:
             run.missing.append(f"{variant.name} (stage {variant.stage}): no artifact, so no row {variant.label!r}.")
         elif variant.name not in run.evaluations:

@@ -1,7 +1,8 @@
 """Importance and plan as the pictures need them: NumPy arrays per axis, and how well the plan follows the scores.
 
-    scores["ffn"]   [l, f]    scores["head"]  [l, n]    scores["hidden"]  [h]    scores["layer"]  [l]    float64
-    kept["ffn"]     [l, k]    kept["head"]    [l, k]    kept["hidden"]    [k]    kept["layer"]    [k]    int64, global
+    scores["ffn"]   [l, f]    scores["head"]  [l, n]    scores["hidden"]  [h]    of experts [l, e], [l, e, f]   float64
+    kept["ffn"]     [l, k]    kept["head"]    [l, k]    kept["hidden"]    [k]    kept["layer"] [k]    int64, global
+    depth["kl"][n]  [l-n+1]   by metric and block size n                                                      float64
 
 Rows of dropped layers stay, in scores and in plan.
 """
@@ -9,7 +10,7 @@ Rows of dropped layers stay, in scores and in plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ import numpy.typing as npt
 from minitron_nemo.importance import Importance
 from minitron_nemo.pruning.plan import DESCRIPTION as PLAN
 from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of
-from minitron_nemo.report.run import Run
+from minitron_nemo.report.run import OTHERS, Run
 from minitron_nemo.shape import ModelShape
+
+BASELINES = ("weight_magnitude", "random")
 
 Scores = Mapping[str, npt.NDArray[np.float64]]
 Kept = Mapping[str, npt.NDArray[np.int64]]
@@ -35,8 +38,8 @@ def kept_mask(kept: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.bool_]:
 
 def share_kept_from_top(scores: npt.NDArray[np.float64], kept: npt.NDArray[np.int64]) -> float:
     """Of the kept indices, the share whose score is among the k highest of their row; 1 where the plan is top-k."""
-    score_rows, kept_rows = np.atleast_2d(scores), np.atleast_2d(kept)
-    k = kept_rows.shape[1]
+    k = kept.shape[-1]
+    score_rows, kept_rows = scores.reshape(-1, scores.shape[-1]), kept.reshape(-1, k)
     if k == 0:
         return 1.0
     lowest_top = -np.sort(-score_rows, axis=1)[:, k - 1 : k]  # [l, 1]; ties with it count as top
@@ -44,12 +47,13 @@ def share_kept_from_top(scores: npt.NDArray[np.float64], kept: npt.NDArray[np.in
 
 
 def counts(kept: Kept, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Per axis of the plan: how many there were, are kept and dropped (in each layer, where the axis is a layer's)."""
+    """Per axis of the plan: how many there were, are kept and dropped; `each` says of what (empty: of the model)."""
     rows = []
     for axis in DIM_OF_AXIS:
         if axis in kept and axis in sizes:
             of, k = sizes[axis], int(kept[axis].shape[-1])
-            rows.append({"axis": axis, "per_layer": kept[axis].ndim == 2, "of": of, "kept": k, "dropped": of - k})
+            each = ("", "layer", "expert")[kept[axis].ndim - 1]
+            rows.append({"axis": axis, "each": each, "of": of, "kept": k, "dropped": of - k})
     return rows
 
 
@@ -59,6 +63,9 @@ class Pruning:
 
     scores: Scores
     kept: Kept
+    depth: Mapping[str, Mapping[int, npt.NDArray[np.float64]]] = field(default_factory=dict)
+    aggregations: tuple[str, str] = ("l2", "mean")
+    """Over samples and along the sequence, of `scores`; those the plan used."""
     origin: str = ""
     """Where the scores came from, in words."""
     source: ModelShape | None = None
@@ -81,22 +88,34 @@ class Pruning:
         how = plan.origin if plan is not None else {}
         batch, sequence = str(how.get("batch_aggregation", "l2")), str(how.get("sequence_aggregation", "mean"))
         scores: dict[str, npt.NDArray[np.float64]] = {}
+        depth: dict[str, dict[int, npt.NDArray[np.float64]]] = {}
         origin = ""
         if importance is not None:
             scores = {axis: importance.scores(axis, batch, sequence).double().numpy() for axis in importance.axes}
-            single = [metric for metric, blocks in importance.depth.items() if 1 in blocks]
-            if single:
-                metric = how.get("depth") if how.get("depth") in single else single[0]
-                scores["layer"] = importance.layer_scores(str(metric)).double().numpy()
+            depth = {
+                metric: {size: values.double().numpy() for size, values in blocks.items()}
+                for metric, blocks in importance.depth.items()
+            }
+            metric = importance.origin.get("metric", "activations")
             samples = f"{importance.num_samples:,} calibration samples"
-            origin = f"{batch} over {samples} of the {sequence} over a sample's tokens"
+            origin = f"{metric}, {batch} over {samples} of the {sequence} over a sample's tokens"
+            if metric in BASELINES:
+                origin = f"{metric}, a baseline that reads no samples"
         return cls(
             scores=scores,
             kept=_kept(plan) if plan is not None else {},
+            depth=depth,
+            aggregations=(batch, sequence),
             origin=origin,
             source=plan.source if plan is not None else importance.shape if importance is not None else None,
             target=plan.target if plan is not None else None,
         )
+
+
+def importances(run: Run) -> dict[str, Importance]:
+    """Importance artifacts of the run, by name."""
+    stage = OTHERS["importance"]
+    return {name: Importance.load(found.path) for name, found in run.artifacts.items() if found.stage == stage}
 
 
 def _kept(plan: PruningPlan) -> Kept:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron.core import parallel_state
-from torch import Tensor
-
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.engine.calibration import calibration_batches
 from minitron_nemo.engine.checkpoint import open_model
-from minitron_nemo.engine.data import TRAIN, DataConfig, batches, require_tokenizer_of, split_prefixes
+from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.depth import estimate_depth
 from minitron_nemo.engine.distributed import is_rank_zero
-from minitron_nemo.engine.forward import estimate_importance, open_core
+from minitron_nemo.engine.forward import open_core
 from minitron_nemo.engine.multiple_choice import read_questions
-from minitron_nemo.engine.tokenizer import load_tokenizer, tokenizer_digest
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.importance import ImportanceConfig
-from minitron_nemo.importance.depth import DepthConfig
+from minitron_nemo.importance.depth import ACCURACY, DepthConfig
+from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.stages.training import config_dict, prepare_layout
 
 
@@ -41,54 +36,32 @@ class EstimateImportanceConfig:
 
 def run(config: EstimateImportanceConfig) -> Artifact:
     source = open_model(config.model, key="estimate_importance.model", trust_checkpoint=config.trust_checkpoint)
-    tokenizer, from_file = load_tokenizer(source.tokenizer), config.importance.calibration
-    blend = [artifact for artifact, _ in config.data.blend()] if from_file is None else []
-    for artifact in blend[:1]:
-        require_tokenizer_of(artifact, tokenizer)
-    depth, questions = config.depth, []
+    trainer, depth, samples = config.trainer, config.depth, config.importance.num_samples
+    calibration = Calibration(
+        config.importance,
+        config.data,
+        source.tokenizer,
+        seq_length=trainer.seq_length,
+        micro_batch_size=trainer.micro_batch_size,
+        seed=config.seed,
+    )
+    blend, questions = calibration.blend, []
     depth.require_fits(source.shape)
     if depth.task is not None:
         questions = read_questions(
             depth.task,
-            lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False),
-            end_of_text=tokenizer.tokenizer.eos_token_id,
+            calibration.encode,
+            end_of_text=calibration.tokenizer.tokenizer.eos_token_id,
             seq_length=source.shape.seq_length,
         )
-    prepare_layout(config.trainer, source.shape, seed=config.seed)
-    trainer, samples = config.trainer, config.importance.num_samples
-    dp_size = parallel_state.get_data_parallel_world_size()
-
-    def calibration(num_samples: int) -> Iterable[dict[str, Tensor]]:
-        share = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp_size": dp_size, "seed": config.seed}
-        if from_file is not None:
-            return calibration_batches(
-                from_file,
-                lambda text: tokenizer.tokenizer.encode(text, add_special_tokens=False),
-                end_of_text=tokenizer.tokenizer.eos_token_id,
-                seq_length=trainer.seq_length,
-                micro_batch_size=trainer.micro_batch_size,
-                num_samples=num_samples,
-                count_prompts=config.importance.count_prompts,
-                **share,
-            )
-        prefixes = [prefix for artifact in blend for prefix in split_prefixes(artifact, TRAIN)]
-        return batches(prefixes, trainer.seq_length, trainer.micro_batch_size, num_samples, **share)
-
-    width_samples, depth_samples = calibration(samples), calibration(depth.num_samples) if depth.reads_samples else []
+    prepare_layout(trainer, source.shape, seed=config.seed)
+    width_samples = calibration.samples(samples)
+    depth_samples = calibration.samples(depth.num_samples) if depth.reads_samples else []
     core = open_core(source, trainer)
     started = time.time()
-    importance = estimate_importance(
-        core,
-        source.shape,
-        width_samples,
-        config.importance,
-        total=-(-samples // (trainer.micro_batch_size * dp_size)),
-        seed=config.seed,
-        origin={"model": str(source.path), "seq_length": trainer.seq_length, "seed": config.seed},
-    )
-    importance = replace(importance, tokenizer_digest=tokenizer_digest(source.tokenizer))
+    importance = calibration.score(core, source.shape, width_samples, {"model": str(source.path)})
     seconds = time.time() - started
-    if depth.metrics:
+    if depth.is_asked_for:
         started = time.time()
         scores = estimate_depth(
             core,
@@ -98,9 +71,10 @@ def run(config: EstimateImportanceConfig) -> Artifact:
             questions=questions,
             micro_batch_size=trainer.micro_batch_size,
             vocab_size=source.vocab_size,
-            total=depth.num_samples // (trainer.micro_batch_size * dp_size),
+            total=calibration.num_batches(depth.num_samples),
         )
-        importance = replace(importance, depth=scores)
+        means_over = {metric: len(questions) if metric == ACCURACY else depth.num_samples for metric in depth.metrics}
+        importance = replace(importance, depth=scores, depth_samples=means_over)
         depth_seconds = time.time() - started
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
@@ -108,7 +82,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
         if is_rank_zero():
             importance.save(draft.path)
         draft.metrics.update(samples=samples, tokens=samples * trainer.seq_length, estimation_seconds=round(seconds, 1))
-        if depth.metrics:
+        if depth.is_asked_for:
             draft.metrics.update(
                 depth_samples=depth.num_samples if depth.reads_samples else 0,
                 depth_questions=len(questions),

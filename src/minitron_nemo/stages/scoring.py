@@ -1,0 +1,137 @@
+"""Scoring a model's width: what estimating importance and pruning in rounds share.
+
+A calibration says which samples are read and what is measured on them. It is the same on every layout, and the same
+again when it is made from the manifest of an importance artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from torch import Tensor
+
+from minitron_nemo.artifact import Artifact
+from minitron_nemo.checks import require
+from minitron_nemo.engine.calibration import calibration_batches
+from minitron_nemo.engine.data import TRAIN, DataConfig, batches, require_tokenizer_of, split_prefixes
+from minitron_nemo.engine.forward import estimate_importance
+from minitron_nemo.engine.tokenizer import load_tokenizer, tokenizer_digest
+from minitron_nemo.importance import Importance, ImportanceConfig
+from minitron_nemo.shape import ModelShape
+
+if TYPE_CHECKING:
+    from nemo.collections.common.tokenizers import AutoTokenizer
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which samples are read, and what is measured on them."""
+
+    config: ImportanceConfig
+    data: DataConfig
+    tokenizer_path: Path
+    """HF tokenizer of the model to score."""
+    seq_length: int
+    micro_batch_size: int
+    seed: int
+
+    @classmethod
+    def of_artifact(cls, scores: Artifact, tokenizer_path: Path, *, micro_batch_size: int) -> Calibration:
+        """The calibration that an estimate-importance artifact was made with.
+
+        Raises: FileNotFoundError, ValueError: its data are gone or others now.
+        """
+        made_with = scores.manifest["config"]
+        calibration = cls(
+            ImportanceConfig(**made_with["importance"]),
+            DataConfig(**made_with["data"]),
+            tokenizer_path,
+            made_with["trainer"]["seq_length"],
+            micro_batch_size,
+            made_with["seed"],
+        )
+        then = {entry["digest"] for entry in scores.manifest["inputs"]}
+        for artifact in calibration.blend:
+            require(
+                artifact.digest in then,
+                f"{artifact.path} was made again since {scores.path} was estimated on it: its samples may be others. "
+                "Estimate importance again.",
+            )
+        return calibration
+
+    @cached_property
+    def blend(self) -> list[Artifact]:
+        """Prepared data that the samples come from; none where a file holds them.
+
+        Raises: as `DataConfig.blend`; ValueError: made with another tokenizer than the model's.
+        """
+        if self.config.calibration is not None:
+            return []
+        blend = [artifact for artifact, _ in self.data.blend()]
+        require_tokenizer_of(blend[0], self.tokenizer)
+        return blend
+
+    @cached_property
+    def tokenizer(self) -> AutoTokenizer:
+        return load_tokenizer(self.tokenizer_path)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, none added."""
+        ids: list[int] = self.tokenizer.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def samples(self, num_samples: int) -> Iterable[dict[str, Tensor]]:
+        """Micro-batches of this data-parallel rank, of `num_samples` samples over all of them. Needs the layout."""
+        share = {
+            "dp_rank": parallel_state.get_data_parallel_rank(),
+            "dp_size": parallel_state.get_data_parallel_world_size(),
+            "seed": self.seed,
+        }
+        if self.config.calibration is not None:
+            return calibration_batches(
+                self.config.calibration,
+                self.encode,
+                end_of_text=self.tokenizer.tokenizer.eos_token_id,
+                seq_length=self.seq_length,
+                micro_batch_size=self.micro_batch_size,
+                num_samples=num_samples,
+                count_prompts=self.config.count_prompts,
+                **share,
+            )
+        prefixes = [prefix for artifact in self.blend for prefix in split_prefixes(artifact, TRAIN)]
+        return batches(prefixes, self.seq_length, self.micro_batch_size, num_samples, **share)
+
+    def num_batches(self, num_samples: int) -> int:
+        """Micro-batches that `samples` gives each data-parallel rank."""
+        return -(-num_samples // (self.micro_batch_size * parallel_state.get_data_parallel_world_size()))
+
+    def score(
+        self,
+        core: MCoreGPTModel,
+        shape: ModelShape,
+        samples: Iterable[dict[str, Tensor]],
+        origin: Mapping[str, Any],
+    ) -> Importance:
+        """Width scores of a model, from one forward pass over `samples`.
+
+        Args:
+            samples: of `samples(config.num_samples)`.
+            origin: what else the scores should say of where they come from.
+        Communicates: see `engine.forward.estimate_importance`.
+        """
+        importance = estimate_importance(
+            core,
+            shape,
+            samples,
+            self.config,
+            total=self.num_batches(self.config.num_samples),
+            seed=self.seed,
+            origin={**origin, "seq_length": self.seq_length, "seed": self.seed},
+        )
+        return replace(importance, tokenizer_digest=tokenizer_digest(self.tokenizer_path))
