@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class Interrupted(Exception):
+    """A run was told to stop and has saved what it did; the same command continues it."""
+
+
 def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
     """Raise `error(message)` unless `condition` holds; for what a person typed, never for our own invariants."""
     if not condition:

@@ -1,6 +1,7 @@
 """From a command line to a stage: compose the recipe with Hydra, check it against the dataclasses, run.
 
-What a user did wrong ends as one message on rank 0 and exit code 2; anything else keeps its traceback.
+What a user did wrong ends as one message on rank 0 and exit code 2, a run that was told to stop as one and 75; anything
+else keeps its traceback.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ import hydra
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Interrupted, require
 from minitron_nemo.cli import conf_dir
 from minitron_nemo.mistakes import MISTAKES, explain
 from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
 
+INTERRUPTED = 75
+"""Exit code of a run that was told to stop and saved (EX_TEMPFAIL of sysexits.h): start it again."""
 _SAID = "minitron_nemo/said"
 _RANK_ZERO_SPEAKS_FIRST = timedelta(seconds=30)  # torchrun ends the other ranks as soon as one has left
 
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
-    """Run `door` (a stage, `compress` or `submit`) with Hydra `overrides`; returns the exit code."""
+    """Run `door` (a stage, `compress` or `submit`) with Hydra `overrides`; returns the exit code: 0, 2 or 75."""
     with _import_noise_held_back():
         register_schema()
     hush()
@@ -55,6 +58,9 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(run)()
         if mistakes:
             raise mistakes[0]
+    except Interrupted as stopped:
+        _say_once(f"minitron {door}: {stopped}")
+        return INTERRUPTED
     except MISTAKES as error:
         if isinstance(error, _Left):
             return 2

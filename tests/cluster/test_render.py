@@ -70,7 +70,7 @@ def test_what_is_set_is_asked_for_as_written(tmp_path: Path) -> None:
         '--account="language models"',
         f"--output={tmp_path}/slurm/01-prune-%j.log",
         "--open-mode=append",
-        "--signal=TERM@120",
+        "--signal=B:USR1@120",
     ]
     assert "\nmodule load cuda\nexport NCCL_DEBUG=WARN\n" in text
     assert "--container-image='nemo image.sqsh'" in text

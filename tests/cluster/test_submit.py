@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +30,11 @@ ranks = torch.ones(1)
 dist.all_reduce(ranks)
 if "fail=true" in overrides and dist.get_rank() == 1:
     raise SystemExit("this stage was told to fail")
+if "long=true" in overrides and "SLURM_RESTART_COUNT" not in os.environ:
+    open(os.path.join(os.environ["MINITRON_RUN_DIR"], "waiting"), "w").close()
+    while not os.path.exists(os.environ["MINITRON_STOP_FILE"]):
+        time.sleep(0.1)
+    raise SystemExit(75)
 dist.barrier()
 if dist.get_rank() == 0:
     report = {"stage": stage, "overrides": overrides, "ranks": int(ranks), "started": started, "ended": time.time(),
@@ -75,6 +82,24 @@ def test_a_chain_runs_in_order_with_every_rank(
         zip(["first", "second", "third"], ids, strict=True)
     )
     assert said[1].startswith(f"job {ids[1]}: second, after job {ids[0]} (")
+
+
+@pytest.mark.slurm
+def test_a_job_whose_time_runs_out_queues_itself_again_and_the_chain_goes_on(
+    slurm_cluster: SingleNodeSlurm, toy_slurm: SlurmConfig, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    chain = [StageJob("long", ("long=true",)), StageJob("next")]
+    ids = [job.job_id for job in submit_chain(render_chain(run_dir, chain, toy_slurm, module="toy_stage"))]
+    deadline = time.monotonic() + SECONDS
+    while not (run_dir / "waiting").exists():
+        assert time.monotonic() < deadline, logs(run_dir)
+        time.sleep(0.2)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", str(ids[0])], check=True)  # as --signal in the script asks
+    assert slurm_cluster.wait_for_jobs(ids, SECONDS) == dict.fromkeys(ids, "COMPLETED"), logs(run_dir)
+    first, second = (json.loads((run_dir / f"{stage}.json").read_text()) for stage in ("long", "next"))
+    assert first["ended"] < second["started"]
+    assert not list((run_dir / "slurm").glob("*.stop"))
 
 
 @pytest.mark.slurm

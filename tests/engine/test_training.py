@@ -9,15 +9,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.optim import OptimConfig, lr_multiplier
-from minitron_nemo.engine.training import ResumableCheckpoints, TrainerConfig, TrainingConfig
+from minitron_nemo.engine.survival import ResumableCheckpoints
+from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
 from minitron_nemo.stages import pretrain
 from support.door import environment
 from support.ranks import Ranks
@@ -28,7 +32,7 @@ OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3}
 START_SECONDS = 300  # imports of NeMo on a busy machine
 
 
-def run_pretrain(run: TinyRun, output: str) -> None:
+def run_pretrain(run: TinyRun, output: str, **training: Any) -> None:
     pretrain.run(
         pretrain.PretrainConfig(
             initial=run.student,
@@ -39,6 +43,7 @@ def run_pretrain(run: TinyRun, output: str) -> None:
                 validation_every=4,
                 validation_batches=1,
                 optim=OptimConfig(**OPTIM),
+                **training,
             ),
             data=DataConfig(prepared=run.data),
             output=output,
@@ -119,6 +124,81 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights_to_the_bit(
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert not Path(output + ".training").exists()  # checkpoints go when the artifact stands
+
+
+@pytest.mark.parametrize("layout", ["single", "dp2"])
+def test_a_run_told_to_stop_saves_ends_and_continues_to_the_same_losses(
+    ranks: Ranks, tiny_run: TinyRun, uninterrupted: str, layout: str
+) -> None:
+    output = str(tiny_run.directory / f"stopped-{layout}")
+    said = ranks(layout).run(run_and_stop, tiny_run, output)
+    assert all("stopped after step 3 of 8" in message for message in said), said
+    assert [path.name for path in Path(output + ".training", "checkpoints").iterdir()] == ["step-3"]
+    ranks(layout).run(run_pretrain, tiny_run, output)
+    assert [record["step"] for record in history(output) if "loss" in record] == list(range(1, STEPS + 1))
+    if layout == "single":
+        assert history(output) == history(uninterrupted)
+
+
+def run_and_stop(run: TinyRun, output: str) -> str:
+    """SIGUSR1 to the first rank in step 3. Returns what every rank says."""
+    from minitron_nemo.checks import Interrupted
+
+    def signal_in_step_3(step: int, loss: torch.Tensor) -> torch.Tensor:
+        if step == 3 and torch.distributed.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return loss
+
+    with changed_losses(signal_in_step_3), pytest.raises(Interrupted) as stopped:
+        run_pretrain(run, output)
+    return str(stopped.value)
+
+
+@contextmanager
+def changed_losses(change: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Every training micro-batch's losses go through `change(step from 1, losses)`."""
+    from minitron_nemo.engine import models
+
+    forward_step, micro_batches = models.forward_step, 0
+
+    def changed(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        nonlocal micro_batches
+        losses = forward_step(model, batch)
+        if not torch.is_grad_enabled():
+            return losses
+        per_step = trainer_values()["global_batch_size"] // torch.distributed.get_world_size()
+        micro_batches += 1
+        return change(-(-micro_batches // per_step), losses)
+
+    models.forward_step = changed
+    try:
+        yield
+    finally:
+        models.forward_step = forward_step
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_too_many_end_the_run(
+    ranks: Ranks, tiny_run: TinyRun
+) -> None:
+    output = str(tiny_run.directory / "skipping")
+    ranks("dp2").run(run_with_nan, tiny_run, output, [3], 2)
+    records = [record for record in history(output) if "validation_loss" not in record]
+    assert [record["step"] for record in records if record.get("skipped")] == [3]
+    assert all(np.isfinite(record["loss"]) for record in records if not record.get("skipped"))
+    losses = {record["step"]: record.get("loss") for record in records}
+    assert losses[8] < losses[1]
+    with pytest.raises(ValueError, match=r"2 steps in a row, up to step 4(.|\n)*samples 8 to 15(.|\n)*step-2"):
+        ranks("dp2").run(run_with_nan, tiny_run, str(tiny_run.directory / "ending"), [3, 4], 2)
+
+
+def run_with_nan(run: TinyRun, output: str, steps: list[int], limit: int) -> None:
+    """One rank's losses are not a number in these steps."""
+
+    def poison(step: int, losses: torch.Tensor) -> torch.Tensor:
+        return losses * float("nan") if step in steps and torch.distributed.get_rank() == 1 else losses
+
+    with changed_losses(poison):
+        run_pretrain(run, output, max_skipped_steps=limit)
 
 
 def test_history_holds_each_steps_tokens_and_the_learning_rate_it_used(uninterrupted: str) -> None:

@@ -230,7 +230,7 @@ class _Pool:
     def _fail(self, message: str, ranks: list[int]) -> None:
         for rank in ranks:
             if self._processes[rank].poll() is None:
-                self._processes[rank].send_signal(signal.SIGUSR1)  # faulthandler writes where it stands to the log
+                self._processes[rank].send_signal(signal.SIGUSR2)  # faulthandler writes where it stands to the log
         time.sleep(0.5)
         logs = "".join(f"\n---- log of rank {rank}, end ----\n{self._tail(rank)}" for rank in ranks)
         self.stop()
@@ -275,7 +275,7 @@ def serve(descriptor: int) -> None:
     """Run jobs from the pipe until the test session closes it."""
     import faulthandler
 
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)
     from minitron_nemo import platform
 

@@ -31,7 +31,7 @@ SlurmdPort={slurmd_port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={home}/munge.socket
+AuthInfo=socket={home}/munge.socket,cred_expire=5
 CredType=cred/munge
 MailProg=/bin/true
 StateSaveLocation={home}/state
@@ -55,7 +55,8 @@ PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """
 # config_overrides: the node has 8 CPUs because we say so, room for jobs side by side, so that only the dependency can
 # be what keeps them in order. MinJobAge: finished jobs stay in squeue, which is where their states are read, as there
-# is no accounting.
+# is no accounting. cred_expire: a job that is queued again waits until its old credential is worth nothing, 2 minutes
+# by default.
 
 
 def why_no_slurm() -> str | None:

@@ -37,7 +37,8 @@ class SlurmConfig:  # conf/slurm/*.yaml
     python: str = sys.executable
     """Interpreter that has minitron_nemo, by default the one that submits; inside a container most often `python`."""
     seconds_before_end: int = 120
-    """SIGTERM reaches the ranks this long before the limit, so that training can save; SLURM allows 0 to 65535."""
+    """So long before its limit a job tells its training to save and stop, and queues itself again to go on; 0 to 65535,
+    0 never. Must be enough for a step and a checkpoint."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "processes_per_node", "gpus_per_node", "cpus_per_task"):

@@ -90,9 +90,10 @@ def _values(path: Path, job: StageJob, slurm: SlurmConfig, module: str) -> dict[
         "account": _directive(slurm.account),
         # %j is the job id, so that a second submission keeps the first one's log
         "log_file": _directive(f"{path.with_suffix('')}-%j.log"),
-        "signal": f"TERM@{slurm.seconds_before_end}" if slurm.seconds_before_end else None,
+        "signal": f"B:USR1@{slurm.seconds_before_end}" if slurm.seconds_before_end else None,
         "run_dir": shlex.quote(str(run_dir)),
         "stage": shlex.quote(job.stage),
+        "stop_file": shlex.quote(str(path.with_suffix(".stop"))),
         "setup": "\n".join(slurm.setup) or None,
         "container_image": None if slurm.container_image is None else shlex.quote(slurm.container_image),
         "container_mounts": shlex.quote(",".join(slurm.container_mounts)) if slurm.container_mounts else None,

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.optimizer import OptimizerConfig
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
@@ -80,9 +81,28 @@ class WarmupDecay(LRSchedulerModule):
         return {"optimizer": optimizers, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool) -> MegatronOptimizerModule:
+class SkippingOptimizer(MegatronOptimizerModule):
+    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment."""
+
+    skipped = False
+    """Whether the last step was skipped; the same on every rank, as they share the gradient's norm."""
+
+    def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
+        [optimizer] = super().optimizers(model)
+        megatron = optimizer.mcore_optimizer
+        prepare_grads = megatron.prepare_grads
+
+        def prepare_finite_grads() -> bool:
+            self.skipped = prepare_grads() or not math.isfinite(megatron.get_grad_norm())
+            return self.skipped
+
+        megatron.prepare_grads = prepare_finite_grads
+        return [optimizer]
+
+
+def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool) -> SkippingOptimizer:
     """Megatron's Adam: float32 master weights under bf16, sharded over data-parallel ranks where that is supported."""
-    return MegatronOptimizerModule(
+    return SkippingOptimizer(
         config=OptimizerConfig(
             optimizer="adam",
             lr=config.lr,

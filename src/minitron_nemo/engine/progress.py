@@ -1,7 +1,7 @@
 """One line of progress per job, on rank 0, and the history that reports draw.
 
-`history.jsonl` holds one object a line: training steps {step, tokens, loss, lr, grad_norm, seconds} and validations
-{step, tokens, validation_loss}; losses in nats per token.
+`history.jsonl` holds one object a line: training steps {step, tokens, loss, lr, grad_norm, seconds}, steps that changed
+nothing {step, tokens, skipped, seconds} and validations {step, tokens, validation_loss}; losses in nats per token.
 """
 
 from __future__ import annotations
@@ -90,22 +90,16 @@ class History(pl.Callback):
         if self.reporter is None:
             return
         seconds = time.monotonic() - self.step_started
-        metrics = trainer.callback_metrics
-        loss = float(metrics["reduced_train_loss"])
-        grad_norm = metrics.get("grad_norm")
-        self._write(
-            {
-                "step": trainer.global_step,
-                "tokens": trainer.global_step * self.tokens_per_step,
-                "loss": loss,
-                "lr": self.lr,
-                "grad_norm": None if grad_norm is None else float(grad_norm),
-                "seconds": round(seconds, 4),
-            }
-        )
-        self.reporter.update(
-            trainer.global_step, f"loss {loss:.4f}  {self.tokens_per_step / max(seconds, 1e-9):,.0f} tokens/s"
-        )
+        step, metrics = trainer.global_step, trainer.callback_metrics
+        record = {"step": step, "tokens": step * self.tokens_per_step}
+        if pl_module.optim.skipped:  # neither is a number, which JSON has no word for
+            record["skipped"], note = True, "skipped"
+        else:
+            loss, grad_norm = float(metrics["reduced_train_loss"]), metrics.get("grad_norm")
+            record |= {"loss": loss, "lr": self.lr, "grad_norm": None if grad_norm is None else float(grad_norm)}
+            note = f"loss {loss:.4f}"
+        self._write(record | {"seconds": round(seconds, 4)})
+        self.reporter.update(step, f"{note}  {self.tokens_per_step / max(seconds, 1e-9):,.0f} tokens/s")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.reporter is not None and "val_loss" in trainer.callback_metrics:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn
 from minitron_nemo.engine.distributed import LayoutConfig
 from minitron_nemo.engine.optim import OptimConfig
 from minitron_nemo.engine.progress import HISTORY, History
+from minitron_nemo.engine.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
 
 PRECISIONS = ("auto", "bf16", "fp32")
 
@@ -89,11 +89,14 @@ class TrainingConfig:
     validation_batches: int = 8
     """Global batches per validation."""
     checkpoint_every: int = 100
-    """Steps between resumable checkpoints; 0 writes none."""
+    """Steps between resumable checkpoints; 0 writes none but when the run is told to stop."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a gradient that is not finite, which change nothing, before the run ends."""
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        require(self.steps >= 1, f"training.steps={self.steps} must be at least 1.")
+        for name in ("steps", "max_skipped_steps"):
+            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
 
 
 class Strategy(nl.MegatronStrategy):
@@ -152,33 +155,6 @@ class MessageWidths(pl.Callback):
         return _Step(**{each.name: getattr(step, each.name) for each in dataclasses.fields(step)})
 
 
-class ResumableCheckpoints(pl.Callback):
-    """Every `every` steps a complete checkpoint (weights, optimizer, data position) in `directory/step-N`.
-
-    Written under a temporary name and renamed, so that the newest `step-N` is always whole; older ones are removed.
-    """
-
-    def __init__(self, directory: Path, every: int) -> None:
-        self.directory, self.every = directory, every
-
-    def newest(self) -> Path | None:
-        found = sorted(self.directory.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-        return found[-1] if found else None
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        if not self.every or step % self.every or step >= trainer.max_steps:
-            return
-        writing = self.directory / f"step-{step}.partial"
-        previous = self.newest()
-        trainer.save_checkpoint(writing)
-        if trainer.is_global_zero:
-            writing.rename(self.directory / f"step-{step}")
-            if previous is not None:
-                shutil.rmtree(previous)
-        trainer.strategy.barrier()
-
-
 def build_trainer(
     config: TrainerConfig, training: TrainingConfig, *, directory: Path, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
@@ -197,7 +173,7 @@ def build_trainer(
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=platform.supports_distributed_optimizer(),
             grad_reduce_in_fp32=True,
-            check_for_nan_in_grad=True,
+            check_for_nan_in_grad=False,  # such a step is skipped instead, see `SkippedSteps`
             # Weighting by tokens is ours to do: the loss is a sum and a count on every rank
             average_in_collective=False,
         ),
@@ -235,7 +211,7 @@ def build_trainer(
 
 
 def train(
-    model: pl.LightningModule,
+    model: Any,
     data: pl.LightningDataModule,
     config: TrainerConfig,
     training: TrainingConfig,
@@ -250,6 +226,7 @@ def train(
         directory: for checkpoints, logs and history; survives a kill.
     Returns:
         The history (rank 0; empty elsewhere).
+    Raises: Interrupted: the run was told to stop, and saved. ValueError: too many steps in a row were not finite.
     """
     data_parallel_size = dist.get_world_size() // config.model_parallel_size
     require_divisible(
@@ -262,10 +239,14 @@ def train(
     history = History(directory / HISTORY, label=label, steps=training.steps, tokens_per_step=config.tokens_per_step)
     checkpoints = ResumableCheckpoints(directory / "checkpoints", training.checkpoint_every)
     checkpoints.directory.mkdir(exist_ok=True)
-    trainer = build_trainer(config, training, directory=directory, callbacks=[history, checkpoints, MessageWidths()])
+    stop = StopWhenAsked(checkpoints)
+    skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
+    callbacks = [history, skipped, checkpoints, stop, MessageWidths()]
+    trainer = build_trainer(config, training, directory=directory, callbacks=callbacks)
     resume = checkpoints.newest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+    stop.require_finished(training.steps)
     return history.records
