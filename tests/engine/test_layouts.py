@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minitron_nemo.distillation.config import DistillationConfig, HiddenStateConfig
 from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.optim import OptimConfig
 from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
@@ -49,17 +50,24 @@ def training() -> TrainingConfig:
 # ---- what runs on the ranks ------------------------------------------------------------------------------------------
 
 
-def run_distill(run: TinyRun, output: str) -> None:
+def run_distill(run: TinyRun, output: str, distillation: DistillationConfig | None = None) -> None:
     distill.run(
         distill.DistillConfig(
             teacher=run.teacher,
             student=run.student,
+            distillation=distillation or DistillationConfig(),
             trainer=trainer(),
             training=training(),
             data=DataConfig(prepared=run.data),
             output=output,
         )
     )
+
+
+def run_distill_hidden_states(run: TinyRun, output: str) -> None:
+    """Every block's output and the embedding beside the logits, projected as the plan of the student says."""
+    hidden = HiddenStateConfig(enabled=True, mapping="plan", projection_init="plan")
+    run_distill(run, output, DistillationConfig(cross_entropy_weight=0.1, hidden_states=hidden))
 
 
 def run_pretrain(run: TinyRun, output: str) -> None:
@@ -113,7 +121,7 @@ def run_evaluate(run: TinyRun, output: str) -> float:
 
 TRAININGS: dict[str, Callable[[TinyRun, str], None]] = {
     "distill": run_distill,
-    "distill tied": run_distill,
+    "distill tied": run_distill_hidden_states,
     "pretrain": run_pretrain,
 }
 

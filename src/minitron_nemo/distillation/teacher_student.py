@@ -6,53 +6,43 @@ the hidden axis, so that Megatron's own non-interleaved schedule needs only to b
     message     student and teacher activation               [s/cp, b, h_student + h_teacher]; s/(cp*tp) with SP
     loss        last stage, one value per token              [b, s/cp]   float32
 
-In training the loss is the forward KL from the teacher's logits; in evaluation it is the student's cross-entropy on the
-labels, comparable with any other run, and the teacher does not run. A checkpoint of this module is a checkpoint of the
-student alone, under the student's own names.
+In training the loss is the divergence from the teacher's logits, which are formed a few tokens at a time and never
+whole (fused_linear.py), and by config losses between hidden states, which sit
+on the stages where the states are (hidden_states.py); in evaluation it is the student's cross-entropy on the labels,
+comparable with any other run, and the teacher does not run. A checkpoint of this module is a checkpoint of the student
+alone, under the student's own names; where there are hidden losses, their projections and balance are added to it
+under `hidden_states.`.
 
-Communication: what both models do by themselves; tp in the loss (see divergence.py); pp carries the message, whose
-teacher half is constant (its gradient travels back as zeros).
+Communication: what both models do by themselves; tp in the loss (see fused_linear.py); pp carries the message, whose
+teacher half is constant (its gradient travels back as zeros); all ranks once at a step's end (`end_step`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state
+from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.divergence import forward_kl
+from minitron_nemo.distillation.balance import StepSums
+from minitron_nemo.distillation.config import DistillationConfig
+from minitron_nemo.distillation.fused_linear import OutputHead, fused_linear_divergence, fused_linear_loss
+from minitron_nemo.distillation.hidden_states import HiddenStateLosses
+from minitron_nemo.parallel import group_rank, group_size
+from minitron_nemo.pruning.plan import PruningPlan
 
 MessageShape: TypeAlias = tuple[int, int, int]
 
-
-@dataclass
-class DistillationConfig:
-    """What the student is trained on. The defaults are the papers' final recipe: logits alone, temperature 1."""
-
-    temperature: float = 1.0
-    """Above 0; softmax(logits / temperature) of both models. 1 was best of 0.1, 0.5, 1 and 3 (arXiv:2407.14679)."""
-    scale_by_temperature_squared: bool = True
-    """Multiply the divergence by temperature**2, which keeps the gradient's size (Hinton et al. 2015, section 2)."""
-    cross_entropy_weight: float = 0.0
-    """At least 0; loss = divergence + weight * cross-entropy on the labels. The papers leave it at 0."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.temperature > 0,
-            f"distillation.temperature={self.temperature} must be above 0; Minitron uses 1.0.",
-        )
-        require(
-            self.cross_entropy_weight >= 0,
-            f"distillation.cross_entropy_weight={self.cross_entropy_weight} must be at least 0; Minitron uses 0.",
-        )
+DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
+HIDDEN_STATES = "hidden_states."
+"""What stands before the names of projections and balance in a checkpoint."""
 
 
 class TeacherStudent(MegatronModule):
@@ -62,6 +52,7 @@ class TeacherStudent(MegatronModule):
         student: trained; its TransformerConfig is this module's.
         teacher: same tokens, same stage, any other size; frozen here, put in eval mode and never differentiated.
         vocab_size: real entries of the padded vocabulary; None: all are real.
+        plan: by which the student was cut from the teacher; hidden losses may ask for it.
     Raises: ValueError: the two models cannot stand side by side.
     """
 
@@ -72,6 +63,7 @@ class TeacherStudent(MegatronModule):
         config: DistillationConfig | None = None,
         *,
         vocab_size: int | None = None,
+        plan: PruningPlan | None = None,
     ) -> None:
         super().__init__(config=student.config)
         _require_side_by_side(student, teacher)
@@ -79,6 +71,13 @@ class TeacherStudent(MegatronModule):
         self.teacher = teacher.requires_grad_(False)
         self.distillation = config or DistillationConfig()
         self.vocab_size = vocab_size
+        self.hidden_states: HiddenStateLosses | None = None
+        if self.distillation.hidden_states.enabled:
+            self.hidden_states = HiddenStateLosses(student, teacher, self.distillation.hidden_states, plan)
+        self._sums = StepSums([DIVERGENCE, CROSS_ENTROPY, *(self.hidden_states.parts if self.hidden_states else ())])
+        self._riders: dict[int, Tensor] = {}
+        """Hidden states that came with the message, by pair."""
+        self._last_step: dict[str, Tensor] = {}
         self.pre_process: bool = student.pre_process
         self.post_process: bool = student.post_process
         self.model_type = student.model_type
@@ -99,12 +98,16 @@ class TeacherStudent(MegatronModule):
         position_ids: Tensor,
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
+        loss_mask: Tensor | None = None,
         **model_arguments: Any,
     ) -> Tensor:
         """One micro-batch through this stage.
 
         Args:
             input_ids, position_ids, labels: [b, s/cp]; labels are read on the last stage only.
+            loss_mask: [b, s/cp], on every stage, by which the caller weighs the returned loss: the gradient of any
+                other weighting would be wrong, as it is formed with the loss. None: the caller may weigh as it likes,
+                for a third more of the output layers' work; the hidden losses count every token.
             model_arguments: handed to both models (packed_seq_params, ...).
         Returns:
             last stage: loss of each token [b, s/cp], or the student's logits [b, s/cp, v/tp] where labels are None;
@@ -114,31 +117,105 @@ class TeacherStudent(MegatronModule):
         tokens = (input_ids, position_ids, attention_mask)
         if self.post_process and (labels is None or not self.training):
             return self.student(*tokens, labels=labels, **model_arguments)
-        student_output = self.student(*tokens, **model_arguments)
         if not self.training:
-            return F.pad(student_output, (0, self.teacher.config.hidden_size))  # the message keeps its width
-        with torch.no_grad():
-            teacher_output = self.teacher(*tokens, **model_arguments)
+            return F.pad(self.student(*tokens, **model_arguments), (0, self._message_extra(after=True)))
+        if loss_mask is None:
+            loss_mask = torch.ones_like(input_ids)
+        self._begin_micro_batch()
+        hidden = self.hidden_states
+        riders: list[Tensor] = []
+        weights = torch.ones_like(input_ids) if loss_mask is None else loss_mask
+        with (
+            hidden.micro_batch(weights, self._riders, self._sums) if hidden else nullcontext(),
+            _without_logits(self.teacher),
+            _without_logits(self.student),
+        ):
+            with torch.no_grad():
+                teacher_output = self.teacher(*tokens, **model_arguments)
+            student_output = self.student(*tokens, **model_arguments)
+            if hidden:
+                student_output, riders = hidden.finish(student_output)
         if not self.post_process:
-            return torch.cat([student_output, teacher_output], dim=-1)
-        return self._loss(student_output, teacher_output, labels)
+            return torch.cat([student_output, teacher_output, *riders], dim=-1)
+        self._sums.add_tokens(weights.sum(), copies=group_size(self.student.pg_collection.tp))
+        return self._loss(student_output, teacher_output, labels, loss_mask)
 
-    def _loss(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None) -> Tensor:
-        """[b, s/cp] from logits [b, s/cp, v/tp]. Communicates: tp."""
-        config = self.distillation
-        loss = forward_kl(
-            student_logits,
-            teacher_logits,
-            temperature=config.temperature,
-            tp_group=self.student.pg_collection.tp,
-            vocab_size=self.vocab_size,
-            scale_by_temperature_squared=config.scale_by_temperature_squared,
+    def _loss(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor | None, loss_mask: Tensor | None
+    ) -> Tensor:
+        """[b, s/cp] from what the output layers read, [s/cp, b, h] or [s/(cp*tp), b, h]. Communicates: tp."""
+        config, student = self.distillation, self.student
+        heads = (
+            OutputHead(student_hidden, _output_weight(student)),
+            OutputHead(teacher_hidden, _output_weight(self.teacher)),
         )
-        if config.cross_entropy_weight > 0:
-            # Megatron's cross-entropy overwrites the logits it is given; the divergence reads them again in backward.
-            own_logits = student_logits.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-            loss = loss + config.cross_entropy_weight * self.student.compute_language_model_loss(labels, own_logits)
-        return loss
+        weight = config.cross_entropy_weight
+        options: dict[str, Any] = {
+            "tp_group": student.pg_collection.tp,
+            "vocab_size": self.vocab_size,
+            "labels": labels.t() if labels is not None and weight > 0 else None,
+            "sequence_parallel": student.config.sequence_parallel,
+            "gradient_accumulation_fusion": student.config.gradient_accumulation_fusion,
+        }
+        if loss_mask is None:  # the caller may weigh the tokens as it likes; the logits are formed again in backward
+            losses = fused_linear_divergence(*heads, config.divergence, **options)
+            per_token, entropy = losses.divergence, losses.cross_entropy
+            total = None
+        else:
+            mask = loss_mask.t().float()
+            loss = fused_linear_loss(*heads, config.divergence, mask, cross_entropy_weight=weight, **options)
+            per_token, entropy, total = loss.divergence, loss.cross_entropy, loss.total
+        self._add_to_step(DIVERGENCE, per_token.t(), loss_mask)
+        if entropy is not None:
+            self._add_to_step(CROSS_ENTROPY, entropy.t(), loss_mask)
+            per_token = per_token + weight * entropy
+        if total is not None:  # the values stay, and their sum weighted by the mask has the gradient of the total
+            per_token = per_token + (total - total.detach()) * mask / mask.square().sum().clamp(min=1e-12)
+        return per_token.t().contiguous()
+
+    # ---- what a step was -----------------------------------------------------------------------------------------
+
+    def end_step(self) -> None:
+        """To be called on every rank after each optimizer step, before a checkpoint of it is written.
+
+        Makes `step_losses` of the step and the hidden losses' weight in the next one.
+        Communicates: over all ranks, one all-reduce of a few float64.
+        """
+        config, hidden = self.distillation, self.hidden_states
+        means = self._sums.close(next(self.student.parameters()).device)
+        loss = means[DIVERGENCE] + config.cross_entropy_weight * means[CROSS_ENTROPY]
+        if config.cross_entropy_weight == 0:
+            del means[CROSS_ENTROPY]
+        if hidden:
+            hidden.forget_recomputation()
+            total, weight = torch.stack([means[part] for part in hidden.parts]).sum(), hidden.balance.hidden_weight()
+            loss = loss + weight * total
+            means |= {"hidden": total, "hidden_weight": weight, "alpha": hidden.balance.alpha.squeeze(0).clone()}
+            hidden.balance.end_step(means[DIVERGENCE], total)
+        self._last_step = {"loss": loss, **means}
+
+    def step_losses(self) -> dict[str, Tensor]:
+        """Parts of the loss of the last ended step, means over its supervised tokens; empty before the first.
+
+        Float64 scalars on the device, equal on every rank: loss (what was minimised), divergence, cross_entropy (if it
+        has a weight), hidden/<pair> of each pair, hidden (their sum), its hidden_weight, and alpha within that.
+        """
+        return dict(self._last_step)
+
+    def _add_to_step(self, part: str, per_token: Tensor, loss_mask: Tensor | None) -> None:
+        weighted = per_token.detach() if loss_mask is None else per_token.detach() * loss_mask
+        self._sums.add(part, weighted.sum(dtype=torch.float64), copies=group_size(self.student.pg_collection.tp))
+
+    def _begin_micro_batch(self) -> None:
+        self._sums.micro_batches += 1
+        if self.hidden_states and num_microbatches_calculator._GLOBAL_NUM_MICROBATCHES_CALCULATOR is not None:
+            expected = num_microbatches_calculator.get_num_microbatches()
+            require(
+                self._sums.micro_batches <= expected,
+                f"micro-batch {self._sums.micro_batches} of a step of {expected}: the step before was not ended, and "
+                "the hidden losses' weight comes from it. Call end_step() after each optimizer step.",
+                RuntimeError,
+            )
 
     # ---- what the pipeline schedule asks -------------------------------------------------------------------------
 
@@ -149,10 +226,12 @@ class TeacherStudent(MegatronModule):
             self.student.set_input_tensor(None)
             self.teacher.set_input_tensor(None)
             return
-        width = self.config.hidden_size
+        width, teacher_width = self.config.hidden_size, self.teacher.config.hidden_size
         # Contiguous: fused layernorms view their input as a matrix.
         self.student.set_input_tensor(message[..., :width].contiguous())
-        self.teacher.set_input_tensor(message[..., width:].detach().contiguous())
+        self.teacher.set_input_tensor(message[..., width : width + teacher_width].detach().contiguous())
+        if self.hidden_states:
+            self._riders = self.hidden_states.take_riders(message[..., width + teacher_width :])
 
     def adjust_tensor_shapes(
         self, receive_shapes: list[MessageShape], send_shapes: list[MessageShape]
@@ -162,21 +241,33 @@ class TeacherStudent(MegatronModule):
         Megatron knows one model, the student: [s, b, h_student] (s already divided by cp, and by tp under sequence
         parallelism). Gradients have the shapes of the activations they belong to.
         """
-        extra = self.teacher.config.hidden_size
 
-        def widened(shapes: list[MessageShape]) -> list[MessageShape]:
+        def widened(shapes: list[MessageShape], extra: int) -> list[MessageShape]:
             return [(length, batch, hidden + extra) for length, batch, hidden in shapes]
 
-        return widened(receive_shapes), widened(send_shapes)
+        return (
+            widened(receive_shapes, self._message_extra(after=False)),
+            widened(send_shapes, self._message_extra(after=True)),
+        )
+
+    def _message_extra(self, *, after: bool) -> int:
+        """Channels beside the student's of the message before or after this stage."""
+        stage = group_rank(self.student.pg_collection.pp) + after
+        riders = self.hidden_states.riders_into(stage) if self.hidden_states else {}
+        return self.teacher.config.hidden_size + sum(riders.values())
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The student's tied weight, whose gradient Megatron adds over the first and the last stage."""
         return self.student.shared_embedding_or_output_weight()
 
-    # ---- what a checkpoint sees: the student ---------------------------------------------------------------------
+    # ---- what a checkpoint sees: the student, and what the hidden losses have learned ----------------------------
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return self.student.state_dict(*args, **kwargs)
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        state: dict[str, Any] = self.student.state_dict(*args, prefix=prefix, **kwargs)
+        if self.hidden_states:
+            kwargs["destination"] = state
+            self.hidden_states.state_dict(prefix=prefix + HIDDEN_STATES, **kwargs)
+        return state
 
     def sharded_state_dict(
         self,
@@ -184,15 +275,51 @@ class TeacherStudent(MegatronModule):
         sharded_offsets: tuple[tuple[int, int, int], ...] = (),
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        return self.student.sharded_state_dict(prefix, sharded_offsets, metadata)
+        sharded: dict[str, Any] = self.student.sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.hidden_states:
+            sharded |= self.hidden_states.sharded_state_dict(prefix + HIDDEN_STATES)
+        return sharded
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # nn.Module loads by walking the tree, so the student's names get the place they have in it; the teacher is
-        # given what it already holds.
-        for name in [name for name in state_dict if name.startswith(prefix)]:
+        # given what it already holds, and so are hidden losses by a checkpoint of a run without them. Without hidden
+        # losses, what they learned in another run is left out.
+        of_hidden = [name for name in state_dict if name.startswith(prefix + HIDDEN_STATES)]
+        for name in [name for name in state_dict if name.startswith(prefix) and name not in of_hidden]:
             state_dict[f"{prefix}student.{name.removeprefix(prefix)}"] = state_dict.pop(name)
         state_dict.update(self.teacher.state_dict(prefix=f"{prefix}teacher."))
+        if self.hidden_states is None:
+            for name in of_hidden:
+                del state_dict[name]
+        elif not of_hidden:
+            self.hidden_states.state_dict(destination=state_dict, prefix=prefix + HIDDEN_STATES)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@contextmanager
+def _without_logits(model: GPTModel) -> Iterator[None]:
+    """Inside, the last stage's part gives what its output layer would read."""
+    post_process = model.post_process
+    model.post_process = False
+    try:
+        yield
+    finally:
+        model.post_process = post_process
+
+
+def _output_weight(model: GPTModel) -> Tensor:
+    """[v/tp, h] of the output layer, the embedding's where they are tied."""
+    tied = model.share_embeddings_and_output_weights
+    weight: Tensor = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return weight
+
+
+def teacher_student_in(model: nn.Module) -> TeacherStudent | None:
+    """The TeacherStudent inside any number of wrappers, if that is what they hold."""
+    inner: Any = model
+    while not isinstance(inner, TeacherStudent) and hasattr(inner, "module"):
+        inner = inner.module
+    return inner if isinstance(inner, TeacherStudent) else None
 
 
 def adjust_tensor_shapes_fn(model: nn.Module) -> Callable[..., Any] | None:
@@ -200,10 +327,8 @@ def adjust_tensor_shapes_fn(model: nn.Module) -> Callable[..., Any] | None:
 
     None for a model without a teacher and without pipeline stages, where the schedules accept nothing else.
     """
-    inner: Any = model
-    while not isinstance(inner, TeacherStudent) and hasattr(inner, "module"):
-        inner = inner.module
-    if isinstance(inner, TeacherStudent) and parallel_state.get_pipeline_model_parallel_world_size() > 1:
+    inner = teacher_student_in(model)
+    if inner is not None and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         return inner.adjust_tensor_shapes
     return None
 

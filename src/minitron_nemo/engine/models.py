@@ -26,7 +26,8 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.teacher_student import DistillationConfig, TeacherStudent
+from minitron_nemo.distillation.config import DistillationConfig
+from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.importance import Importance, ImportanceConfig
 from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
@@ -141,10 +142,24 @@ def data_step(dataloader_iter: Any) -> dict[str, torch.Tensor]:
 
 def forward_step(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Per-token loss [b, s] on the last stage (logits without labels), the passing activation on the others."""
+    return model(**_model_inputs(batch))
+
+
+def distillation_step(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As `forward_step`, of a model that forms its gradients with the loss and must know how tokens are weighed."""
+    return model(**_model_inputs(batch), loss_mask=batch["loss_mask"])
+
+
+def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
     tokens = batch["tokens"]
     # transformer-engine and the local spec's causal softmax both accept it; context parallelism builds its own
     mask = None if platform.has_transformer_engine() else causal_mask(tokens.shape[1], tokens.device)
-    return model(input_ids=tokens, position_ids=batch["position_ids"], attention_mask=mask, labels=batch.get("labels"))
+    return {
+        "input_ids": tokens,
+        "position_ids": batch["position_ids"],
+        "attention_mask": mask,
+        "labels": batch.get("labels"),
+    }
 
 
 class EngineModel(llm.GPTModel):
@@ -216,12 +231,18 @@ class DistillationGPTModel(EngineModel):
         student_weights: Path,
         teacher_weights: Path,
         vocab_size: int,
+        plan: PruningPlan | None = None,
         optim: Any = None,
         **overrides: Any,
     ) -> None:
+        """
+        Args:
+            plan: by which the student was cut from the teacher; hidden losses may ask for it.
+        """
         super().__init__(
-            nemo_config(student, forward_step_fn=forward_step, data_step_fn=data_step, **overrides), optim=optim
+            nemo_config(student, forward_step_fn=distillation_step, data_step_fn=data_step, **overrides), optim=optim
         )
+        self.plan = plan
         self.shape, self.teacher_shape = student, teacher
         self.distillation, self.vocab_size = config, vocab_size
         self.student_weights, self.teacher_weights = student_weights, teacher_weights
@@ -234,7 +255,12 @@ class DistillationGPTModel(EngineModel):
         )
         teacher = build_core(teacher_config, self.teacher_shape, vp_stage=vp_stage)
         load_weights(teacher, self.teacher_weights)
-        return TeacherStudent(student, teacher, self.distillation, vocab_size=self.vocab_size)
+        return TeacherStudent(student, teacher, self.distillation, vocab_size=self.vocab_size, plan=self.plan)
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """See `TeacherStudent.forward`; NeMo's own signature knows no loss mask."""
+        losses: torch.Tensor = self.module(**inputs)
+        return losses
 
 
 _LAYOUT_FIELDS = (

@@ -1,7 +1,8 @@
 """One line of progress per job, on rank 0, and the history that reports draw.
 
-`history.jsonl` holds one object a line: training steps {step, tokens, loss, lr, grad_norm, seconds}, steps that changed
-nothing {step, tokens, skipped, seconds} and validations {step, tokens, validation_loss}; losses in nats per token.
+`history.jsonl` holds one object a line: training steps {step, tokens, loss, lr, grad_norm, seconds}, of a distillation
+with the {parts} of its loss (`TeacherStudent.step_losses`), steps that changed nothing {step, tokens, skipped, seconds}
+and validations {step, tokens, validation_loss}; losses in nats per token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from minitron_nemo.distillation.teacher_student import teacher_student_in
 
 HISTORY = "history.jsonl"
 
@@ -98,6 +101,8 @@ class History(pl.Callback):
             loss, grad_norm = float(metrics["reduced_train_loss"]), metrics.get("grad_norm")
             record |= {"loss": loss, "lr": self.lr, "grad_norm": None if grad_norm is None else float(grad_norm)}
             note = f"loss {loss:.4f}"
+            if distillation := teacher_student_in(pl_module.module):
+                record["parts"] = {name: float(value) for name, value in distillation.step_losses().items()}
         self._write(record | {"seconds": round(seconds, 4)})
         self.reporter.update(step, f"{note}  {self.tokens_per_step / max(seconds, 1e-9):,.0f} tokens/s")
 

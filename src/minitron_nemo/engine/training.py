@@ -29,7 +29,7 @@ from nemo.utils import AppState
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require, require_divisible
-from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn
+from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
 from minitron_nemo.engine.distributed import LayoutConfig
 from minitron_nemo.engine.optim import OptimConfig
 from minitron_nemo.engine.progress import HISTORY, History
@@ -155,6 +155,14 @@ class MessageWidths(pl.Callback):
         return _Step(**{each.name: getattr(step, each.name) for each in dataclasses.fields(step)})
 
 
+class StepEnds(pl.Callback):
+    """Tells a model with a teacher that an optimizer step has ended, before anything is saved or written of it."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if distillation := teacher_student_in(pl_module.module):
+            distillation.end_step()
+
+
 def build_trainer(
     config: TrainerConfig, training: TrainingConfig, *, directory: Path, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
@@ -241,7 +249,7 @@ def train(
     checkpoints.directory.mkdir(exist_ok=True)
     stop = StopWhenAsked(checkpoints)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
-    callbacks = [history, skipped, checkpoints, stop, MessageWidths()]
+    callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
     trainer = build_trainer(config, training, directory=directory, callbacks=callbacks)
     resume = checkpoints.newest()
     with warnings.catch_warnings():

@@ -218,6 +218,11 @@ class PruningPlan:
         }
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
 
+    @staticmethod
+    def is_in(folder: Path | str) -> bool:
+        """Whether `save` wrote a plan there."""
+        return (Path(folder) / DESCRIPTION).is_file()
+
     @classmethod
     def load(cls, folder: Path | str) -> PruningPlan:
         """Read and check what `save` wrote. Raises: FileNotFoundError: a file is missing. ValueError: not a plan."""

@@ -1,6 +1,6 @@
-"""distill: the pruned student learns the corrected teacher's logits (arXiv:2407.14679, retraining).
+"""distill: the pruned student learns the corrected teacher's logits, by config its hidden states too.
 
-Validation measures the student's cross-entropy, comparable with every other run.
+The retraining of arXiv:2407.14679. Validation measures the student's cross-entropy, comparable with every other run.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.teacher_student import DistillationConfig
+from minitron_nemo.distillation.config import DistillationConfig
 from minitron_nemo.engine.checkpoint import open_model
 from minitron_nemo.engine.data import DataConfig
 from minitron_nemo.engine.models import DistillationGPTModel
 from minitron_nemo.engine.optim import build_optimizer
 from minitron_nemo.engine.tokenizer import tokenizer_digest
 from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
+from minitron_nemo.pruning import PruningPlan
 from minitron_nemo.stages.training import config_dict, prepare_layout, run_training
 
 
@@ -26,6 +27,9 @@ class DistillConfig:
     """Model artifact that teaches; the corrected teacher."""
     student: str = ""
     """Model artifact that learns; the pruned student."""
+    plan: str | None = None
+    """Folder of the plan by which the student was cut from this teacher, for hidden losses that go by it; null: the
+    student's own, where prune made it."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trust_checkpoint: bool = False
     seed: int = 1234
@@ -52,6 +56,7 @@ def run(config: DistillConfig) -> Artifact:
         config.trainer.pipeline_model_parallel_size,
         config.trainer.expert_model_parallel_size,
     )
+    plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
     model = DistillationGPTModel(
         student.shape,
         teacher.shape,
@@ -59,6 +64,7 @@ def run(config: DistillConfig) -> Artifact:
         student_weights=student.path,
         teacher_weights=teacher.path,
         vocab_size=student.vocab_size,
+        plan=None if plan is None else PruningPlan.load(plan),
         optim=build_optimizer(config.training.optim, steps=config.training.steps, bf16=config.trainer.bf16),
     )
     return run_training(

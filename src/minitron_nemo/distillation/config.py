@@ -1,0 +1,111 @@
+"""What the student is trained on: conf's `distillation` group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.distillation.kinds import DivergenceConfig
+
+PLACES = ("embedding", "block_output", "attention_output", "mlp_input", "relation")
+STATE_LOSSES = ("cosine", "mse", "smooth_l1")
+MAPPINGS = ("last_minus_k", "last_k", "uniform", "plan", "explicit")
+PROJECTIONS = ("auto", "shared", "per_pair", "none")
+PROJECTION_INITS = ("random", "plan")
+BALANCES = ("dynamic", "fixed")
+
+
+@dataclass
+class HiddenStateConfig:
+    """Losses between hidden states of student and teacher (arXiv:2407.14679, section 3 and appendix A.6).
+
+    They help where depth is cut a lot and do not where only width is (table 18 there), so they are off. The other
+    defaults are what worked best there.
+    """
+
+    enabled: bool = False
+    places: list[str] = field(default_factory=lambda: ["embedding", "block_output"])
+    """What is compared: embedding (once), and of each mapped pair of layers block_output, attention_output (what
+    attention adds to the stream), mlp_input (after its layernorm), relation (of queries, keys and values, as MiniLMv2,
+    arXiv:2012.15828). The last three gave nothing more."""
+    loss: str = "cosine"
+    """cosine (1 - cos), mse or smooth_l1 (means over the channels), per token. Relations have their own: KL."""
+    after_layernorm: bool = True
+    """Read embedding and block_output behind the layernorm that follows, as the papers do; false: the raw stream."""
+    mapping: str = "last_minus_k"
+    """Student layer -> teacher layer: last_minus_k (one pair: last layer minus `k` of both), last_k (the last `k`
+    layers in pairs), uniform (every student layer, evenly spread, last to last), plan (every student layer to the
+    teacher's layer that the pruning plan kept as it), explicit (`pairs`)."""
+    k: int = 2
+    """Of last_minus_k and last_k."""
+    pairs: list[list[int]] = field(default_factory=list)
+    """explicit only: [student layer, teacher layer], both from 0."""
+    projection: str = "auto"
+    """Learned linear map from student to teacher channels: shared by all pairs, per_pair, none (equal hidden sizes
+    only), or auto: shared where the sizes differ, none where they are equal."""
+    projection_init: str = "random"
+    """random, or plan: each kept channel to the teacher's channel it came from."""
+    relation_heads: int = 0
+    """Heads that queries, keys and values are cut into, the same number in both models; a multiple of
+    tensor_model_parallel_size. 0: the largest number of query groups that divides both models'."""
+    balance: str = "dynamic"
+    """dynamic: the hidden losses' sum is weighted by alpha = divergence / their sum, both of the step before (the
+    first step has none, and no hidden losses); fixed: by `weight` alone."""
+    weight: float = 1.0
+    """Above 0; of the hidden losses' sum, in dynamic balance on top of alpha."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the weight rises linearly from 0."""
+    decay_start: int = 0
+    """Step, from 0, after which the weight falls linearly to 0 over `decay_steps`."""
+    decay_steps: int = 0
+    """0: it does not fall."""
+
+    def __post_init__(self) -> None:
+        for place in self.places:
+            _require_known("places", place, PLACES)
+        _require_known("loss", self.loss, STATE_LOSSES)
+        _require_known("mapping", self.mapping, MAPPINGS)
+        _require_known("projection", self.projection, PROJECTIONS)
+        _require_known("projection_init", self.projection_init, PROJECTION_INITS)
+        _require_known("balance", self.balance, BALANCES)
+        require(
+            bool(self.places) and len(set(self.places)) == len(self.places),
+            f"{_KEY}.places={self.places} must name at least one place, and each once; known: {', '.join(PLACES)}.",
+        )
+        require(
+            (self.mapping == "explicit") == bool(self.pairs),
+            f"{_KEY}.pairs={self.pairs} and {_KEY}.mapping={self.mapping} do not go together. Set pairs with "
+            "mapping=explicit, and only then.",
+        )
+        require(
+            all(len(pair) == 2 for pair in self.pairs),
+            f"{_KEY}.pairs={self.pairs} must hold [student layer, teacher layer], e.g. [[13, 29]].",
+        )
+        require(self.weight > 0, f"{_KEY}.weight={self.weight} must be above 0; to switch off, set enabled=false.")
+        for name in ("k", "relation_heads", "warmup_steps", "decay_start", "decay_steps"):
+            least = 1 if name == "k" and self.mapping == "last_k" else 0
+            require(getattr(self, name) >= least, f"{_KEY}.{name}={getattr(self, name)} must be at least {least}.")
+
+
+_KEY = "distillation.hidden_states"
+
+
+def _require_known(name: str, value: str, known: tuple[str, ...]) -> None:
+    require(value in known, f"{_KEY}.{name}={value} is not known; {did_you_mean(value, known)}")
+
+
+@dataclass
+class DistillationConfig:
+    """What the student is trained on. The defaults are the papers' final recipe: logits alone, temperature 1."""
+
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    """Of the student's next-token distribution from the teacher's."""
+    cross_entropy_weight: float = 0.0
+    """At least 0; loss = divergence + weight * cross-entropy on the labels. The papers leave it at 0."""
+    hidden_states: HiddenStateConfig = field(default_factory=HiddenStateConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.cross_entropy_weight >= 0,
+            f"distillation.cross_entropy_weight={self.cross_entropy_weight} must be at least 0; Minitron uses 0.",
+        )
