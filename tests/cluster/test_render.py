@@ -39,7 +39,7 @@ def test_there_is_one_script_per_job_numbered_in_order(tmp_path: Path) -> None:
     names = ["01-prune.sbatch", "02-from_scratch.sbatch", "03-distill.sbatch"]
     assert [script.path.name for script in scripts] == names
     assert sorted(path.name for path in (tmp_path / "run" / "slurm").iterdir()) == names
-    assert "-m minitron_nemo.cli pretrain recipe=quickstart\n" in scripts[1].path.read_text()
+    assert "-m minitron_nemo.cli pretrain recipe=quickstart &\n" in scripts[1].path.read_text()
 
 
 def test_rendering_again_leaves_no_script_of_the_longer_chain_before(tmp_path: Path) -> None:

@@ -316,9 +316,12 @@ def _chunk_results(
 
 
 def _kernels(student: Tensor, config: DivergenceConfig) -> ModuleType | None:
-    """The Triton kernels, where they can take this; TRITON_INTERPRET=1 runs them on the CPU."""
-    on_device = student.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    if not on_device or config.kind != "forward_kl" or student.dtype == torch.float64:
+    """The Triton kernels, where they are asked for and can take this; TRITON_INTERPRET=1 runs them on the CPU.
+
+    They have run through the interpreter only, so on a GPU MINITRON_TRITON=1 has to ask for them.
+    """
+    asked = (os.environ.get("MINITRON_TRITON") == "1" and student.is_cuda) or os.environ.get("TRITON_INTERPRET") == "1"
+    if not asked or config.kind != "forward_kl" or student.dtype == torch.float64:
         return None
     try:
         from minitron_nemo.distillation import triton_kernels
