@@ -154,8 +154,8 @@ def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(
     )
     run(config, ["recipe=quickstart", "slurm.nodes=2", "+slurm=site", "submit.dry_run=true", "prune.seed=7"])
     first, second = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
-    assert "-m minitron_nemo.cli prune recipe=quickstart prune.seed=7\n" in first
-    assert "-m minitron_nemo.cli pretrain recipe=quickstart prune.seed=7 section=from_scratch\n" in second
+    assert "-m minitron_nemo.cli prune recipe=quickstart prune.seed=7 &\n" in first
+    assert "-m minitron_nemo.cli pretrain recipe=quickstart prune.seed=7 section=from_scratch &\n" in second
     assert "#SBATCH --nodes=2\n" in first
     assert "Nothing was submitted" in capsys.readouterr().out
 
