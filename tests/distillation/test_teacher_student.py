@@ -72,12 +72,10 @@ def step(
         batch = next(batches)
         inputs, labels = batch[:, :-1], batch[:, 1:]
         positions = torch.arange(S).expand(B, S)
-        if masked:
-            mask = loss_mask(batch)
-            output = model(inputs, positions, causal_mask(S), labels=labels, loss_mask=mask)
-            return output, lambda loss: ((loss * mask).mean(), loss.detach().clone())
-        output = model(inputs, positions, causal_mask(S), labels=labels)
-        return output, lambda loss: (loss.mean(), loss.detach().clone())
+        mask = loss_mask(batch)
+        told = {"loss_mask": mask} if masked else {}  # a model that is not told must bear any weighting
+        output = model(inputs, positions, causal_mask(S), labels=labels, **told)
+        return output, lambda loss: ((loss * mask).mean(), loss.detach().clone())
 
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -108,9 +106,7 @@ def step(
     }
 
 
-def step_by_hand(
-    tokens: Tensor, shape: ModelShape, config: DistillationConfig, *, masked: bool = False
-) -> dict[str, Any]:
+def step_by_hand(tokens: Tensor, shape: ModelShape, config: DistillationConfig) -> dict[str, Any]:
     """On one rank: both models' logits, float64 softmax over the real vocabulary, autograd; no schedule, no DDP."""
     student, teacher = build_gpt(shape, seed=1), build_gpt(TEACHER, seed=2)
     losses, weights, evaluation_losses = [], [], []
@@ -126,7 +122,7 @@ def step_by_hand(
         divergence = temperature**2 * (log_p_teacher.exp() * (log_p_teacher - log_p_student)).sum(-1)
         cross_entropy = F.cross_entropy(real_logits.transpose(1, 2), labels, reduction="none")
         losses.append(divergence + config.cross_entropy_weight * cross_entropy)
-        weights.append(loss_mask(batch) if masked else torch.ones(B, S))
+        weights.append(loss_mask(batch))
         # In evaluation it is Megatron's: over the padded vocabulary.
         evaluation_losses.append(F.cross_entropy(student_logits.transpose(1, 2), labels, reduction="none").detach())
     (torch.stack(losses) * torch.stack(weights)).mean().backward()
@@ -152,7 +148,7 @@ def test_a_step_gives_the_losses_and_gradients_of_one_process_by_hand(
     ranks: Ranks, tokens: Tensor, shape: ModelShape, config: DistillationConfig, layout: str
 ) -> None:
     masked = config.cross_entropy_weight > 0
-    (expected,) = ranks("single").run(step_by_hand, tokens, shape, config, masked=masked)
+    (expected,) = ranks("single").run(step_by_hand, tokens, shape, config)
     results = ranks(layout).run(step, tokens, shape, config, masked=masked)
 
     assert any(result["losses"] is not None for result in results)

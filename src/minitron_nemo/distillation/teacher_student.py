@@ -7,11 +7,10 @@ the hidden axis, so that Megatron's own non-interleaved schedule needs only to b
     loss        last stage, one value per token              [b, s/cp]   float32
 
 In training the loss is the divergence from the teacher's logits, which are formed a few tokens at a time and never
-whole (fused_linear.py), and by config losses between hidden states, which sit
-on the stages where the states are (hidden_states.py); in evaluation it is the student's cross-entropy on the labels,
-comparable with any other run, and the teacher does not run. A checkpoint of this module is a checkpoint of the student
-alone, under the student's own names; where there are hidden losses, their projections and balance are added to it
-under `hidden_states.`.
+whole (fused_linear.py), and by config losses between hidden states, which sit on the stages where the states are
+(hidden_states.py); in evaluation it is the student's cross-entropy on the labels, comparable with any other run, and
+the teacher does not run. A checkpoint of this module is a checkpoint of the student alone, under the student's own
+names; where there are hidden losses, their projections and balance are added to it under `hidden_states.`.
 
 Communication: what both models do by themselves; tp in the loss (see fused_linear.py); pp carries the message, whose
 teacher half is constant (its gradient travels back as zeros); all ranks once at a step's end (`end_step`).
@@ -119,8 +118,6 @@ class TeacherStudent(MegatronModule):
             return self.student(*tokens, labels=labels, **model_arguments)
         if not self.training:
             return F.pad(self.student(*tokens, **model_arguments), (0, self._message_extra(after=True)))
-        if loss_mask is None:
-            loss_mask = torch.ones_like(input_ids)
         self._begin_micro_batch()
         hidden = self.hidden_states
         riders: list[Tensor] = []
