@@ -1,9 +1,11 @@
 """What a training run survives: being killed, being told to stop, and steps whose gradient is not finite.
 
-killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
-SIGTERM, SIGUSR1, or the   ends after the step at hand with a checkpoint and `Interrupted`, which the doors turn into
-file $MINITRON_STOP_FILE   the exit code 75 (`StopWhenAsked`); the same command continues it
-a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `engine.optim`)
+    killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
+    SIGTERM, SIGUSR1, or the   ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
+    file $MINITRON_STOP_FILE   exit code 75 (`StopWhenAsked`); the same command continues it
+    a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `engine.optim`)
+
+Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's own.
 """
 
 from __future__ import annotations

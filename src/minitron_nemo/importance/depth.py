@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.distillation.divergence import CHUNK_ELEMENTS, forward_kl
+from minitron_nemo.distillation.kinds import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups, all_reduce_max, all_reduce_sum, broadcast_from, group_rank, group_size
@@ -322,10 +323,7 @@ class LogitCosts:
 
     def _num_real(self, logits: Tensor) -> int:
         """Columns of this rank's logits that are not padding."""
-        local = logits.shape[-1]
-        if self.vocab_size is None:
-            return local
-        return min(max(self.vocab_size - group_rank(self.groups.tp) * local, 0), local)
+        return Vocabulary.split(logits.shape[-1], self.vocab_size, self.groups.tp).local
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
