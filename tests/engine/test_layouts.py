@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ WEIGHT_TOLERANCE = (
 EVALUATION_TOLERANCE = 1e-5  # float32 sums in another order, without training
 
 
-def trainer() -> TrainerConfig:
+def trainer(**values: Any) -> TrainerConfig:
     """The trainer of the layout this rank was started for."""
     layout = current_layout()
     return TrainerConfig(
@@ -39,6 +40,7 @@ def trainer() -> TrainerConfig:
             pipeline_model_parallel_size=layout.pp,
             context_parallel_size=layout.cp,
             sequence_parallel=layout.sequence_parallel,
+            **values,
         )
     )
 
@@ -50,13 +52,16 @@ def training() -> TrainingConfig:
 # ---- what runs on the ranks ------------------------------------------------------------------------------------------
 
 
-def run_distill(run: TinyRun, output: str, distillation: DistillationConfig | None = None) -> None:
+def run_distill(
+    run: TinyRun, output: str, distillation: DistillationConfig | None = None, memory: dict[str, Any] | None = None
+) -> None:
     distill.run(
         distill.DistillConfig(
             teacher=run.teacher,
             student=run.student,
             distillation=distillation or DistillationConfig(),
-            trainer=trainer(),
+            trainer=trainer(**memory or {}),
+            offload_teacher=memory is not None,
             training=training(),
             data=DataConfig(prepared=run.data),
             output=output,
@@ -184,6 +189,24 @@ def test_training_takes_the_same_steps_on_every_layout(
         change = (wanted[name] - before[name]).abs().max()
         assert change > 0, f"training left {name} as it was"
         assert (tensor - wanted[name]).abs().max() <= WEIGHT_TOLERANCE * change, f"{name} on {layout}"
+
+
+@pytest.mark.parametrize(
+    ("layout", "memory"),
+    [
+        ("single", {"recompute_granularity": "full"}),
+        ("single", {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}),
+        ("tp2-sp", {"recompute_granularity": "full", "recompute_num_layers": 2}),
+    ],
+)
+def test_what_saves_memory_changes_no_loss(
+    ranks: Ranks, tiny_run: TinyRun, one_rank: OneRank, layout: str, memory: dict[str, Any]
+) -> None:
+    """Activations formed again in backward, and the teacher's layers in host memory."""
+    expected, output = one_rank.train("distill", tiny_run), str(tiny_run.directory / f"{layout} {memory}")
+    ranks(layout).run(run_distill, tiny_run, output, None, memory)
+    tolerance = LOSS_TOLERANCE if layout != "single" else 0
+    torch.testing.assert_close(history(output, "loss"), history(expected, "loss"), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

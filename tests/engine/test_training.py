@@ -242,3 +242,32 @@ def run_uneven(run: TinyRun, output: str) -> None:
             output=output,
         )
     )
+
+
+def test_nemo_builds_ddp_after_the_parameters_and_before_the_first_step(ranks: Ranks, tiny_run: TinyRun) -> None:
+    [events] = ranks("single").run(events_of_a_start, tiny_run, str(tiny_run.directory / "ordered"))
+    built = events.index("buffers")
+    assert events[built - 1] == events[built + 1] == "synchronize"
+
+
+def events_of_a_start(run: TinyRun, output: str) -> list[str]:
+    """When the device is waited for, and when NeMo, on a CUDA stream of its own, makes DDP's buffers."""
+    from nemo.lightning.megatron_parallel import MegatronParallel
+
+    events: list[str] = []
+    synchronize, init_ddp = torch.cuda.synchronize, MegatronParallel.init_ddp
+
+    def recorded_synchronize(*args: Any) -> None:
+        events.append("synchronize")
+        synchronize(*args)
+
+    def recorded_init_ddp(parallel: MegatronParallel) -> None:
+        events.append("buffers")
+        init_ddp(parallel)
+
+    torch.cuda.synchronize, MegatronParallel.init_ddp = recorded_synchronize, recorded_init_ddp  # type: ignore[method-assign]
+    try:
+        run_pretrain(run, output)
+    finally:
+        torch.cuda.synchronize, MegatronParallel.init_ddp = synchronize, init_ddp  # type: ignore[method-assign]
+    return events

@@ -28,6 +28,7 @@ def everything_it_may_touch() -> dict[str, Any]:
     found |= {f"random.{name}": value for name, value in vars(megatron_random).items() if callable(value)}
     found |= {f"Module.{name}": value for name, value in vars(nn.Module).items() if callable(value)}
     found |= {f"Tensor.{name}": value for name, value in vars(torch.Tensor).items() if callable(value)}
+    found |= {f"autograd.{name}": value for name, value in vars(torch.autograd).items() if callable(value)}
     return found | {"modes": torch.overrides._get_current_function_mode_stack()}
 
 
@@ -149,3 +150,27 @@ def test_where_torch_counts_an_accelerator_activation_changes_nothing(monkeypatc
     assert everything_it_may_touch() == before
     assert platform.backend() == "nccl" and platform.supports_distributed_optimizer()
     assert platform.default_precision() == "bf16"
+
+
+class AsksForCuda(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor) -> torch.Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * torch.ones(3, device="cuda")
+
+
+@without_accelerator
+@pytest.mark.parametrize("backward", [torch.Tensor.backward, torch.autograd.backward])
+def test_a_backward_pass_within_a_backward_pass_may_ask_for_cuda(backward: Any) -> None:
+    """As Megatron-core does when it recomputes a layer under sequence parallelism."""
+    platform.activate()
+    weight = torch.ones(3, requires_grad=True)
+
+    def twice(value: torch.Tensor) -> torch.Tensor:
+        return AsksForCuda.apply(2 * value)
+
+    backward(megatron_random.CheckpointFunction.apply(twice, False, weight).sum())
+    assert torch.equal(weight.grad, torch.full((3,), 2.0))

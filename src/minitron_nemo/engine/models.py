@@ -27,6 +27,7 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 from minitron_nemo import platform
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.config import DistillationConfig
+from minitron_nemo.distillation.offload import keep_on_host
 from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.importance import Importance, ImportanceConfig
@@ -232,17 +233,20 @@ class DistillationGPTModel(EngineModel):
         teacher_weights: Path,
         vocab_size: int,
         plan: PruningPlan | None = None,
+        offload_teacher: torch.dtype | None = None,
         optim: Any = None,
         **overrides: Any,
     ) -> None:
         """
         Args:
             plan: by which the student was cut from the teacher; hidden losses may ask for it.
+            offload_teacher: keeps the teacher's layers in host memory, in this type, that of its forward pass.
+            overrides: fields of the student's TransformerConfig.
         """
         super().__init__(
             nemo_config(student, forward_step_fn=distillation_step, data_step_fn=data_step, **overrides), optim=optim
         )
-        self.plan = plan
+        self.plan, self.offload_teacher = plan, offload_teacher
         self.shape, self.teacher_shape = student, teacher
         self.distillation, self.vocab_size = config, vocab_size
         self.student_weights, self.teacher_weights = student_weights, teacher_weights
@@ -255,6 +259,8 @@ class DistillationGPTModel(EngineModel):
         )
         teacher = build_core(teacher_config, self.teacher_shape, vp_stage=vp_stage)
         load_weights(teacher, self.teacher_weights)
+        if self.offload_teacher is not None:
+            keep_on_host(teacher.decoder.layers, dtype=self.offload_teacher, device=platform.device())
         return TeacherStudent(student, teacher, self.distillation, vocab_size=self.vocab_size, plan=self.plan)
 
     def forward(self, **inputs: Any) -> torch.Tensor:

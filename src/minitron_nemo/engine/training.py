@@ -28,7 +28,7 @@ from nemo.lightning.pytorch.strategies.utils import setup_parallel_ranks
 from nemo.utils import AppState
 
 from minitron_nemo import platform
-from minitron_nemo.checks import require, require_divisible
+from minitron_nemo.checks import did_you_mean, require, require_divisible
 from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
 from minitron_nemo.engine.distributed import LayoutConfig
 from minitron_nemo.engine.optim import OptimConfig
@@ -36,6 +36,11 @@ from minitron_nemo.engine.progress import HISTORY, History
 from minitron_nemo.engine.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
 
 PRECISIONS = ("auto", "bf16", "fp32")
+_RECOMPUTATION = {
+    "recompute_granularity": ("full", "selective"),
+    "recompute_method": ("uniform", "block"),
+    "recompute_modules": ("core_attn", "mlp", "layernorm", "moe", "shared_experts"),
+}
 
 
 @dataclass
@@ -51,6 +56,15 @@ class TrainerConfig(LayoutConfig):
     global_batch_size: int = 768
     """Samples per optimizer step over all ranks. 768 in arXiv:2408.11796."""
     num_nodes: int = 1
+    recompute_granularity: str | None = None
+    """Activations of the trained model that backward forms again instead of keeping them: full (whole layers),
+    selective (recompute_modules of each layer), or null. A frozen teacher keeps none in any case."""
+    recompute_method: str = "uniform"
+    """Of full: uniform (each recompute_num_layers layers keep their input only) or block (the first
+    recompute_num_layers of each pipeline stage do)."""
+    recompute_num_layers: int = 1
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Of selective: core_attn, mlp, layernorm, moe, shared_experts, as in Megatron-core."""
     tensorboard: bool = True
     wandb_project: str | None = None
     """Weights & Biases project; null logs nothing there."""
@@ -61,7 +75,11 @@ class TrainerConfig(LayoutConfig):
             self.precision in PRECISIONS,
             f"trainer.precision={self.precision} is not known; use one of {', '.join(PRECISIONS)}.",
         )
-        for name in ("seq_length", "micro_batch_size", "global_batch_size", "num_nodes"):
+        for name, known in _RECOMPUTATION.items():
+            value = getattr(self, name)
+            for each in value if isinstance(value, list) else [] if value is None else [value]:
+                require(each in known, f"trainer.{name}={each} is not known; {did_you_mean(each, known)}")
+        for name in ("seq_length", "micro_batch_size", "global_batch_size", "num_nodes", "recompute_num_layers"):
             require(getattr(self, name) >= 1, f"trainer.{name}={getattr(self, name)} must be at least 1.")
 
     @property
@@ -72,6 +90,15 @@ class TrainerConfig(LayoutConfig):
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def recomputation(self) -> dict[str, Any]:
+        """Fields of the trained model's TransformerConfig."""
+        if self.recompute_granularity is None:
+            return {}
+        full = self.recompute_granularity == "full"
+        names = ["recompute_method", "recompute_num_layers"] if full else ["recompute_modules"]
+        return {name: getattr(self, name) for name in ["recompute_granularity", *names]}
 
     @property
     def tokens_per_step(self) -> int:
@@ -114,6 +141,23 @@ class Strategy(nl.MegatronStrategy):
         state.data_parallel_size = parallel_state.get_data_parallel_world_size()
         if self.data_sampler:
             self.data_sampler.setup(dist.get_rank())
+
+    def init_model_parallel(self) -> None:
+        """NeMo's, with its DDP built in order.
+
+        It copies parameters into DDP's buffers on a stream of its own, and neither waits for what made the parameters
+        nor makes the first step wait for the buffers.
+        """
+        build = self.megatron_parallel.init_ddp
+
+        def in_order() -> None:
+            torch.cuda.synchronize()
+            build()
+            torch.cuda.synchronize()
+
+        self.megatron_parallel.init_ddp = in_order
+        super().init_model_parallel()
+        del self.megatron_parallel.init_ddp
 
 
 class _StandingProcesses(LightningEnvironment):

@@ -1,12 +1,14 @@
 """Megatron-core and NeMo on a machine without an accelerator.
 
 Both write `torch.cuda.current_device()`, `.cuda()`, `device="cuda"`, pinned memory, streams and CUDA random states into
-ordinary code paths. Three things make the same code run on CPU:
+ordinary code paths. Four things make the same code run on CPU:
 
 1. a `TorchFunctionMode` that turns a requested CUDA device into the CPU, in `device=`, `Tensor.to` and `Tensor.cuda`,
    and drops pinned memory;
 2. stand-ins for the `torch.cuda` functions that would start a driver: current device, streams, events, random states;
-3. `Tensor.type()` speaks of CUDA tensors, since Megatron's gradient clipping asserts on the name.
+3. `Tensor.type()` speaks of CUDA tensors, since Megatron's gradient clipping asserts on the name;
+4. a backward pass keeps the mode, which torch takes off where `Tensor.backward` or `torch.autograd.backward` begins:
+   under sequence parallelism Megatron asks for CUDA memory in it, and activations are recomputed in it.
 
 The stand-in for the CUDA random generator is a generator of its own, so that seeding "CUDA" with a rank-dependent seed
 leaves the CPU generator, from which weights are initialised, alike on all ranks, as it is on a real machine. Dropout
@@ -91,6 +93,14 @@ def _on_stream(stream: Any) -> Iterator[None]:
     yield
 
 
+def _under(mode: TorchFunctionMode, function: Callable) -> Callable:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return function(*args, **kwargs)
+
+    return run
+
+
 def _returns(value: Any) -> Callable:
     """A function of its own for every stand-in: torch's compiler insists that no two of its names are one object."""
     return lambda *args, **kwargs: value
@@ -124,7 +134,7 @@ def activate() -> None:
         return
     import megatron.core.tensor_parallel.random as megatron_random
 
-    random = _random_stand_ins()
+    random, mode = _random_stand_ins(), _CudaMeansCpu()
     stand_ins: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", _returns(0)),
         (torch.cuda, "set_device", _returns(None)),
@@ -146,12 +156,13 @@ def activate() -> None:
         (megatron_random, "_get_cuda_rng_state", random["get"]),
         (megatron_random, "_set_cuda_rng_state", random["set"]),
         (torch.nn.Module, "cuda", _module_cuda),
+        (torch.autograd, "_engine_run_backward", _under(mode, torch.autograd._engine_run_backward)),
     ]
     undo = contextlib.ExitStack()
     for owner, name, stand_in in stand_ins:
         undo.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, stand_in)
-    undo.enter_context(_CudaMeansCpu())
+    undo.enter_context(mode)
     _undo = undo
 
 

@@ -36,7 +36,7 @@ def run(config: CorrectTeacherConfig) -> Artifact:
     prepare_layout(config.trainer, source.shape, seed=config.seed)
     optimizer = build_optimizer(config.training.optim, steps=config.training.steps, bf16=config.trainer.bf16)
     return run_training(
-        PrunableGPTModel(source.shape, initial=source.path, optim=optimizer),
+        PrunableGPTModel(source.shape, initial=source.path, optim=optimizer, **config.trainer.recomputation),
         stage="correct-teacher",
         label="teacher correction",
         tokenizer_path=source.tokenizer,

@@ -59,7 +59,8 @@ def run(config: PretrainConfig) -> Artifact:
     prepare_layout(config.trainer, shape, seed=config.seed)
 
     optimizer = build_optimizer(config.training.optim, steps=config.training.steps, bf16=config.trainer.bf16)
-    model = PrunableGPTModel(shape, optim=optimizer, initial=Path(config.initial) if config.initial else None)
+    initial = Path(config.initial) if config.initial else None
+    model = PrunableGPTModel(shape, optim=optimizer, initial=initial, **config.trainer.recomputation)
     return run_training(
         model,
         stage="pretrain",

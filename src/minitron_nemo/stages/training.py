@@ -38,9 +38,14 @@ NOT_THE_RESULT = (
     "trainer.sequence_parallel",
     "trainer.micro_batch_size",
     "trainer.num_nodes",
+    "trainer.recompute_granularity",
+    "trainer.recompute_method",
+    "trainer.recompute_num_layers",
+    "trainer.recompute_modules",
     "trainer.tensorboard",
     "trainer.wandb_project",
     "data.num_workers",
+    "offload_teacher",
     "training.checkpoint_every",
 )
 """Keys that say how a step ran, not what it made: another layout gives the same numbers."""
