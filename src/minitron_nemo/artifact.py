@@ -17,6 +17,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -152,6 +153,15 @@ def _make(partial: Path, output: Path) -> None:
             f"{output} cannot be made there ({error.strerror}). Set run_dir or this step's output to a place where you "
             "may write.",
         ) from error
+
+
+def link_or_copy(file: Path | str, second: Path | str) -> None:
+    """Give a file that will not change a second name, so that a kill before the first one goes loses nothing; where the
+    file system knows one name only, a copy."""
+    try:
+        os.link(file, second)
+    except OSError:
+        shutil.copyfile(file, second)
 
 
 _FULL_DISK = (

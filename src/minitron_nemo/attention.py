@@ -7,6 +7,8 @@ backward pass; on a CPU that is half of a training step. This is the same functi
     key, value       [s, b, g/tp, d]
     context          [s, b, (n/tp) * d]
 
+Of several documents in one sample (`PackedSeqParams`, layout thd) the b is missing, and each attends to itself alone.
+
 Communication: none; heads are split over tp and every rank holds the whole sequence.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch import Tensor
@@ -32,7 +35,14 @@ class FusedCausalAttention(DotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        assert attention_bias is None and packed_seq_params is None
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            documents = zip(*(tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*document) for document in documents]).squeeze(1)
+        return self._attend(query, key, value)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
         context = F.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]

@@ -21,6 +21,7 @@ DOORS = (
     "estimate-importance",
     "prune",
     "prune-hf",
+    "teacher-logits",
     "distill",
     "evaluate",
     "export-hf",

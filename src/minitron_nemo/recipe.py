@@ -27,6 +27,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "estimate_importance": ("estimate-importance", "EstimateImportanceConfig"),
     "prune": ("prune", "PruneConfig"),
     "prune_hf": ("prune-hf", "PruneHfConfig"),
+    "teacher_logits": ("teacher-logits", "TeacherLogitsConfig"),
     "distill": ("distill", "DistillConfig"),
     "from_scratch": ("pretrain", "PretrainConfig"),
     "pruned_ce": ("pretrain", "PretrainConfig"),

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minitron_nemo.distillation import divergence as whole
+from minitron_nemo.distillation.agreement import max_of_rows
 from minitron_nemo.distillation.divergence import DivergenceConfig, divergence, forward_kl, top_k_of_teacher
 from minitron_nemo.distillation.fused_linear import (
     OutputHead,
@@ -229,7 +230,7 @@ def check_hidden(
     }
 
     losses = fused_linear_divergence(student, teacher, config, **options)
-    gradients = gradients_of(list(losses), list(case.weights), student)
+    gradients = gradients_of(list(losses[:2]), list(case.weights), student)
     assert teacher.hidden.grad is None and teacher.weight.grad is None
     assert_near(losses.divergence, expected.divergence, "divergence", rtol=VALUES)
     assert_near(losses.cross_entropy, expected.cross_entropy, "cross-entropy", rtol=VALUES)
@@ -273,6 +274,7 @@ def check_on_ranks() -> None:
         check_hidden(case, config, group, sequence_parallel=number % 2 == 0, tokens_per_chunk=13)
     check_a_rank_of_padding_alone(group)
     check_another_padding(group)
+    check_agreement(group)
 
 
 def check_a_rank_of_padding_alone(group: Any) -> None:
@@ -300,6 +302,37 @@ def check_another_padding(group: Any) -> None:
     assert_near(losses.divergence, expected, "another padding", rtol=VALUES)
 
 
+def check_agreement(group: Any) -> None:
+    """Both ways, of a teacher whose likeliest token is the student's for some tokens and not for others."""
+    case = Case.random(7)
+    teacher = OutputHead(case.student.hidden, case.student.weight + 0.5 * Case.random(8).student.weight)
+    teacher.weight[REAL:] *= 100  # padding that would win
+    teacher.weight[40], teacher.weight[45] = teacher.weight[3], teacher.weight[4]  # ties across ranks: the first counts
+    student_logits, teacher_logits = (head.hidden @ head.weight[:REAL].t() for head in (case.student, teacher))
+    expected = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).float()
+    assert 0.2 < expected.mean() < 0.8 and (teacher_logits.argmax(-1) <= 4).any()
+    heads = [OutputHead(head.hidden, shard(head.weight, 0, group)) for head in (case.student, teacher)]
+    for kind in ("forward_kl", "cosine", "top_k"):
+        options: dict[str, Any] = {"tp_group": group, "vocab_size": REAL, "tokens_per_chunk": 7, "with_agreement": True}
+        assert torch.equal(fused_linear_divergence(*heads, config_of(kind), **options).agreement, expected), kind
+        loss = fused_linear_loss(heads[0], heads[1], config_of(kind), case.weights[0], **options)
+        assert torch.equal(loss.agreement, expected), kind
+
+
+def test_agreement_is_where_both_models_find_the_same_token_likeliest() -> None:
+    check_agreement(None)
+
+
+@pytest.mark.parametrize("columns", [1, 255, 256, 257, 1000, 0])
+def test_the_maximum_of_blocks_is_the_first_maximum_of_the_row(columns: int) -> None:
+    rows = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns)).mul(2).round()  # many ties
+    values, first = max_of_rows(rows)
+    if columns == 0:
+        assert torch.equal(values, torch.full((5,), float("-inf"))) and torch.equal(first, torch.zeros(5).long())
+    else:
+        assert torch.equal(values, rows.amax(-1)) and torch.equal(first, rows.argmax(-1))
+
+
 @pytest.mark.parametrize("layout", ["tp2", "tp4"])
 def test_a_split_vocabulary_changes_no_value_and_no_gradient(ranks: Ranks, layout: str) -> None:
     ranks(layout).run(check_on_ranks)
@@ -319,9 +352,8 @@ def test_gradients_pass_gradcheck(kind: str) -> None:
         )
 
     def from_hidden(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        return fused_linear_divergence(
-            OutputHead(hidden, weight), teacher, config, tp_group=None, vocab_size=9, labels=labels, tokens_per_chunk=1
-        )
+        options: dict[str, Any] = {"tp_group": None, "vocab_size": 9, "labels": labels, "tokens_per_chunk": 1}
+        return fused_linear_divergence(OutputHead(hidden, weight), teacher, config, **options)[:2]
 
     assert torch.autograd.gradcheck(from_logits, (student.hidden @ student.weight.t()).requires_grad_())
     assert torch.autograd.gradcheck(from_hidden, [tensor.requires_grad_() for tensor in student])

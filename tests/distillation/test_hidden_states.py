@@ -218,7 +218,10 @@ def steps_by_hand(case: Case) -> dict[str, Any]:
 
     mask = batch["loss_mask"].double()
     log_p, log_q = (logits[..., :REAL_VOCABULARY].log_softmax(-1) for logits in (teacher_logits, student_logits))
-    means = {"divergence": ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum() / mask.sum()}
+    means = {
+        "divergence": ((log_p.exp() * (log_p - log_q)).sum(-1) * mask).sum() / mask.sum(),
+        "agreement": ((log_p.argmax(-1) == log_q.argmax(-1)) * mask).sum() / mask.sum(),
+    }
     if case.cross_entropy_weight:
         real_logits = student_logits[..., :REAL_VOCABULARY].transpose(1, 2)
         cross_entropy = F.cross_entropy(real_logits, batch["labels"], reduction="none")

@@ -14,7 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron_nemo.distillation.config import DistillationConfig
+from minitron_nemo.distillation.config import DistillationConfig, HiddenStateConfig
 from minitron_nemo.distillation.kinds import DivergenceConfig
 from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.parallel import Groups
@@ -87,35 +87,39 @@ def step(
         forward_only=not training,
         adjust_tensor_shapes_fn=adjust_tensor_shapes_fn(wrapped),
     )
-    gradients = {}
-    if training:
+    teacher_moved = any(
+        not torch.equal(parameter, teacher_before[name]) for name, parameter in model.teacher.named_parameters()
+    )
+
+    def gradients(of: Any, of_shape: ModelShape) -> dict[str, Tensor]:
         with torch.no_grad():
-            for parameter in model.student.parameters():
-                parameter.copy_(parameter.main_grad)  # type: ignore[attr-defined]
-        streamed = stream_full_parameters(model.student, shape, Groups.from_megatron())
-        gradients = {name: gradient.clone() for name, gradient in streamed}
+            for parameter in of.parameters():
+                parameter.copy_(parameter.main_grad)
+        return {name: each.clone() for name, each in stream_full_parameters(of, of_shape, Groups.from_megatron())}
+
     return {
         "losses": torch.stack(losses) if losses else None,
-        "gradients": gradients,
+        "gradients": gradients(model.student, shape) if training else {},
+        "teacher_gradients": gradients(model.teacher, TEACHER) if model.teacher_learns else {},
         "teacher_has_gradient": any(
             parameter.grad is not None or hasattr(parameter, "main_grad") for parameter in model.teacher.parameters()
         ),
-        "teacher_moved": any(
-            not torch.equal(parameter, teacher_before[name]) for name, parameter in model.teacher.named_parameters()
-        ),
+        "teacher_moved": teacher_moved,
     }
 
 
 def step_by_hand(tokens: Tensor, shape: ModelShape, config: DistillationConfig) -> dict[str, Any]:
     """On one rank: both models' logits, float64 softmax over the real vocabulary, autograd; no schedule, no DDP."""
     student, teacher = build_gpt(shape, seed=1), build_gpt(TEACHER, seed=2)
-    losses, weights, evaluation_losses = [], [], []
+    losses, weights, evaluation_losses, of_teacher = [], [], [], []
     for batch in tokens:
         inputs, labels = batch[:, :-1], batch[:, 1:]
         arguments = (inputs, torch.arange(S).expand(B, S), causal_mask(S))
         student_logits = student(*arguments).double()
         temperature = config.divergence.temperature
-        teacher_logits = teacher(*arguments).detach().double()[..., :REAL_VOCABULARY] / temperature
+        teacher_logits = teacher(*arguments).double()[..., :REAL_VOCABULARY]
+        of_teacher.append(F.cross_entropy(teacher_logits.transpose(1, 2), labels, reduction="none"))
+        teacher_logits = teacher_logits.detach() / temperature
         log_p_teacher = teacher_logits.log_softmax(-1)
         real_logits = student_logits[..., :REAL_VOCABULARY]
         log_p_student = (real_logits / temperature).log_softmax(-1)
@@ -126,7 +130,10 @@ def step_by_hand(tokens: Tensor, shape: ModelShape, config: DistillationConfig) 
         # In evaluation it is Megatron's: over the padded vocabulary.
         evaluation_losses.append(F.cross_entropy(student_logits.transpose(1, 2), labels, reduction="none").detach())
     (torch.stack(losses) * torch.stack(weights)).mean().backward()
+    (torch.stack(of_teacher) * torch.stack(weights)).mean().backward()
+    teacher_gradients = {name: parameter.grad.clone() for name, parameter in teacher.named_parameters()}
     return {
+        "teacher_gradients": teacher_gradients if config.teacher_lr > 0 else {},
         "losses": torch.stack(losses).detach().float(),
         "evaluation_losses": torch.stack(evaluation_losses).float(),
         "gradients": {name: parameter.grad.clone() for name, parameter in student.named_parameters()},
@@ -135,6 +142,10 @@ def step_by_hand(tokens: Tensor, shape: ModelShape, config: DistillationConfig) 
 
 CONFIGS = {
     "kl": DistillationConfig(),
+    "kl while the teacher is corrected": DistillationConfig(teacher_lr=1e-4),
+    "kl at temperature 2 with cross-entropy and the teacher corrected": DistillationConfig(
+        divergence=DivergenceConfig(temperature=2.0), cross_entropy_weight=0.3, teacher_lr=1e-4
+    ),
     "kl at temperature 2 with cross-entropy": DistillationConfig(
         divergence=DivergenceConfig(temperature=2.0), cross_entropy_weight=0.3
     ),
@@ -155,15 +166,16 @@ def test_a_step_gives_the_losses_and_gradients_of_one_process_by_hand(
     for rank, result in enumerate(results):
         if result["losses"] is not None:  # the last stage
             assert_close(result["losses"], expected["losses"], rtol=1e-5, atol=1e-6)
-        assert result["gradients"].keys() == expected["gradients"].keys()
-        for name, gradient in result["gradients"].items():
-            assert_close(
-                gradient,
-                expected["gradients"][name],
-                rtol=1e-4,  # float32 sums in another order
-                atol=1e-6,
-                msg=lambda text, rank=rank, name=name: f"{name} on rank {rank} of {layout}: {text}",
-            )
+        for gradients in ("gradients", "teacher_gradients"):
+            assert result[gradients].keys() == expected[gradients].keys()
+            for name, gradient in result[gradients].items():
+                assert_close(
+                    gradient,
+                    expected[gradients][name],
+                    rtol=1e-4,  # float32 sums in another order
+                    atol=1e-6,
+                    msg=lambda text, rank=rank, name=name: f"{name} on rank {rank} of {layout}: {text}",
+                )
 
 
 @pytest.mark.parametrize("layout", ["single", "pp2"])
@@ -181,6 +193,88 @@ def test_evaluation_reports_the_cross_entropy_of_the_student(ranks: Ranks, token
         assert_close(losses, expected["evaluation_losses"], rtol=1e-5, atol=1e-6)
 
 
+def like_its_teacher(config: DistillationConfig | None = None, **overrides: Any) -> TeacherStudent:
+    """A student that says what its teacher says of some tokens, and something else of others."""
+    student, teacher = (build_gpt(TEACHER, seed=2, **overrides) for _ in range(2))
+    if student.post_process:
+        with torch.no_grad():
+            student.decoder.final_layernorm.weight[::2] *= 0.4
+    return TeacherStudent(student, teacher, config, vocab_size=REAL_VOCABULARY)
+
+
+def watch(tokens: Tensor, hidden_states: bool) -> dict[str, dict[str, Tensor]]:
+    """On a rank: a validation and a training step of this data-parallel rank's micro-batches, and what they say."""
+    group = parallel_state.get_data_parallel_group()
+    tokens = tokens[group.rank() :: group.size()]  # of three micro-batches, two on the first of two ranks
+    hidden = HiddenStateConfig(enabled=hidden_states, mapping="explicit", pairs=[[0, 3], [3, 1]])
+    options = {"calculate_per_token_loss": True, "deallocate_pipeline_outputs": True}
+    model = like_its_teacher(DistillationConfig(hidden_states=hidden), **options)
+
+    def forward_step(batches: Any, model: Any) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        mask = loss_mask(batch)
+        output = model(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:], loss_mask=mask)
+        return output, lambda loss: ((loss * mask).sum(), mask.sum().int(), loss.detach().clone())
+
+    def run(training: bool) -> list[Tensor]:
+        model.train(training)
+        losses: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(tokens),
+            model=model,
+            num_microbatches=len(tokens),
+            seq_length=S,
+            micro_batch_size=B,
+            forward_only=not training,
+            adjust_tensor_shapes_fn=adjust_tensor_shapes_fn(model),
+        )
+        return losses
+
+    plain = run(training=False)
+    model.begin_validation()
+    losses = run(training=False)
+    model.end_validation()
+    run(training=True)
+    model.end_step()
+    assert all(torch.equal(*pair) for pair in zip(losses, plain, strict=True))
+    return {"validation": model.validation_losses(), "step": model.step_losses()}
+
+
+def watch_by_hand(tokens: Tensor) -> dict[str, float]:
+    model = like_its_teacher()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in tokens:
+        arguments = (batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S))
+        student, teacher = (
+            each(*arguments).detach().double()[..., :REAL_VOCABULARY] for each in (model.student, model.teacher)
+        )
+        log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
+        for row, mask in enumerate(loss_mask(batch)):
+            for place, weight in enumerate(mask):
+                p, q = log_p[row, place], log_q[row, place]
+                sums += weight * torch.stack([(p.exp() * (p - q)).sum(), (p.argmax() == q.argmax()).double(), one])
+    divergence, agreement, weights = sums.tolist()
+    return {"divergence": divergence / weights, "agreement": agreement / weights}
+
+
+one = torch.ones((), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("layout", "hidden_states"),
+    [("single", False), ("tp2", False), ("tp2-sp", True), ("pp2", False), ("pp2", True), ("dp2", False)],
+)
+def test_steps_and_validations_measure_divergence_and_agreement_alike_on_every_layout(
+    ranks: Ranks, tokens: Tensor, hidden_states: bool, layout: str
+) -> None:
+    (expected,) = ranks("single").run(watch_by_hand, tokens)
+    assert 0.2 < expected["agreement"] < 0.8
+    for said in ranks(layout).run(watch, tokens, hidden_states):
+        for when in ("validation", "step"):
+            for name, value in expected.items():
+                assert float(said[when][name]) == pytest.approx(value, rel=1e-5), f"{name} of the {when} on {layout}"
+
+
 def evaluate_without_a_working_teacher() -> bool:
     model = teacher_student(STUDENT).eval()
     model.teacher.forward = None  # calling it would raise
@@ -188,7 +282,7 @@ def evaluate_without_a_working_teacher() -> bool:
     return bool(model(inputs, torch.arange(S)[None], causal_mask(S), labels=inputs).isfinite().all())
 
 
-def test_the_teacher_does_not_run_in_evaluation(ranks: Ranks) -> None:
+def test_the_teacher_does_not_run_in_an_evaluation_that_is_no_validation(ranks: Ranks) -> None:
     assert all(ranks("single").run(evaluate_without_a_working_teacher))
 
 

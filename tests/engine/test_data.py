@@ -347,3 +347,72 @@ def test_data_parallel_ranks_share_a_step_and_other_ranks_see_the_same(ranks, la
         assert sorted(first + second) == sorted(step)
     else:
         assert first == second == step
+
+
+# ---- prompts and answers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["jsonl", "parquet"])
+def instructions(request, prepared, tmp_path_factory) -> Artifact:
+    """Forty prompts of different lengths with answers."""
+    root = tmp_path_factory.mktemp("instructions")
+    records = [
+        {"question": f"Q{'?' * (number % 5)} {number}\nA: ", "answer": f"{number} times {'yes ' * (1 + number % 7)}"}
+        for number in range(80)
+    ]
+    if request.param == "jsonl":
+        (root / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), root / "chat.parquet")
+    return run(
+        PrepareDataConfig(
+            output=str(root.with_name(root.name + "-data")),
+            corpus=str(root),
+            text_key="answer",
+            prompt_key="question",
+            tokenizer=str(prepared.path / "tokenizer"),
+            validation_fraction=0.4,
+        )
+    )
+
+
+def answers(artifact: Artifact, batch: dict[str, torch.Tensor]) -> str:
+    """What a batch's loss mask lets through."""
+    tokenizer = load_tokenizer(artifact.path / "tokenizer").tokenizer
+    assert all((batch[key] >= 0).all() for key in ("tokens", "labels"))
+    assert set(batch["loss_mask"].unique().tolist()) == {0.0, 1.0}
+    return tokenizer.decode(batch["labels"][batch["loss_mask"] == 1], skip_special_tokens=True)
+
+
+def test_prompts_are_read_and_only_answers_are_learned(instructions, tmp_path, process_group):
+    module = module_for(instructions, tmp_path / "index", max_steps=1, validation_batches=0)
+    sample = module._train_ds[0]
+    tokenizer = load_tokenizer(instructions.path / "tokenizer").tokenizer
+    assert "A: " in tokenizer.decode(sample["tokens"])
+    learned = answers(instructions, sample)
+    assert "times" in learned and "yes" in learned
+    assert "Q" not in learned and "A:" not in learned
+    prefix = split_prefixes(instructions, "validation", SEQ_LENGTH)
+    for batch in batches(prefix, SEQ_LENGTH, 1):
+        assert "A:" not in answers(instructions, batch)
+
+
+def test_prompt_and_answer_read_one_after_the_other_are_the_document(instructions):
+    tokenizer = load_tokenizer(instructions.path / "tokenizer").tokenizer
+    texts = []
+    for split in ("train", "validation"):
+        for ids in documents(instructions, split):
+            prompt = [-1 - token for token in ids if token < 0]
+            assert ids[: len(prompt)] == [-1 - token for token in prompt]
+            texts.append(tokenizer.decode([*prompt, *ids[len(prompt) : -1]]))
+    assert len(texts) == 80
+    assert sorted(texts)[0] == "Q 0\nA: 0 times yes "
+
+
+def test_a_missing_prompt_key_is_named(tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"promt": "a", "text": "b"}) + "\n")
+    with pytest.raises(ValueError, match="has no key prompt_key=prompt; did you mean promt"):
+        run(PrepareDataConfig(output=str(tmp_path / "out"), corpus=str(tmp_path / "chat.jsonl"), prompt_key="prompt"))

@@ -53,7 +53,11 @@ def training() -> TrainingConfig:
 
 
 def run_distill(
-    run: TinyRun, output: str, distillation: DistillationConfig | None = None, memory: dict[str, Any] | None = None
+    run: TinyRun,
+    output: str,
+    distillation: DistillationConfig | None = None,
+    memory: dict[str, Any] | None = None,
+    **data: Any,
 ) -> None:
     distill.run(
         distill.DistillConfig(
@@ -63,7 +67,7 @@ def run_distill(
             trainer=trainer(**memory or {}),
             offload_teacher=memory is not None,
             training=training(),
-            data=DataConfig(prepared=run.data),
+            data=DataConfig(prepared=run.data, **data),
             output=output,
         )
     )
@@ -73,6 +77,13 @@ def run_distill_hidden_states(run: TinyRun, output: str) -> None:
     """Every block's output and the embedding beside the logits, projected as the plan of the student says."""
     hidden = HiddenStateConfig(enabled=True, mapping="plan", projection_init="plan")
     run_distill(run, output, DistillationConfig(cross_entropy_weight=0.1, hidden_states=hidden))
+
+
+def run_distill_documents(run: TinyRun, output: str) -> None:
+    """Documents of a sample do not see each other; the hidden states and cross-entropy go by the same tokens."""
+    hidden = HiddenStateConfig(enabled=True, places=["embedding", "block_output"], k=0)
+    config = DistillationConfig(cross_entropy_weight=0.1, hidden_states=hidden)
+    run_distill(run, output, config, reset_at_documents=True, pad_documents_to=4)
 
 
 def run_pretrain(run: TinyRun, output: str) -> None:
@@ -127,6 +138,7 @@ def run_evaluate(run: TinyRun, output: str) -> float:
 TRAININGS: dict[str, Callable[[TinyRun, str], None]] = {
     "distill": run_distill,
     "distill tied": run_distill_hidden_states,
+    "distill documents": run_distill_documents,
     "pretrain": run_pretrain,
 }
 
@@ -168,6 +180,7 @@ def history(path: str, key: str) -> list[float]:
         ("distill", "dp2"),
         ("distill", "tp2-sp"),
         ("distill tied", "pp2"),  # two stages hold the table and add its gradient up
+        ("distill documents", "tp2-pp2"),
         ("pretrain", "tp2"),
         ("pretrain", "pp2"),
     ],

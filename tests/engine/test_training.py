@@ -25,6 +25,7 @@ from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
 from minitron_nemo.stages import pretrain
 from support.door import environment
 from support.ranks import Ranks
+from support.tiny import SEQ_LENGTH
 from support.tiny_run import TinyRun, read_weights, trainer_values
 
 STEPS, EVERY = 8, 2
@@ -32,19 +33,15 @@ OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3}
 START_SECONDS = 300  # imports of NeMo on a busy machine
 
 
-def run_pretrain(run: TinyRun, output: str, **training: Any) -> None:
+def run_pretrain(
+    run: TinyRun, output: str, initial: str | None = None, trainer: dict[str, Any] | None = None, **training: Any
+) -> None:
+    values = {"steps": STEPS, "checkpoint_every": EVERY, "validation_every": 4, "validation_batches": 1}
     pretrain.run(
         pretrain.PretrainConfig(
-            initial=run.student,
-            trainer=TrainerConfig(**trainer_values()),
-            training=TrainingConfig(
-                steps=STEPS,
-                checkpoint_every=EVERY,
-                validation_every=4,
-                validation_batches=1,
-                optim=OptimConfig(**OPTIM),
-                **training,
-            ),
+            initial=initial or run.student,
+            trainer=TrainerConfig(**trainer_values(**trainer or {})),
+            training=TrainingConfig(**values | {"optim": OptimConfig(**OPTIM)} | training),
             data=DataConfig(prepared=run.data),
             output=output,
         )
@@ -91,9 +88,10 @@ def run_until_killed(run: TinyRun, output: str, log: Path) -> Path:
 
 
 def history(path: str) -> list[dict[str, Any]]:
-    """Every record but for how long its step took."""
+    """Every record but for how long its step took, and how fast that was."""
     records = [json.loads(line) for line in (Path(path) / "history.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    speed = ("seconds", "tokens_per_second", "tflops_per_device", "mfu")
+    return [{key: value for key, value in record.items() if key not in speed} for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +269,87 @@ def events_of_a_start(run: TinyRun, output: str) -> list[str]:
     finally:
         torch.cuda.synchronize, MegatronParallel.init_ddp = synchronize, init_ddp  # type: ignore[method-assign]
     return events
+
+
+# ---- phases ----------------------------------------------------------------------------------------------------------
+
+FIRST_PHASE = {"steps": 4, "validation_every": 0, "checkpoint_every": 0}
+NEXT_TRAINER = {"seq_length": SEQ_LENGTH // 2, "global_batch_size": 6}
+NEXT_PHASE = {
+    "steps": 3,
+    "validation_every": 0,
+    "checkpoint_every": 0,
+    "optim": OptimConfig(lr=4e-3, min_lr=4e-3, warmup_steps=0, schedule="constant"),
+}
+
+
+@pytest.fixture(scope="module")
+def first_phase(ranks: Ranks, tiny_run: TinyRun) -> str:
+    output = str(tiny_run.directory / "first phase")
+    ranks("single").run(run_pretrain, tiny_run, output, keep_optimizer=True, **FIRST_PHASE)
+    return output
+
+
+def test_a_phase_goes_on_with_the_moments_of_the_one_before_under_its_own_values(
+    ranks: Ranks, tiny_run: TinyRun, first_phase: str
+) -> None:
+    """Half the sequence length, another batch and learning rate; a start from the weights alone is the contrast."""
+    going_on, from_weights = (str(tiny_run.directory / name) for name in ("next phase", "from weights"))
+    ranks("single").run(
+        run_pretrain, tiny_run, going_on, first_phase, NEXT_TRAINER, continue_from=first_phase, **NEXT_PHASE
+    )
+    ranks("single").run(run_pretrain, tiny_run, from_weights, first_phase, NEXT_TRAINER, **NEXT_PHASE)
+    found, contrast = history(going_on), history(from_weights)
+    assert [record["step"] for record in found] == [1, 2, 3]
+    assert [record["tokens"] for record in found] == [6 * (SEQ_LENGTH // 2) * step for step in (1, 2, 3)]
+    assert all(record["lr"] == pytest.approx(4e-3, rel=1e-12) for record in found)
+    assert found[0]["loss"] == contrast[0]["loss"]  # the same weights meet the same samples
+    assert abs(found[1]["loss"] - contrast[1]["loss"]) > 1e-3  # and move with other moments
+    inputs = [each["path"] for each in json.loads(Path(going_on, "manifest.json").read_text())["inputs"]]
+    assert first_phase in inputs
+
+
+def test_a_phase_may_have_another_layout(ranks: Ranks, tiny_run: TinyRun, first_phase: str) -> None:
+    losses = []
+    for layout, values in {"single": {}, "tp2": {"tensor_model_parallel_size": 2}}.items():
+        output = str(tiny_run.directory / f"next phase on {layout}")
+        ranks(layout).run(
+            run_pretrain, tiny_run, output, first_phase, NEXT_TRAINER | values, continue_from=first_phase, **NEXT_PHASE
+        )
+        losses.append([record["loss"] for record in history(output)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+def test_what_cannot_be_gone_on_from_says_so(ranks: Ranks, tiny_run: TinyRun, uninterrupted: str) -> None:
+    output = str(tiny_run.directory / "never")
+    with pytest.raises(ValueError, match=r"holds no optimizer/(.|\n)*training.keep_optimizer=true"):
+        ranks("single").run(run_pretrain, tiny_run, output, continue_from=uninterrupted, **NEXT_PHASE)
+    with pytest.raises(ValueError, match="was made by stage prune"):
+        ranks("single").run(run_pretrain, tiny_run, output, continue_from=tiny_run.student, **NEXT_PHASE)
+    assert not Path(output + ".training").exists()
+
+
+def test_a_run_killed_between_its_last_step_and_its_artifact_trains_no_more(
+    ranks: Ranks, tiny_run: TinyRun, first_phase: str
+) -> None:
+    output = str(tiny_run.directory / "all but written")
+    with pytest.raises(KeyboardInterrupt):
+        ranks("single").run(run_but_write_nothing, tiny_run, output)
+    assert not Path(output).exists()
+    ranks("single").run(run_pretrain, tiny_run, output, keep_optimizer=True, **FIRST_PHASE)
+    assert history(output) == history(first_phase)
+    [found], [expected] = (ranks("single").run(read_weights, path) for path in (output, first_phase))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def run_but_write_nothing(run: TinyRun, output: str) -> None:
+    from minitron_nemo.stages import training
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    save_model, training.save_model = training.save_model, killed
+    try:
+        run_pretrain(run, output, keep_optimizer=True, **FIRST_PHASE)
+    finally:
+        training.save_model = save_model

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
+from minitron_nemo.engine.documents import indices_on_rank
 from minitron_nemo.layer_spec import plain_block_spec
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
@@ -28,22 +29,31 @@ class GatheringAttention(nn.Module):
         super().__init__()
         self.scale = config.kv_channels**-0.5
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
+    ) -> Tensor:
         group = parallel_state.get_context_parallel_group()
+        length = len(query) * group.size()
+        boundaries = torch.tensor([0, length])
+        if packed_seq_params is not None:  # documents of one sample; no batch dimension
+            boundaries = packed_seq_params.cu_seqlens_q
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
         keys, values = (gather_from_sequence_parallel_region(x, group=group) for x in (key, value))
-        positions = [positions_on(rank, group.size(), len(query)) for rank in range(group.size())]
+        positions = [indices_on_rank(boundaries, rank, group.size()) for rank in range(group.size())]
         mine, all_positions = positions[group.rank()], torch.cat(positions)
+        document = torch.bucketize(torch.arange(length), boundaries, right=True)
+        others = document[all_positions][None, :] != document[mine][:, None]
+        hidden = others | (all_positions[None, :] > mine[:, None])
         repeat = query.shape[2] // keys.shape[2]
         keys, values = keys.repeat_interleave(repeat, dim=2), values.repeat_interleave(repeat, dim=2)
         logits = torch.einsum("qbnd,kbnd->bnqk", query, keys) * self.scale
-        logits = logits.masked_fill(all_positions[None, :] > mine[:, None], float("-inf"))
+        logits = logits.masked_fill(hidden, float("-inf"))
         return torch.einsum("bnqk,kbnd->qbnd", logits.softmax(-1), values).flatten(2)
 
 
 def positions_on(rank: int, size: int, length: int) -> Tensor:
-    """Positions of a context-parallel rank's tokens: the rank-th of 2*size chunks, then its mirror image."""
-    chunks = torch.arange(length * size).chunk(2 * size)
-    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+    """Positions of a context-parallel rank's `length` tokens of a sample that is one document."""
+    return indices_on_rank(torch.tensor([0, length * size]), rank, size)
 
 
 def build_context_parallel_gpt(shape: ModelShape, *, seed: int = 0, **overrides: Any) -> GPTModel:

@@ -75,6 +75,8 @@ def write_model(
                             "tokens": seen,
                             "validation_loss": value + (2.85 if stage == "distill" else 0.02),
                         }
+                        if stage == "distill":
+                            line |= {"validation_divergence": value + 0.01, "validation_agreement": 0.2 + step / 40}
                         file.write(json.dumps(line) + "\n")
     return open_artifact(folder / name)
 
@@ -193,6 +195,7 @@ def test_a_whole_run_is_reported_with_every_model_picture_and_stage(report: Arti
         assert stage in page.text
     assert open_artifact(report.path.parent / "distilled").digest in page.text
     assert "at most\n3.4e-06" in page.text
+    assert "agreement is the share of validation tokens" in " ".join(page.text.split())
     assert "Missing or in doubt" not in page.text
 
 
@@ -421,6 +424,7 @@ def test_a_step_trained_twice_after_a_resume_counts_once(tmp_path: Path) -> None
     file.write_text("".join(json.dumps({"step": s, "tokens": 10 * s, "loss": v}) + "\n" for s, v in steps))
 
     assert dataclasses.asdict(read_history(file).training) == {"tokens": [10, 20, 30], "values": [5.0, 4.1, 3.8]}
+    assert read_history(file).validation_agreement.tokens == []
 
 
 def test_a_broken_history_line_is_named(tmp_path: Path) -> None:

@@ -103,9 +103,16 @@ class DistillationConfig:
     cross_entropy_weight: float = 0.0
     """At least 0; loss = divergence + weight * cross-entropy on the labels. The papers leave it at 0."""
     hidden_states: HiddenStateConfig = field(default_factory=HiddenStateConfig)
+    teacher_lr: float = 0.0
+    """Above 0: the teacher is corrected while it teaches (the second route of arXiv:2408.11796, figure 5). It learns
+    the labels' cross-entropy with this peak learning rate, on the schedule of the student, which sees it improve."""
 
     def __post_init__(self) -> None:
         require(
             self.cross_entropy_weight >= 0,
             f"distillation.cross_entropy_weight={self.cross_entropy_weight} must be at least 0; Minitron uses 0.",
+        )
+        require(
+            self.teacher_lr >= 0,
+            f"distillation.teacher_lr={self.teacher_lr} must be at least 0; 0 leaves the teacher as it is.",
         )

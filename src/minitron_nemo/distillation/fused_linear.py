@@ -33,11 +33,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
+from minitron_nemo.distillation.agreement import top_1_agreement
 from minitron_nemo.distillation.divergence import (
     CHUNK_ELEMENTS,
     Kept,
     TeacherRows,
-    TokenLosses,
     require_kind_reads_top_k,
     row_losses,
     top_k_of_rows,
@@ -59,6 +59,17 @@ class OutputHead(NamedTuple):
     """[v/tp, h], without bias"""
 
 
+class FusedLosses(NamedTuple):
+    """Values per token, as those of `divergence.TokenLosses`."""
+
+    divergence: Tensor
+    """[s, b]"""
+    cross_entropy: Tensor | None
+    """[s, b]; None without labels"""
+    agreement: Tensor | None
+    """[s, b], constant; None where it was not asked for"""
+
+
 class WeightedLoss(NamedTuple):
     """The loss, and what it is made of."""
 
@@ -68,6 +79,8 @@ class WeightedLoss(NamedTuple):
     """[s, b], detached"""
     cross_entropy: Tensor | None
     """[s, b], detached; None without labels"""
+    agreement: Tensor | None
+    """[s, b], constant; None where it was not asked for"""
 
 
 def fused_linear_loss(
@@ -82,6 +95,7 @@ def fused_linear_loss(
     cross_entropy_weight: float = 0.0,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
+    with_agreement: bool = False,
     tokens_per_chunk: int | None = None,
 ) -> WeightedLoss:
     """sum over tokens of token_weights * (divergence + cross_entropy_weight * cross_entropy), with 4 matrix products.
@@ -97,12 +111,14 @@ def fused_linear_loss(
         sequence_parallel: hidden states arrive split over tp along the sequence, and so does their gradient.
         gradient_accumulation_fusion: add the weight's gradient to `weight.main_grad`, where it has one, as Megatron's
             ColumnParallelLinear does under the option of this name.
+        with_agreement: say of each token whether both models find the same token likeliest; see agreement.py.
         tokens_per_chunk: at least 1; None: as many as LOGITS_BYTES allows.
     Returns: s of all tp ranks, equal on every rank of `tp_group`.
     Communicates: see the module's text.
     Raises: ValueError: the two models' tokens or vocabularies differ, or a weight has no labels to weigh.
     """
-    job, inputs = _prepare(student, teacher, config, labels, tp_group, vocab_size, sequence_parallel, tokens_per_chunk)
+    of_rows = (tp_group, vocab_size, sequence_parallel, with_agreement, tokens_per_chunk)
+    job, inputs = _prepare(student, teacher, config, labels, *of_rows)
     require(
         token_weights.shape == job.tokens,
         f"token_weights {list(token_weights.shape)} are not one a token {list(job.tokens)}, [s, b].",
@@ -127,15 +143,17 @@ def fused_linear_divergence(
     labels: Tensor | None = None,
     sequence_parallel: bool = False,
     gradient_accumulation_fusion: bool = False,
+    with_agreement: bool = False,
     tokens_per_chunk: int | None = None,
-) -> TokenLosses:
+) -> FusedLosses:
     """`divergence.divergence` of student.hidden @ student.weight.T and teacher.hidden @ teacher.weight.T.
 
     The arguments are those of `fused_linear_loss`. The values [s, b] are differentiable, with any gradient; the
     backward pass forms the logits again, and communicates nothing for it.
     """
-    job, inputs = _prepare(student, teacher, config, labels, tp_group, vocab_size, sequence_parallel, tokens_per_chunk)
-    return TokenLosses(*job.per_token(_PerToken.apply(*inputs, job, gradient_accumulation_fusion)))
+    of_rows = (tp_group, vocab_size, sequence_parallel, with_agreement, tokens_per_chunk)
+    job, inputs = _prepare(student, teacher, config, labels, *of_rows)
+    return FusedLosses(*job.per_token(_PerToken.apply(*inputs, job, gradient_accumulation_fusion)))
 
 
 def vocabulary_like(weight: Tensor, rows: int, *, tp_group: ProcessGroup | None) -> Tensor:
@@ -163,14 +181,17 @@ class _Job:
     """[s, b]"""
     tokens_per_chunk: int
     stored: TopKTeacher | None
+    agreed: list[Tensor] | None
+    """Of each chunk, once its logits were there; None: not asked for."""
 
     def chunks(self) -> list[slice]:
         step = self.tokens_per_chunk
         return [slice(start, start + step) for start in range(0, self.tokens.numel(), step)]
 
-    def per_token(self, losses: Tensor) -> tuple[Tensor, Tensor | None]:
+    def per_token(self, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         divergence, *cross_entropy = (row.view(self.tokens) for row in losses)
-        return divergence, cross_entropy[0] if cross_entropy else None
+        agreement = torch.cat(self.agreed).view(self.tokens) if self.agreed is not None else None
+        return divergence, cross_entropy[0] if cross_entropy else None, agreement
 
 
 _Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -185,6 +206,7 @@ def _prepare(
     tp_group: ProcessGroup | None,
     vocab_size: int | None,
     sequence_parallel: bool,
+    with_agreement: bool,
     tokens_per_chunk: int | None,
 ) -> tuple[_Job, _Inputs]:
     """Communicates: tp, with sequence parallelism, a gather of the hidden states."""
@@ -227,7 +249,8 @@ def _prepare(
         tokens_per_chunk = max(1, LOGITS_BYTES // (models * weight.shape[0] * weight.element_size()))
     require(tokens_per_chunk >= 1, f"tokens_per_chunk={tokens_per_chunk} must be at least 1; leave it out.")
     vocabulary = Vocabulary.split(weight.shape[0], vocab_size, tp_group)
-    job = _Job(config, vocabulary, tokens, tokens_per_chunk, stored.of_tokens(-1) if stored is not None else None)
+    flat_store = stored.of_tokens(-1) if stored is not None else None
+    job = _Job(config, vocabulary, tokens, tokens_per_chunk, flat_store, [] if with_agreement else None)
     flat_labels = labels.reshape(-1) if labels is not None else None
     return job, (hidden.reshape(-1, hidden.shape[-1]), weight, teacher_hidden, teacher_weight, flat_labels)
 
@@ -272,6 +295,8 @@ def _walk(
             teacher = teacher_hidden[chunk] @ teacher_weight[:local].t()
             if job.config.kind == TOP_K:
                 teacher = top_k_of_rows(teacher, job.config, job.vocabulary)
+        if job.agreed is not None and kept is None:  # before the student's logits make room for their gradient
+            job.agreed.append(top_1_agreement(student, teacher, job.vocabulary))
         losses, reductions = row_losses(
             student,
             teacher,

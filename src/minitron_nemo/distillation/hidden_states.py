@@ -168,6 +168,10 @@ class HiddenStateLosses(nn.Module):
         batch = self._current
         if batch is not None:
             of_student, of_teacher = self._stages[index]
+            if isinstance(state, Tensor):
+                state = state.detach()  # a teacher that learns does so from labels alone
+            else:
+                state = tuple(part.detach() for part in state)  # type: ignore[assignment]
             if of_teacher < of_student:
                 assert isinstance(state, Tensor)
                 batch.leaving[index] = state

@@ -9,11 +9,12 @@ the hidden axis, so that Megatron's own non-interleaved schedule needs only to b
 In training the loss is the divergence from the teacher's logits, which are formed a few tokens at a time and never
 whole (fused_linear.py), and by config losses between hidden states, which sit on the stages where the states are
 (hidden_states.py); in evaluation it is the student's cross-entropy on the labels, comparable with any other run, and
-the teacher does not run. A checkpoint of this module is a checkpoint of the student alone, under the student's own
-names; where there are hidden losses, their projections and balance are added to it under `hidden_states.`.
+the teacher does not run, but for a validation (`begin_validation`), which measures how far they are apart. A checkpoint
+of this module is a checkpoint of the student alone, under the student's own names; where there are hidden losses, their
+projections and balance are added to it under `hidden_states.`.
 
 Communication: what both models do by themselves; tp in the loss (see fused_linear.py); pp carries the message, whose
-teacher half is constant (its gradient travels back as zeros); all ranks once at a step's end (`end_step`).
+teacher half is constant (its gradient travels back as zeros); all ranks once at the end of a step or a validation.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ from minitron_nemo.distillation.balance import StepSums
 from minitron_nemo.distillation.config import DistillationConfig
 from minitron_nemo.distillation.fused_linear import OutputHead, fused_linear_divergence, fused_linear_loss
 from minitron_nemo.distillation.hidden_states import HiddenStateLosses
+from minitron_nemo.distillation.kinds import TOP_K, DivergenceConfig
+from minitron_nemo.distillation.top_k import TopKTeacher
 from minitron_nemo.parallel import group_rank, group_size
 from minitron_nemo.pruning.plan import PruningPlan
 
 MessageShape: TypeAlias = tuple[int, int, int]
 
-DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
+DIVERGENCE, CROSS_ENTROPY, AGREEMENT = "divergence", "cross_entropy", "agreement"
+TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
+TEACHER = "teacher."
+"""What stands before the names of a teacher that is corrected in a checkpoint."""
 HIDDEN_STATES = "hidden_states."
 """What stands before the names of projections and balance in a checkpoint."""
 
@@ -55,6 +61,9 @@ class TeacherStudent(MegatronModule):
     Raises: ValueError: the two models cannot stand side by side.
     """
 
+    teacher_is_here = True
+    """Whether the teacher can be asked about any tokens, those of a validation too."""
+
     def __init__(
         self,
         student: GPTModel,
@@ -67,22 +76,31 @@ class TeacherStudent(MegatronModule):
         super().__init__(config=student.config)
         _require_side_by_side(student, teacher)
         self.student = student
-        self.teacher = teacher.requires_grad_(False)
         self.distillation = config or DistillationConfig()
+        self.teacher = teacher.requires_grad_(self.teacher_learns)
+        _require_teacher_can_learn(teacher, self.teacher_learns)
         self.vocab_size = vocab_size
         self.hidden_states: HiddenStateLosses | None = None
         if self.distillation.hidden_states.enabled:
             self.hidden_states = HiddenStateLosses(student, teacher, self.distillation.hidden_states, plan)
-        self._sums = StepSums([DIVERGENCE, CROSS_ENTROPY, *(self.hidden_states.parts if self.hidden_states else ())])
+        hidden_parts = self.hidden_states.parts if self.hidden_states else ()
+        self._sums = StepSums([DIVERGENCE, CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, AGREEMENT, *hidden_parts])
+        self._validation: StepSums | None = None
+        """Of the running validation."""
         self._riders: dict[int, Tensor] = {}
         """Hidden states that came with the message, by pair."""
         self._last_step: dict[str, Tensor] = {}
+        self._last_validation: dict[str, Tensor] = {}
         self.pre_process: bool = student.pre_process
         self.post_process: bool = student.post_process
         self.model_type = student.model_type
         self.vp_stage = None
         self.share_embeddings_and_output_weights: bool = student.share_embeddings_and_output_weights
         self.train(student.training)
+
+    @property
+    def teacher_learns(self) -> bool:
+        return self.distillation.teacher_lr > 0
 
     def train(self, mode: bool = True) -> TeacherStudent:
         super().train(mode)
@@ -114,6 +132,8 @@ class TeacherStudent(MegatronModule):
         Communicates: tp, in both models and in the loss.
         """
         tokens = (input_ids, position_ids, attention_mask)
+        if self._validation is not None and not self.training:
+            return self._validate(self._validation, tokens, labels, loss_mask, model_arguments)
         if self.post_process and (labels is None or not self.training):
             return self.student(*tokens, labels=labels, **model_arguments)
         if not self.training:
@@ -124,10 +144,10 @@ class TeacherStudent(MegatronModule):
         weights = torch.ones_like(input_ids) if loss_mask is None else loss_mask
         with (
             hidden.micro_batch(weights, self._riders, self._sums) if hidden else nullcontext(),
-            _without_logits(self.teacher),
-            _without_logits(self.student),
+            without_logits(self.teacher),
+            without_logits(self.student),
         ):
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.teacher_learns):
                 teacher_output = self.teacher(*tokens, **model_arguments)
             student_output = self.student(*tokens, **model_arguments)
             if hidden:
@@ -141,34 +161,85 @@ class TeacherStudent(MegatronModule):
         self, student_hidden: Tensor, teacher_hidden: Tensor, labels: Tensor | None, loss_mask: Tensor | None
     ) -> Tensor:
         """[b, s/cp] from what the output layers read, [s/cp, b, h] or [s/(cp*tp), b, h]. Communicates: tp."""
-        config, student = self.distillation, self.student
-        heads = (
-            OutputHead(student_hidden, _output_weight(student)),
-            OutputHead(teacher_hidden, _output_weight(self.teacher)),
-        )
+        config, options = self.distillation, self._options()
+        heads = (OutputHead(student_hidden, output_weight(self.student)), self._teacher_answer(teacher_hidden))
         weight = config.cross_entropy_weight
-        options: dict[str, Any] = {
-            "tp_group": student.pg_collection.tp,
-            "vocab_size": self.vocab_size,
-            "labels": labels.t() if labels is not None and weight > 0 else None,
-            "sequence_parallel": student.config.sequence_parallel,
-            "gradient_accumulation_fusion": student.config.gradient_accumulation_fusion,
-        }
+        options["labels"] = labels.t() if labels is not None and weight > 0 else None
         if loss_mask is None:  # the caller may weigh the tokens as it likes; the logits are formed again in backward
-            losses = fused_linear_divergence(*heads, config.divergence, **options)
-            per_token, entropy = losses.divergence, losses.cross_entropy
+            per_token, entropy, agreement = fused_linear_divergence(*heads, config.divergence, **options)
             total = None
         else:
             mask = loss_mask.t().float()
             loss = fused_linear_loss(*heads, config.divergence, mask, cross_entropy_weight=weight, **options)
-            per_token, entropy, total = loss.divergence, loss.cross_entropy, loss.total
-        self._add_to_step(DIVERGENCE, per_token.t(), loss_mask)
+            total, per_token, entropy, agreement = loss
+        self._add(self._sums, {DIVERGENCE: per_token, CROSS_ENTROPY: entropy, AGREEMENT: agreement}, loss_mask)
         if entropy is not None:
-            self._add_to_step(CROSS_ENTROPY, entropy.t(), loss_mask)
             per_token = per_token + weight * entropy
         if total is not None:  # the values stay, and their sum weighted by the mask has the gradient of the total
-            per_token = per_token + (total - total.detach()) * mask / mask.square().sum().clamp(min=1e-12)
+            per_token = per_token + _gradient_of(total, mask)
+        if self.teacher_learns:
+            per_token = per_token + self._correction(teacher_hidden, labels, loss_mask)
         return per_token.t().contiguous()
+
+    def _correction(self, teacher_hidden: Tensor, labels: Tensor | None, loss_mask: Tensor | None) -> Tensor:
+        """[s, b] of zeros with the gradient of the teacher's own loss. Communicates: tp.
+
+        Cross-entropy is the divergence from one who is sure of the label.
+        """
+        require(labels is not None, "a teacher that is corrected learns from labels; give them.")
+        assert labels is not None
+        indices = labels.t().unsqueeze(-1)
+        certain = torch.zeros(indices.shape, device=indices.device)
+        label = TopKTeacher(indices, certain, certain[..., 0] - float("inf"))
+        head = OutputHead(teacher_hidden, output_weight(self.teacher))
+        config, options = DivergenceConfig(kind=TOP_K, k=1), self._options() | {"with_agreement": False}
+        if loss_mask is None:
+            per_token = fused_linear_divergence(head, label, config, **options).divergence
+            correction = per_token - per_token.detach()
+        else:
+            mask = loss_mask.t().float()
+            total, per_token, *_ = fused_linear_loss(head, label, config, mask, **options)
+            correction = _gradient_of(total, mask)
+        self._add(self._sums, {TEACHER_CROSS_ENTROPY: per_token}, loss_mask)
+        return correction
+
+    def _teacher_answer(self, teacher_hidden: Tensor) -> OutputHead | TopKTeacher:
+        """What the teacher says of the tokens, in a form the losses read."""
+        return OutputHead(teacher_hidden, output_weight(self.teacher))
+
+    def _options(self) -> dict[str, Any]:
+        """Of both fused losses."""
+        return {
+            "tp_group": self.student.pg_collection.tp,
+            "vocab_size": self.vocab_size,
+            "sequence_parallel": self.student.config.sequence_parallel,
+            "gradient_accumulation_fusion": self.student.config.gradient_accumulation_fusion,
+            "with_agreement": True,
+        }
+
+    @torch.no_grad()
+    def _validate(
+        self,
+        sums: StepSums,
+        tokens: tuple[Tensor, Tensor, Tensor | None],
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        model_arguments: dict[str, Any],
+    ) -> Tensor:
+        """`forward` in a validation: the student's own loss, or message; the teacher runs beside it."""
+        with without_logits(self.teacher):
+            teacher_hidden = self.teacher(*tokens, **model_arguments)
+        with _outputs_of(self.student.decoder) as student_hidden:
+            output: Tensor = self.student(*tokens, labels=labels, **model_arguments)
+        if not self.post_process:  # no hidden losses, but their place in the message
+            riders = output.new_zeros(*output.shape[:-1], self._message_extra(after=True) - teacher_hidden.shape[-1])
+            return torch.cat([output, teacher_hidden, riders], dim=-1)
+        heads = (OutputHead(student_hidden[0], output_weight(self.student)), self._teacher_answer(teacher_hidden))
+        losses = fused_linear_divergence(*heads, self.distillation.divergence, **self._options())
+        self._add(sums, {DIVERGENCE: losses.divergence, AGREEMENT: losses.agreement}, loss_mask)
+        weights = torch.ones_like(tokens[0]) if loss_mask is None else loss_mask
+        sums.add_tokens(weights.sum(), copies=group_size(self.student.pg_collection.tp))
+        return output
 
     # ---- what a step was -----------------------------------------------------------------------------------------
 
@@ -183,6 +254,8 @@ class TeacherStudent(MegatronModule):
         loss = means[DIVERGENCE] + config.cross_entropy_weight * means[CROSS_ENTROPY]
         if config.cross_entropy_weight == 0:
             del means[CROSS_ENTROPY]
+        if not self.teacher_learns:
+            del means[TEACHER_CROSS_ENTROPY]
         if hidden:
             hidden.forget_recomputation()
             total, weight = torch.stack([means[part] for part in hidden.parts]).sum(), hidden.balance.hidden_weight()
@@ -195,13 +268,36 @@ class TeacherStudent(MegatronModule):
         """Parts of the loss of the last ended step, means over its supervised tokens; empty before the first.
 
         Float64 scalars on the device, equal on every rank: loss (what was minimised), divergence, cross_entropy (if it
-        has a weight), hidden/<pair> of each pair, hidden (their sum), its hidden_weight, and alpha within that.
+        has a weight), hidden/<pair> of each pair, hidden (their sum), its hidden_weight, and alpha within that; beside
+        them agreement, the share of tokens whose likeliest next token is the teacher's (agreement.py).
         """
         return dict(self._last_step)
 
-    def _add_to_step(self, part: str, per_token: Tensor, loss_mask: Tensor | None) -> None:
-        weighted = per_token.detach() if loss_mask is None else per_token.detach() * loss_mask
-        self._sums.add(part, weighted.sum(dtype=torch.float64), copies=group_size(self.student.pg_collection.tp))
+    def begin_validation(self) -> None:
+        """From now on, in eval mode, the teacher runs beside the student on every stage, and the two are compared."""
+        if self.teacher_is_here:
+            self._validation = StepSums([DIVERGENCE, AGREEMENT])
+
+    def end_validation(self) -> None:
+        """To be called on every rank. Communicates: over all ranks, one all-reduce of a few float64."""
+        if self._validation is not None:
+            self._last_validation = self._validation.close(next(self.student.parameters()).device)
+            self._validation = None
+
+    def validation_losses(self) -> dict[str, Tensor]:
+        """Divergence and agreement of the last ended validation, means over its supervised tokens; empty before.
+
+        Float64 scalars on the device, equal on every rank.
+        """
+        return dict(self._last_validation)
+
+    def _add(self, sums: StepSums, parts: dict[str, Tensor | None], loss_mask: Tensor | None) -> None:
+        """Add values of each token [s, b], masked by [b, s]."""
+        for part, per_token in parts.items():
+            if per_token is not None:
+                weighted = per_token.detach() if loss_mask is None else per_token.detach() * loss_mask.t()
+                total = weighted.sum(dtype=torch.float64)
+                sums.add(part, total, copies=group_size(self.student.pg_collection.tp))
 
     def _begin_micro_batch(self) -> None:
         self._sums.micro_batches += 1
@@ -226,7 +322,8 @@ class TeacherStudent(MegatronModule):
         width, teacher_width = self.config.hidden_size, self.teacher.config.hidden_size
         # Contiguous: fused layernorms view their input as a matrix.
         self.student.set_input_tensor(message[..., :width].contiguous())
-        self.teacher.set_input_tensor(message[..., width : width + teacher_width].detach().contiguous())
+        of_teacher = message[..., width : width + teacher_width]
+        self.teacher.set_input_tensor((of_teacher if self.teacher_learns else of_teacher.detach()).contiguous())
         if self.hidden_states:
             self._riders = self.hidden_states.take_riders(message[..., width + teacher_width :])
 
@@ -261,8 +358,10 @@ class TeacherStudent(MegatronModule):
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         state: dict[str, Any] = self.student.state_dict(*args, prefix=prefix, **kwargs)
+        kwargs["destination"] = state
+        if self.teacher_learns:
+            self.teacher.state_dict(prefix=prefix + TEACHER, **kwargs)
         if self.hidden_states:
-            kwargs["destination"] = state
             self.hidden_states.state_dict(prefix=prefix + HIDDEN_STATES, **kwargs)
         return state
 
@@ -273,6 +372,8 @@ class TeacherStudent(MegatronModule):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         sharded: dict[str, Any] = self.student.sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.teacher_learns:
+            sharded |= self.teacher.sharded_state_dict(prefix + TEACHER, sharded_offsets, metadata)
         if self.hidden_states:
             sharded |= self.hidden_states.sharded_state_dict(prefix + HIDDEN_STATES)
         return sharded
@@ -282,9 +383,11 @@ class TeacherStudent(MegatronModule):
         # given what it already holds, and so are hidden losses by a checkpoint of a run without them. Without hidden
         # losses, what they learned in another run is left out.
         of_hidden = [name for name in state_dict if name.startswith(prefix + HIDDEN_STATES)]
-        for name in [name for name in state_dict if name.startswith(prefix) and name not in of_hidden]:
+        not_students = (prefix + HIDDEN_STATES, prefix + TEACHER)
+        for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(not_students)]:
             state_dict[f"{prefix}student.{name.removeprefix(prefix)}"] = state_dict.pop(name)
-        state_dict.update(self.teacher.state_dict(prefix=f"{prefix}teacher."))
+        if not self.teacher_learns or not any(name.startswith(prefix + TEACHER) for name in state_dict):
+            state_dict.update(self.teacher.state_dict(prefix=prefix + TEACHER))
         if self.hidden_states is None:
             for name in of_hidden:
                 del state_dict[name]
@@ -293,8 +396,13 @@ class TeacherStudent(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _gradient_of(total: Tensor, mask: Tensor) -> Tensor:
+    """[s, b] of zeros whose sum weighted by the mask has the gradient of the scalar `total`."""
+    return (total - total.detach()) * mask / mask.square().sum().clamp(min=1e-12)
+
+
 @contextmanager
-def _without_logits(model: GPTModel) -> Iterator[None]:
+def without_logits(model: GPTModel) -> Iterator[None]:
     """Inside, the last stage's part gives what its output layer would read."""
     post_process = model.post_process
     model.post_process = False
@@ -304,7 +412,18 @@ def _without_logits(model: GPTModel) -> Iterator[None]:
         model.post_process = post_process
 
 
-def _output_weight(model: GPTModel) -> Tensor:
+@contextmanager
+def _outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """What the module returns inside, in order."""
+    outputs: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()
+
+
+def output_weight(model: GPTModel) -> Tensor:
     """[v/tp, h] of the output layer, the embedding's where they are tied."""
     tied = model.share_embeddings_and_output_weights
     weight: Tensor = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
@@ -328,6 +447,17 @@ def adjust_tensor_shapes_fn(model: nn.Module) -> Callable[..., Any] | None:
     if inner is not None and parallel_state.get_pipeline_model_parallel_world_size() > 1:
         return inner.adjust_tensor_shapes
     return None
+
+
+def _require_teacher_can_learn(teacher: GPTModel, learns: bool) -> None:
+    require(
+        not learns
+        or not teacher.share_embeddings_and_output_weights
+        or teacher.config.pipeline_model_parallel_size == 1,
+        f"distillation.teacher_lr cannot be set for a teacher with tied embeddings on "
+        f"{teacher.config.pipeline_model_parallel_size} pipeline stages: Megatron adds the tied gradients of one model "
+        "only. Set trainer.pipeline_model_parallel_size=1, or correct the teacher beforehand.",
+    )
 
 
 def _require_side_by_side(student: GPTModel, teacher: GPTModel) -> None:

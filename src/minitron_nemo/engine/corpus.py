@@ -29,7 +29,8 @@ _STDLIB_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 _STDLIB_BROKEN_ON_PURPOSE = ("lib2to3/tests/data/", "test/test_lib2to3/data/")
 _JSONL = {".jsonl", ".ndjson", ".json"}
 _PARQUET = {".parquet", ".pq"}
-_SOURCE_KEYS = ("path", "weight", "text_key", "glob")
+_KEYS = (("text_key", "text"), ("prompt_key", "prompt"))
+_SOURCE_KEYS = ("path", "weight", "text_key", "prompt_key", "glob")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Document:
 
     name: str | None
     text: str
+    prompt: str = ""
+    """What stands before the text and is not to be learned."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Source:
     """Share of the training samples drawn from here, relative to the other sources; None: in proportion to its size."""
     text_key: str = "text"
     """Key (JSONL) or column (Parquet) that holds the text."""
+    prompt_key: str | None = None
+    """That of a prompt, which the text answers; null: there are none. Files of other kinds have none."""
     glob: str = "*"
     """Which files of a folder to take, by name; applied at every depth."""
 
@@ -84,26 +89,22 @@ class Source:
 
     def documents(self) -> Iterator[Document]:
         """Every document that is more than white space. Raises: ValueError: a file or record that cannot be read."""
+        keys = [self.text_key] if self.prompt_key is None else [self.text_key, self.prompt_key]
         for name, file in self.files():
             if file.suffix in _JSONL:
-                texts: Iterator[str] = _jsonl_texts(file, self.text_key)
-                named = None
+                documents = (Document(None, *texts) for texts in _jsonl_texts(file, keys))
             elif file.suffix in _PARQUET:
-                texts = _parquet_texts(file, self.text_key)
-                named = None
+                documents = (Document(None, *texts) for texts in _parquet_texts(file, keys))
             else:
-                texts = _whole_text(file, skip_undecodable=self.path == STDLIB)
-                named = name
-            for text in texts:
-                if text and not text.isspace():
-                    yield Document(named, text)
+                documents = (Document(name, text) for text in _whole_text(file, skip_undecodable=self.path == STDLIB))
+            yield from (each for each in documents if each.text and not each.text.isspace())
 
 
-def read_corpus(corpus: Any, *, text_key: str = "text") -> list[Source]:
+def read_corpus(corpus: Any, *, text_key: str = "text", prompt_key: str | None = None) -> list[Source]:
     """The sources named by the config key `corpus`.
 
     Args:
-        corpus: `stdlib`, a path, or a list of paths or of mappings {path, weight, text_key, glob}.
+        corpus: `stdlib`, a path, or a list of paths or of mappings {path, weight, text_key, prompt_key, glob}.
     Raises: ValueError: an empty list, an unknown key, or weights on some sources only.
     """
     entries = [corpus] if isinstance(corpus, (str, Path, Mapping)) else corpus
@@ -111,7 +112,7 @@ def read_corpus(corpus: Any, *, text_key: str = "text") -> list[Source]:
         isinstance(entries, Sequence) and len(entries) > 0,
         f"corpus={corpus!r} names no source. Set it to '{STDLIB}', a path, or a list of paths or {{path, weight}}.",
     )
-    sources = [_read_source(entry, text_key) for entry in entries]
+    sources = [_read_source(entry, text_key, prompt_key) for entry in entries]
     weighted = [source for source in sources if source.weight is not None]
     require(
         len(weighted) in (0, len(sources)),
@@ -141,7 +142,7 @@ class Splitter:
         )
 
     def is_validation(self, document: Document) -> bool:
-        of_text = hashlib.sha256(document.text.encode()).digest()
+        of_text = hashlib.sha256((document.prompt + document.text).encode()).digest()
         if document.name is None:
             deciding = of_text
         else:
@@ -155,9 +156,9 @@ class Splitter:
         return len(self._side)
 
 
-def _read_source(entry: Any, text_key: str) -> Source:
+def _read_source(entry: Any, text_key: str, prompt_key: str | None) -> Source:
     if isinstance(entry, (str, Path)):
-        return Source(str(entry), text_key=text_key)
+        return Source(str(entry), text_key=text_key, prompt_key=prompt_key)
     require(isinstance(entry, Mapping), f"corpus: {entry!r} is neither a path nor a mapping {{path, weight}}.")
     for key in entry:
         require(key in _SOURCE_KEYS, f"corpus: unknown key {key!r} in {dict(entry)}; {did_you_mean(key, _SOURCE_KEYS)}")
@@ -171,6 +172,7 @@ def _read_source(entry: Any, text_key: str) -> Source:
         str(entry["path"]),
         weight=None if weight is None else float(weight),
         text_key=entry.get("text_key") or text_key,
+        prompt_key=entry.get("prompt_key") or prompt_key,
         glob=entry.get("glob") or "*",
     )
 
@@ -209,7 +211,8 @@ def _whole_text(file: Path, *, skip_undecodable: bool) -> Iterator[str]:
         raise _unreadable(file, error) from error
 
 
-def _jsonl_texts(file: Path, text_key: str) -> Iterator[str]:
+def _jsonl_texts(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Of each record what stands under `keys`: the text's, and the prompt's if there are prompts."""
     try:
         with file.open(encoding="utf-8-sig") as lines:
             for number, line in enumerate(lines, start=1):
@@ -222,17 +225,18 @@ def _jsonl_texts(file: Path, text_key: str) -> Iterator[str]:
                         f"corpus: {file}, line {number} is not JSON ({error.msg}). JSONL holds one object a line."
                     ) from error
                 require(isinstance(record, dict), f"corpus: {file}, line {number} is not a JSON object with a text.")
-                require(
-                    text_key in record,
-                    f"corpus: {file}, line {number} has no key text_key={text_key}; "
-                    f"{did_you_mean(text_key, record)} Set text_key to the one that holds the text.",
-                )
-                require(
-                    isinstance(record[text_key], str),
-                    f"corpus: {file}, line {number}: {text_key} is {type(record[text_key]).__name__}, not a string. "
-                    "Set text_key to the key that holds the text.",
-                )
-                yield _without_lone_surrogates(record[text_key])
+                for key, (name, what) in zip(keys, _KEYS, strict=False):
+                    require(
+                        key in record,
+                        f"corpus: {file}, line {number} has no key {name}={key}; "
+                        f"{did_you_mean(key, record)} Set {name} to the one that holds the {what}.",
+                    )
+                    require(
+                        isinstance(record[key], str),
+                        f"corpus: {file}, line {number}: {key} is {type(record[key]).__name__}, not a string. "
+                        f"Set {name} to the key that holds the {what}.",
+                    )
+                yield tuple(_without_lone_surrogates(record[key]) for key in keys)
     except UnicodeDecodeError as error:
         raise ValueError(f"corpus: {file} is not UTF-8 ({error.reason}). Convert it (iconv -t UTF-8).") from error
     except OSError as error:
@@ -248,25 +252,27 @@ def _without_lone_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _parquet_texts(file: Path, text_key: str) -> Iterator[str]:
+def _parquet_texts(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
         names = table.schema_arrow.names
-        require(
-            text_key in names,
-            f"corpus: {file} has no column text_key={text_key}; {did_you_mean(text_key, names)} "
-            "Set text_key to the one that holds the text.",
-        )
-        kind = table.schema_arrow.field(text_key).type
-        require(
-            pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
-            f"corpus: {file}: column {text_key} holds {kind}, not strings. Set text_key to the one with the text.",
-        )
-        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
+        for key, (name, what) in zip(keys, _KEYS, strict=False):
+            require(
+                key in names,
+                f"corpus: {file} has no column {name}={key}; {did_you_mean(key, names)} "
+                f"Set {name} to the one that holds the {what}.",
+            )
+            kind = table.schema_arrow.field(key).type
+            require(
+                pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
+                f"corpus: {file}: column {key} holds {kind}, not strings. Set {name} to the one with the {what}.",
+            )
+        for batch in table.iter_batches(batch_size=1024, columns=list(keys)):
+            rows = zip(*(batch.column(key).to_pylist() for key in keys), strict=True)
+            yield from (tuple(value or "" for value in row) for row in rows)
     except pyarrow.ArrowException as error:
         raise ValueError(f"corpus: {file} is not a readable Parquet file ({error}). Write it again.") from error
     except OSError as error:

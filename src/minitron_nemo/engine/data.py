@@ -1,6 +1,7 @@
 """Token files and what trains, validates and calibrates on them.
 
     <split>.bin   every document's tokens, end to end, each closed by the end-of-text token    uint16 or int32
+                  (int32 where there are prompts, whose tokens are marked as not to be learned, see documents.py)
     <split>.idx   where documents begin (Megatron-core's indexed dataset)
 
 Training and validation are separate pairs of files, so no sample can reach across. Training reads them through NeMo's
@@ -16,7 +17,7 @@ Communication: only inside Megatron-core, which builds its sample index on rank 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from nemo.collections.llm.gpt.data.pre_training import PreTrainingDataModule
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from minitron_nemo.artifact import Artifact, open_artifact
-from minitron_nemo.checks import require
+from minitron_nemo.checks import require, require_divisible
+from minitron_nemo.engine.corpus import Document
+from minitron_nemo.engine.documents import mark, pad_documents, unmark
 from minitron_nemo.engine.tokenizer import tokenizer_digest, vocabulary_size
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ if TYPE_CHECKING:
 
 TRAIN, VALIDATION = "train", "validation"
 _BATCH_CHARACTERS = 2_000_000  # texts handed to the tokenizer at once: enough for its threads, small in memory
-_NO_PADDING = -1  # no token has this id
+_NO_PADDING = -(1 << 31)  # no token has this id, nor the mark of one
 
 
 @dataclass
@@ -49,12 +53,23 @@ class DataConfig:  # conf/data/*.yaml
     """A prepare-data artifact, or a list of {path, weight} to blend several made with one tokenizer."""
     seed: int = 1234
     """Order of the training samples."""
+    reset_at_documents: bool = False
+    """Attention and positions begin anew at every document of a sample, whose last token is not supervised, as what
+    follows it is another text. Needs trainer.micro_batch_size=1."""
+    pad_documents_to: int = 1
+    """With reset_at_documents: fill each document up to a multiple of this many tokens, and leave out what no longer
+    fits. Context parallelism needs a multiple of 2 x trainer.context_parallel_size."""
     num_workers: int = 0
     """Loader processes per rank, at least 0; 0 loads in the training process, best without an accelerator."""
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must be at least 0.")
         require(self.seed >= 0, f"data.seed={self.seed} must be at least 0.")
+        require(self.pad_documents_to >= 1, f"data.pad_documents_to={self.pad_documents_to} must be at least 1.")
+        require(
+            self.reset_at_documents or self.pad_documents_to == 1,
+            f"data.pad_documents_to={self.pad_documents_to} is of data.reset_at_documents=true. Set that too.",
+        )
 
     def blend(self) -> list[tuple[Artifact, float]]:
         """The artifacts and their weights. Raises: as `open_artifact`; ValueError: missing, unweighted or mixed."""
@@ -92,6 +107,15 @@ class PackedDataset(GPTDataset):
         super().__init__(*args, **kwargs)
         self._pad_token_id = _NO_PADDING
 
+    def __getitem__(self, index: int | None) -> dict[str, Tensor]:
+        """tokens, labels, loss_mask, position_ids, each [s]."""
+        sample = super().__getitem__(index)
+        sample["labels"], supervised = unmark(sample["labels"])
+        sample["loss_mask"] = sample["loss_mask"] * supervised
+        sample["tokens"], _ = unmark(sample["tokens"])
+        multiple = getattr(self.config, "pad_documents_to", 1)
+        return sample if multiple == 1 else pad_documents(sample, multiple)
+
 
 class PackedDataModule(PreTrainingDataModule):
     """NeMo's data module with two choices of its own.
@@ -101,6 +125,11 @@ class PackedDataModule(PreTrainingDataModule):
     masks: they are all causal, so the model makes one, once; NeMo adds [s, s] to every sample without
     transformer-engine.
     """
+
+    pad_documents_to = 1
+    """As in `DataConfig`."""
+    train_dataset: Callable[[int], Dataset] | None = None
+    """Given the number of samples of the run, what it trains on; None: Megatron-core's shuffled windows."""
 
     def build(
         self,
@@ -116,8 +145,13 @@ class PackedDataModule(PreTrainingDataModule):
         samples = trainer_max_steps * self.data_sampler.global_batch_size
         assert samples > 0, f"max_steps={trainer_max_steps} must be known when the data are built"
         self._train_ds, self._validation_ds, self._test_ds = BlendedMegatronDatasetBuilder(
-            self.dataset_cls, [samples, None, None], is_built_on_rank=lambda: True, config=self.gpt_dataset_config
+            self.dataset_cls,
+            [samples if self.train_dataset is None else 1, None, None],
+            is_built_on_rank=lambda: True,
+            config=self.gpt_dataset_config,
         ).build()
+        if self.train_dataset is not None:
+            self._train_ds = self.train_dataset(samples)
         if isinstance(trainer_limit_val_batches, int):
             size, found = self.data_sampler.global_batch_size, len(self._validation_ds)
             require(
@@ -131,6 +165,7 @@ class PackedDataModule(PreTrainingDataModule):
     def gpt_dataset_config(self) -> GPTDatasetConfig:
         config = super().gpt_dataset_config
         config.create_attention_mask = False
+        config.pad_documents_to = self.pad_documents_to
         return config
 
 
@@ -142,6 +177,7 @@ def build_data_module(
     global_batch_size: int,
     *,
     index_dir: Path | str,
+    train_dataset: Callable[[int], Dataset] | None = None,
     pin_memory: bool | None = None,
 ) -> PreTrainingDataModule:
     """NeMo's data module over the prepared files.
@@ -152,16 +188,25 @@ def build_data_module(
         tokenizer: the model's; must be the one the data was made with.
         index_dir: where Megatron-core keeps its sample index, seen by every rank; the run's own directory, since
             artifacts are never written into. Each version of the data has its own folder in it.
+        train_dataset: as `PackedDataModule.train_dataset`.
         pin_memory: None: where there is an accelerator.
-    Raises: ValueError: the tokenizer differs from the data's, or a split is shorter than one sample.
+    Raises: ValueError: the tokenizer differs from the data's, a split is shorter than one sample, or documents cannot
+        be told apart in such a batch.
     """
+    if config.reset_at_documents:
+        require(
+            micro_batch_size == 1,
+            f"trainer.micro_batch_size={micro_batch_size} must be 1 with data.reset_at_documents=true: documents of a "
+            "sample are attended to one by one. For larger micro-batches raise trainer.seq_length.",
+        )
+        require_divisible("trainer.seq_length", seq_length, "data.pad_documents_to", config.pad_documents_to)
     blend = config.blend()
     require_tokenizer_of(blend[0][0], tokenizer)
     for artifact, _ in blend:
         require_length(artifact, TRAIN, seq_length)
         require_length(artifact, VALIDATION, seq_length)
     validation = [prefix for artifact, _ in blend for prefix in split_prefixes(artifact, VALIDATION, seq_length)]
-    return PackedDataModule(
+    module = PackedDataModule(
         paths={TRAIN: _weighted(blend), VALIDATION: validation, "test": validation},
         seq_length=seq_length,
         tokenizer=tokenizer,
@@ -174,8 +219,26 @@ def build_data_module(
         split=None,
         index_mapping_dir=str(Path(index_dir) / "-".join(artifact.digest[:12] for artifact, _ in blend)),
         dataset_cls=PackedDataset,
+        reset_position_ids=config.reset_at_documents,
+        eod_mask_loss=config.reset_at_documents,
         output_log=False,
     )
+    module.pad_documents_to = config.pad_documents_to
+    module.train_dataset = train_dataset
+    return module
+
+
+def weighted_sources(blend: list[tuple[Artifact, float]]) -> list[tuple[Artifact, dict[str, Any], float]]:
+    """Every source of the artifacts with its share of training, relative.
+
+    Sources of one artifact without weights share its weight by their number of tokens.
+    """
+    shares = []
+    for artifact, weight in blend:
+        sources = artifact.facts["sources"]
+        parts = [source["weight"] if source["weight"] is not None else source["train_tokens"] for source in sources]
+        shares += [(artifact, each, weight * part / sum(parts)) for each, part in zip(sources, parts, strict=True)]
+    return shares
 
 
 def split_prefixes(artifact: Artifact, split: str, seq_length: int = 0) -> list[str]:
@@ -220,13 +283,15 @@ class TokenFiles:
     vocab_size: int
     documents: int = 0
     tokens: int = 0
+    marked: bool = False
+    """Some tokens are not to be learned; see `documents.mark`."""
     _ordered: IndexedDatasetBuilder = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._ordered = self._builder(self._waiting(".bin"))
 
-    def add(self, ids: Sequence[int]) -> None:
-        self._ordered.add_document(np.asarray(ids), [len(ids)])
+    def add(self, ids: np.ndarray) -> None:
+        self._ordered.add_document(ids, [len(ids)])
         self.documents += 1
         self.tokens += len(ids)
 
@@ -248,18 +313,27 @@ class TokenFiles:
         return self.prefix.with_name(f"{self.prefix.name}.ordered{ending}")
 
     def _builder(self, path: Path) -> IndexedDatasetBuilder:
-        return IndexedDatasetBuilder(str(path), dtype=DType.optimal_dtype(self.vocab_size))
+        dtype = np.int32 if self.marked else DType.optimal_dtype(self.vocab_size)
+        return IndexedDatasetBuilder(str(path), dtype=dtype)
 
 
-def encode_documents(texts: Iterable[str], tokenizer: AutoTokenizer) -> Iterator[list[int]]:
-    """Each text's ids, closed by the end-of-text token. What looks like a special token in a text stays text."""
-    for batch in _by_size(texts):
+def encode_documents(documents: Iterable[Document], tokenizer: AutoTokenizer) -> Iterator[np.ndarray]:
+    """Each document's ids, closed by the end-of-text token; its prompt's stand first, marked.
+
+    What looks like a special token in a text stays text.
+    """
+
+    def encode(texts: list[str]) -> list[list[int]]:
         encoded = tokenizer.tokenizer(
-            batch, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+            texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
         )
-        for ids in encoded["input_ids"]:
-            ids.append(tokenizer.tokenizer.eos_token_id)
-            yield ids
+        return encoded["input_ids"]
+
+    for batch in _by_size(documents):
+        prompts, texts = (encode([getattr(each, part) for each in batch]) for part in ("prompt", "text"))
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = np.asarray([*text, tokenizer.tokenizer.eos_token_id])
+            yield np.concatenate([mark(np.asarray(prompt)), ids]) if prompt else ids
 
 
 def batches(
@@ -286,7 +360,7 @@ def batches(
     Raises: ValueError: more samples than windows, or calibration samples that do not split evenly.
     """
     prefixes = [str(prefix)] if isinstance(prefix, (str, Path)) else [str(each) for each in prefix]
-    streams = [_Stream(each) for each in prefixes]
+    streams = [TokenStream(each) for each in prefixes]
     ends = np.cumsum([stream.windows(seq_length) for stream in streams])
     available = int(ends[-1])
     wanted = available if num_samples is None else num_samples
@@ -309,7 +383,7 @@ def batches(
 
 
 def _micro_batches(
-    streams: list[_Stream],
+    streams: list[TokenStream],
     ends: np.ndarray,
     chosen: np.ndarray,
     seq_length: int,
@@ -326,16 +400,16 @@ def _micro_batches(
             start = window - (int(ends[source - 1]) if source else 0)
             rows.append(streams[source].read(start * seq_length, seq_length + 1))
             counted.append(float(place < len(chosen)))
-        text = torch.from_numpy(np.stack(rows))  # [b, s + 1]
+        text, supervised = unmark(torch.from_numpy(np.stack(rows)))  # [b, s + 1]
         yield {
             "tokens": text[:, :-1].contiguous(),
             "labels": text[:, 1:].contiguous(),
-            "loss_mask": torch.tensor(counted)[:, None].repeat(1, seq_length),
+            "loss_mask": torch.tensor(counted)[:, None] * supervised[:, 1:],
             "position_ids": torch.arange(seq_length).repeat(micro_batch_size, 1),
         }
 
 
-class _Stream:
+class TokenStream:
     """A .bin/.idx pair as one long row of tokens."""
 
     def __init__(self, prefix: str) -> None:
@@ -352,7 +426,7 @@ class _Stream:
         return max(0, (int(self.ends[-1]) - 1) // seq_length)
 
     def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length), int64, across documents."""
+        """Tokens [start, start + length), int64, across documents, with their marks."""
         parts = []
         document = int(np.searchsorted(self.ends, start, side="right"))
         while length > 0:
@@ -364,25 +438,19 @@ class _Stream:
 
 
 def _weighted(blend: list[tuple[Artifact, float]]) -> list[str]:
-    """Megatron-core's flat [weight, prefix, weight, prefix, ...]; without weights a lone prefix.
-
-    Sources of one artifact without weights share its weight by their number of tokens.
-    """
+    """Megatron-core's flat [weight, prefix, weight, prefix, ...]; without weights a lone prefix."""
     flat = []
-    for artifact, weight in blend:
-        sources = artifact.facts["sources"]
-        parts = [source["weight"] if source["weight"] is not None else source["train_tokens"] for source in sources]
-        for source, part in zip(sources, parts, strict=True):
-            flat += [repr(weight * part / sum(parts)), os.path.abspath(artifact.path / source[TRAIN])]
+    for artifact, source, weight in weighted_sources(blend):
+        flat += [repr(weight), os.path.abspath(artifact.path / source[TRAIN])]
     return flat if len(flat) > 2 else flat[1:]
 
 
-def _by_size(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
+def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
     size = 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
+    for document in documents:
+        batch.append(document)
+        size += len(document.prompt) + len(document.text)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

@@ -28,7 +28,7 @@ from minitron_nemo.importance.depth import (
     GreedyConfig,
     token_losses,
 )
-from minitron_nemo.importance.removal import LayerSwitches, Sweep
+from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
 from minitron_nemo.importance.scores import GREEDY
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.shape import ModelShape
@@ -75,7 +75,7 @@ def estimate_depth(
             scores = estimator.finish()
     if ACCURACY in config.metrics:
         sweep = Sweep(shape.num_layers, config.block_sizes, dropped)
-        likelihoods = option_likelihoods(core, sweep, questions, micro_batch_size)
+        likelihoods = option_likelihoods(core, sweep.passes, questions, micro_batch_size)
         right = accuracy(questions, likelihoods, normalize=config.normalize)
         scores[ACCURACY] = {size: values.float().cpu() for size, values in sweep.by_block(right[0] - right).items()}
     scores = {metric: scores[metric] for metric in config.metrics}
@@ -89,11 +89,21 @@ def estimate_depth(
     return scores
 
 
-def option_likelihoods(core: MCoreGPTModel, sweep: Sweep, questions: Sequence[Question], rows: int) -> Tensor:
-    """Log-likelihood of every option's scored tokens in every pass of the sweep, in nats.
+def option_likelihoods(
+    core: MCoreGPTModel,
+    passes: Sequence[Pass],
+    questions: Sequence[Question],
+    rows: int,
+    *,
+    label: str = "depth task",
+    key: str = "depth.task",
+) -> Tensor:
+    """Log-likelihood of every option's scored tokens in every pass, in nats.
 
     Args:
         rows: b of the micro-batches.
+        label: for the progress line.
+        key: the user's config key that named the questions, for messages.
     Returns: [passes, options of all questions] float64, equal on every rank.
     Communicates: the passes' own; at the end cp and dp (sum) and pp (from the last stage).
     Raises: ValueError: a likelihood is not finite.
@@ -101,14 +111,14 @@ def option_likelihoods(core: MCoreGPTModel, sweep: Sweep, questions: Sequence[Qu
     groups, config = Groups.from_megatron(), core.config
     continuations = [option for question in questions for option in question.options]
     device = next(core.parameters()).device
-    found = torch.zeros(len(sweep.passes), len(continuations), dtype=torch.float64, device=device)
+    found = torch.zeros(len(passes), len(continuations), dtype=torch.float64, device=device)
     splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
     if config.context_parallel_size > 1:
         splits *= 2 * config.context_parallel_size
     dp_rank, dp_size = group_rank(groups.dp), group_size(groups.dp)
     total = -(-len(continuations) // (rows * dp_size))
     shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
-    with LayerSwitches(core) as layers, Reporter("depth task", total, show=dist.get_rank() == 0) as reporter:
+    with LayerSwitches(core) as layers, Reporter(label, total, show=dist.get_rank() == 0) as reporter:
         for done, (places, batch) in enumerate(shares, start=1):
             local = data_step(iter([batch]))
             where = torch.tensor(places, dtype=torch.int64, device=device)
@@ -118,14 +128,14 @@ def option_likelihoods(core: MCoreGPTModel, sweep: Sweep, questions: Sequence[Qu
                 sums = torch.where(local["loss_mask"] != 0, losses, 0.0).sum(1)  # [b]
                 found[number, where] = -sums[: len(where)]
 
-            layers.run(sweep.passes, local, forward_step, see)
+            layers.run(passes, local, forward_step, see)
             reporter.update(done)
     for group in (groups.cp, groups.dp):
         found = all_reduce_sum(found, group=group)
     found = broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)
     require(
         bool(found.isfinite().all()),
-        "The log-likelihood of an option of depth.task is not finite (NaN or infinity). Check the checkpoint and its "
+        f"The log-likelihood of an option of {key} is not finite (NaN or infinity). Check the checkpoint and its "
         "dtype with the evaluate stage, or try trainer.precision=fp32.",
     )
     return found

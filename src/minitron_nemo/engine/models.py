@@ -28,7 +28,9 @@ from minitron_nemo import platform
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.config import DistillationConfig
 from minitron_nemo.distillation.offload import keep_on_host
-from minitron_nemo.distillation.teacher_student import TeacherStudent
+from minitron_nemo.distillation.stored_teacher import STORED, StoredTeacherStudent
+from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
+from minitron_nemo.engine.documents import documents_of, documents_on_this_cp_rank
 from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.importance import Importance, ImportanceConfig
 from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
@@ -132,26 +134,34 @@ def causal_mask(seq_length: int, device: torch.device) -> torch.Tensor:
     return torch.ones(seq_length, seq_length, dtype=torch.bool, device=device).triu(1)[None, None]
 
 
-def data_step(dataloader_iter: Any) -> dict[str, torch.Tensor]:
-    """One micro-batch on this rank's device: tokens, labels, loss_mask, position_ids, each [b, s/cp]."""
+def data_step(dataloader_iter: Any) -> dict[str, Any]:
+    """One micro-batch on this rank's device: tokens, labels, loss_mask, position_ids, each [b, s/cp].
+
+    Where the teacher's answers are stored, these too, [b, s/cp, ...]; where samples hold several documents that do not
+    see each other, also packed_seq_params.
+    """
     batch = next(dataloader_iter)
     batch = batch[0] if isinstance(batch, tuple) else batch
-    wanted = {"tokens", "position_ids", "labels", "loss_mask"}
+    wanted = {"tokens", "position_ids", "labels", "loss_mask", *STORED}
+    documents = documents_of(batch["position_ids"])
     on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
-    return get_batch_on_this_cp_rank(on_device)
+    if documents is None:
+        return get_batch_on_this_cp_rank(on_device)
+    return documents_on_this_cp_rank(on_device, documents)
 
 
-def forward_step(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """Per-token loss [b, s] on the last stage (logits without labels), the passing activation on the others."""
     return model(**_model_inputs(batch))
 
 
-def distillation_step(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def distillation_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
     """As `forward_step`, of a model that forms its gradients with the loss and must know how tokens are weighed."""
-    return model(**_model_inputs(batch), loss_mask=batch["loss_mask"])
+    stored = {key: batch[key] for key in STORED if key in batch}
+    return model(**_model_inputs(batch), loss_mask=batch["loss_mask"], **stored)
 
 
-def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
     tokens = batch["tokens"]
     # transformer-engine and the local spec's causal softmax both accept it; context parallelism builds its own
     mask = None if platform.has_transformer_engine() else causal_mask(tokens.shape[1], tokens.device)
@@ -160,6 +170,7 @@ def _model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | No
         "position_ids": batch["position_ids"],
         "attention_mask": mask,
         "labels": batch.get("labels"),
+        **({"packed_seq_params": batch["packed_seq_params"]} if "packed_seq_params" in batch else {}),
     }
 
 
@@ -181,6 +192,10 @@ class EngineModel(llm.GPTModel):
     @property
     def core(self) -> MCoreGPTModel:
         return bare_gpt(self.module)
+
+    def training_flops_per_token(self, seq_length: int) -> int:
+        """What a step has to compute of each token, on all ranks together; what is computed twice counts once."""
+        return self.shape.flops_per_token(seq_length, training=True)
 
 
 class PrunableGPTModel(EngineModel):
@@ -263,8 +278,59 @@ class DistillationGPTModel(EngineModel):
             keep_on_host(teacher.decoder.layers, dtype=self.offload_teacher, device=platform.device())
         return TeacherStudent(student, teacher, self.distillation, vocab_size=self.vocab_size, plan=self.plan)
 
+    def training_flops_per_token(self, seq_length: int) -> int:
+        """The student's forward and backward pass and the teacher's forward pass, its backward too where it learns."""
+        return super().training_flops_per_token(seq_length) + self.teacher_shape.flops_per_token(
+            seq_length, training=self.distillation.teacher_lr > 0
+        )
+
+    @property
+    def teacher_core(self) -> MCoreGPTModel:
+        """The teacher's bare Megatron-core part on this rank."""
+        both = teacher_student_in(self.module)
+        assert both is not None
+        return both.teacher
+
     def forward(self, **inputs: Any) -> torch.Tensor:
         """See `TeacherStudent.forward`; NeMo's own signature knows no loss mask."""
+        losses: torch.Tensor = self.module(**inputs)
+        return losses
+
+
+class StoredDistillationGPTModel(EngineModel):
+    """The student alone, trained on its teacher's stored answers, which come with the batches."""
+
+    def __init__(
+        self,
+        student: ModelShape,
+        config: DistillationConfig,
+        *,
+        student_weights: Path,
+        vocab_size: int,
+        temperature: float,
+        optim: Any = None,
+        **overrides: Any,
+    ) -> None:
+        """
+        Args:
+            temperature: of the stored answers.
+            overrides: fields of the student's TransformerConfig.
+        """
+        super().__init__(
+            nemo_config(student, forward_step_fn=distillation_step, data_step_fn=data_step, **overrides), optim=optim
+        )
+        self.shape, self.distillation, self.vocab_size = student, config, vocab_size
+        self.student_weights, self.temperature = student_weights, temperature
+
+    def build(self, vp_stage: int | None) -> torch.nn.Module:
+        student = build_core(self.config, self.shape, vp_stage=vp_stage)
+        load_weights(student, self.student_weights)
+        return StoredTeacherStudent(
+            student, self.distillation, temperature=self.temperature, vocab_size=self.vocab_size
+        )
+
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """See `StoredTeacherStudent.forward`."""
         losses: torch.Tensor = self.module(**inputs)
         return losses
 

@@ -7,11 +7,13 @@ over the last `decay_steps`), or constant.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from nemo.lightning.pytorch.optim import MegatronOptimizerModule
 from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from torch.optim.lr_scheduler import LambdaLR
@@ -71,38 +73,113 @@ def lr_multiplier(step: int, *, config: OptimConfig, steps: int) -> float:
 class WarmupDecay(LRSchedulerModule):
     """`lr_multiplier` as a NeMo scheduler module."""
 
-    def __init__(self, config: OptimConfig, steps: int) -> None:
+    def __init__(self, config: OptimConfig, steps: int, teacher_factor: float = 1.0) -> None:
+        """
+        Args:
+            teacher_factor: the teacher's rate by the student's, where it learns too.
+        """
         super().__init__()
-        self.config = config
+        self.config, self.teacher_factor = config, teacher_factor
         self.max_steps = steps  # NeMo's strategy writes the trainer's max_steps here
 
     def scheduler(self, model: Any, optimizers: Any) -> dict[str, Any]:
-        schedule = LambdaLR(optimizers, lambda step: lr_multiplier(step, config=self.config, steps=self.max_steps))
+        def scaled(factor: float) -> Callable[[int], float]:
+            return lambda step: factor * lr_multiplier(step, config=self.config, steps=self.max_steps)
+
+        factors = [self.teacher_factor if _is_teachers_group(group) else 1.0 for group in optimizers.param_groups]
+        schedule = LambdaLR(optimizers, [scaled(factor) for factor in factors])
         return {"optimizer": optimizers, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class SkippingOptimizer(MegatronOptimizerModule):
-    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment."""
+    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment.
+
+    Of a teacher that is corrected beside its student, the gradients are clipped by their own norm, and so are the
+    student's: neither's step depends on the other's.
+    """
 
     skipped = False
     """Whether the last step was skipped; the same on every rank, as they share the gradient's norm."""
+    teacher_learns = False
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
         [optimizer] = super().optimizers(model)
         megatron = optimizer.mcore_optimizer
-        prepare_grads = megatron.prepare_grads
+        apart = _Apart(megatron) if self.teacher_learns else None
+        prepare_grads, step_with_ready_grads = megatron.prepare_grads, megatron.step_with_ready_grads
 
         def prepare_finite_grads() -> bool:
-            self.skipped = prepare_grads() or not math.isfinite(megatron.get_grad_norm())
+            self.skipped = prepare_grads()
+            if apart is not None and not self.skipped:
+                self.skipped = not math.isfinite(apart.clip_teacher(self.config.clip_grad))
+                apart.only = _STUDENT
+            self.skipped = self.skipped or not math.isfinite(megatron.get_grad_norm())
+            if apart is not None and self.skipped:
+                apart.only = None
             return self.skipped
 
-        megatron.prepare_grads = prepare_finite_grads
+        def step_all() -> bool:
+            if apart is not None:
+                apart.only = None
+            return step_with_ready_grads()
+
+        megatron.prepare_grads, megatron.step_with_ready_grads = prepare_finite_grads, step_all
         return [optimizer]
 
 
-def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool) -> SkippingOptimizer:
-    """Megatron's Adam: float32 master weights under bf16, sharded over data-parallel ranks where that is supported."""
-    return SkippingOptimizer(
+_STUDENT, _TEACHER = "student", "teacher"
+_TEACHERS_MARK = math.nextafter(1.0, 0.0)
+"""Multiplier of the teacher's rate for Megatron, which makes groups of parameters by it and knows them again by it."""
+
+
+def _is_teachers(name: str, _: torch.nn.Parameter) -> bool:
+    return _TEACHER in name.split(".")
+
+
+def _is_teachers_group(group: dict[str, Any]) -> bool:
+    return group["pre_lr_mult"] == _TEACHERS_MARK  # NeMo's name for it, once it is applied
+
+
+class _Apart:
+    """Makes Megatron's norm and clipping of gradients see one of two models.
+
+    `only` says which one; None: both.
+    """
+
+    def __init__(self, megatron: Any) -> None:
+        self.only: str | None = None
+        self.megatron = megatron
+        self.parts: list[Any] = getattr(megatron, "chained_optimizers", [megatron])
+        for part in self.parts:
+            part.get_parameters = lambda part=part: self._parameters(part)
+
+    def _parameters(self, part: Any) -> list[torch.nn.Parameter]:
+        groups = getattr(part.optimizer, "param_groups", [])
+        return [
+            parameter
+            for group in groups
+            if self.only is None or self.only == (_TEACHER if _is_teachers_group(group) else _STUDENT)
+            for parameter in group["params"]
+        ]
+
+    def clip_teacher(self, max_norm: float) -> float:
+        """The norm of the teacher's gradients before. Communicates: as Megatron's norm of gradients."""
+        self.only = _TEACHER
+        norm = float(self.megatron.get_grad_norm())
+        for part in self.parts:
+            if max_norm > 0 and math.isfinite(norm) and (parameters := part.get_parameters()):
+                precise = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, max_norm, norm, precise)
+        return norm
+
+
+def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool, teacher_lr: float = 0.0) -> SkippingOptimizer:
+    """Megatron's Adam: float32 master weights under bf16, sharded over data-parallel ranks where that is supported.
+
+    Args:
+        teacher_lr: peak rate of a teacher that learns beside the student, under the same schedule; 0: it does not.
+    """
+    optimizer = SkippingOptimizer(
         config=OptimizerConfig(
             optimizer="adam",
             lr=config.lr,
@@ -115,5 +192,9 @@ def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool) -> SkippingO
             bf16=bf16,
             use_distributed_optimizer=platform.supports_distributed_optimizer(),
         ),
-        lr_scheduler=WarmupDecay(config, steps),
+        lr_scheduler=WarmupDecay(config, steps, teacher_lr / config.lr),
+        scale_lr_cond=_is_teachers if teacher_lr > 0 else None,
+        lr_mult=_TEACHERS_MARK,
     )
+    optimizer.teacher_learns = teacher_lr > 0
+    return optimizer

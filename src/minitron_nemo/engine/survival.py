@@ -37,8 +37,8 @@ class ResumableCheckpoints(pl.Callback):
     Written under a temporary name and renamed, so that the newest `step-N` is always whole; older ones are removed.
     """
 
-    def __init__(self, directory: Path, every: int) -> None:
-        self.directory, self.every = directory, every
+    def __init__(self, directory: Path, every: int, *, also_the_last: bool = False) -> None:
+        self.directory, self.every, self.also_the_last = directory, every, also_the_last
 
     def newest(self) -> Path | None:
         found = sorted(self.directory.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
@@ -46,7 +46,8 @@ class ResumableCheckpoints(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        if self.every and step % self.every == 0 and step < trainer.max_steps:
+        last = step == trainer.max_steps
+        if self.also_the_last if last else self.every and step % self.every == 0:
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,16 @@ from nemo.utils import AppState
 from minitron_nemo import platform
 from minitron_nemo.checks import did_you_mean, require, require_divisible
 from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
-from minitron_nemo.engine.distributed import LayoutConfig
+from minitron_nemo.engine.distributed import LayoutConfig, is_rank_zero
+from minitron_nemo.engine.downstream import Downstream, DownstreamConfig
+from minitron_nemo.engine.multiple_choice import Question
 from minitron_nemo.engine.optim import OptimConfig
 from minitron_nemo.engine.progress import HISTORY, History
 from minitron_nemo.engine.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
+from minitron_nemo.platform.peak import peak_tflops_here
 
+OPTIMIZER = "optimizer"
+"""Folder of an artifact with the last checkpoint of its run."""
 PRECISIONS = ("auto", "bf16", "fp32")
 _RECOMPUTATION = {
     "recompute_granularity": ("full", "selective"),
@@ -68,6 +74,8 @@ class TrainerConfig(LayoutConfig):
     tensorboard: bool = True
     wandb_project: str | None = None
     """Weights & Biases project; null logs nothing there."""
+    peak_tflops: float | None = None
+    """Of one device in the run's precision, above 0, for model FLOPs utilisation; null: what is known of its name."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +89,10 @@ class TrainerConfig(LayoutConfig):
                 require(each in known, f"trainer.{name}={each} is not known; {did_you_mean(each, known)}")
         for name in ("seq_length", "micro_batch_size", "global_batch_size", "num_nodes", "recompute_num_layers"):
             require(getattr(self, name) >= 1, f"trainer.{name}={getattr(self, name)} must be at least 1.")
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"trainer.peak_tflops={self.peak_tflops} must be above 0, e.g. 989 for an H100 in bf16; null if not known.",
+        )
 
     @property
     def bf16(self) -> bool:
@@ -117,13 +129,32 @@ class TrainingConfig:
     """Global batches per validation."""
     checkpoint_every: int = 100
     """Steps between resumable checkpoints; 0 writes none but when the run is told to stop."""
+    continue_from: str | None = None
+    """Artifact of the phase before this one, made with keep_optimizer=true: its weights and its optimizer's moments go
+    on under this run's steps, schedule, data, batch, sequence length and layout."""
+    keep_optimizer: bool = False
+    """Leave the optimizer's state in the artifact, for a later phase."""
     max_skipped_steps: int = 10
     """Steps in a row with a gradient that is not finite, which change nothing, before the run ends."""
+    downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "max_skipped_steps"):
             require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
+        if self.downstream.file is not None:
+            steps = self.validation_every * self.downstream.every
+            require(
+                1 <= steps <= self.steps,
+                f"training.downstream.file={self.downstream.file} is evaluated every {self.downstream.every} "
+                f"validations, and training.validation_every={self.validation_every} makes this no step of "
+                f"training.steps={self.steps}. Set training.validation_every between 1 and training.steps.",
+            )
+        require(
+            not (self.downstream.keep_best and self.keep_optimizer),
+            "training.downstream.keep_best=true gives the artifact the weights of an earlier step, to which the "
+            "optimizer's state of training.keep_optimizer=true does not belong. Set one of them to false.",
+        )
 
 
 class Strategy(nl.MegatronStrategy):
@@ -141,6 +172,18 @@ class Strategy(nl.MegatronStrategy):
         state.data_parallel_size = parallel_state.get_data_parallel_world_size()
         if self.data_sampler:
             self.data_sampler.setup(dist.get_rank())
+
+    def selective_restore(self) -> None:
+        """Weights and moments of the phase before, under the hyperparameters of this one."""
+
+        def groups() -> Iterator[dict[str, Any]]:
+            for optimizer in self.optimizers:
+                yield from optimizer.param_groups
+
+        ours = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups()]
+        super().selective_restore()
+        for group, hyperparameters in zip(groups(), ours, strict=True):
+            group.update(hyperparameters)
 
     def init_model_parallel(self) -> None:
         """NeMo's, with its DDP built in order.
@@ -200,11 +243,19 @@ class MessageWidths(pl.Callback):
 
 
 class StepEnds(pl.Callback):
-    """Tells a model with a teacher that an optimizer step has ended, before anything is saved or written of it."""
+    """Tells a model with a teacher where steps and validations end, before anything is saved or written of them."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         if distillation := teacher_student_in(pl_module.module):
             distillation.end_step()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if distillation := teacher_student_in(pl_module.module):
+            distillation.begin_validation()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if distillation := teacher_student_in(pl_module.module):
+            distillation.end_validation()
 
 
 def build_trainer(
@@ -212,6 +263,9 @@ def build_trainer(
 ) -> nl.Trainer:
     """An `nl.Trainer` for this machine and layout; logs go below `directory`."""
     world = dist.get_world_size()
+    before = None
+    if training.continue_from is not None:
+        before = nl.RestoreConfig(path=str(Path(training.continue_from, OPTIMIZER)), load_optim_state=True)
     strategy = Strategy(
         tensor_model_parallel_size=config.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.pipeline_model_parallel_size,
@@ -230,6 +284,8 @@ def build_trainer(
             average_in_collective=False,
         ),
         ckpt_async_save=False,
+        ckpt_optim_fully_reshardable=True,  # a run may go on with other tensor and pipeline parallel sizes
+        restore_config=before,  # looked at where no checkpoint of this run is resumed
         replace_progress_bar=False,
     )
     strategy.timers = None  # NeMo's printer of timers reduces on rank 0 only and would hang the next collective
@@ -237,7 +293,7 @@ def build_trainer(
     if config.tensorboard:
         loggers.append(TensorBoardLogger(str(directory), name="tensorboard", version=""))
     if config.wandb_project:
-        loggers.append(WandbLogger(project=config.wandb_project, save_dir=str(directory)))
+        loggers.append(WandbLogger(config.wandb_project, save_dir=str(directory), id=_wandb_id(directory)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return nl.Trainer(
@@ -252,7 +308,7 @@ def build_trainer(
             limit_val_batches=training.validation_batches if training.validation_every else 0,
             limit_test_batches=0,
             num_sanity_val_steps=0,
-            log_every_n_steps=10,
+            log_every_n_steps=0,  # `History` logs
             logger=loggers or False,
             callbacks=callbacks,
             enable_progress_bar=False,
@@ -260,6 +316,24 @@ def build_trainer(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+
+
+def _wandb_id(directory: Path) -> str | None:
+    """Of the run that logs from `directory`, on rank 0: one that was cut off continues its own curves."""
+    file = directory / "wandb_id"
+    if not is_rank_zero():
+        return None
+    if not file.is_file():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text()
+
+
+def _finish_wandb() -> None:
+    """Else the next training in this process would go on logging into the run of this one."""
+    import wandb
+
+    if wandb.run is not None:
+        wandb.finish()
 
 
 def train(
@@ -270,12 +344,14 @@ def train(
     *,
     directory: Path,
     label: str,
+    questions: Sequence[Question] = (),
 ) -> list[dict[str, Any]]:
     """Run `training.steps` steps; resume if `directory` holds a checkpoint of a run that was cut off.
 
     Args:
         model: an engine model with its optimizer; holds the trained weights afterwards.
         directory: for checkpoints, logs and history; survives a kill.
+        questions: of the downstream task; all of them on every rank.
     Returns:
         The history (rank 0; empty elsewhere).
     Raises: Interrupted: the run was told to stop, and saved. ValueError: too many steps in a row were not finite.
@@ -288,17 +364,35 @@ def train(
         config.micro_batch_size * data_parallel_size,
     )
     directory.mkdir(parents=True, exist_ok=True)
-    history = History(directory / HISTORY, label=label, steps=training.steps, tokens_per_step=config.tokens_per_step)
-    checkpoints = ResumableCheckpoints(directory / "checkpoints", training.checkpoint_every)
+    history = History(
+        directory / HISTORY,
+        label=label,
+        steps=training.steps,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_step=model.training_flops_per_token(config.seq_length) * config.tokens_per_step,
+        peak_tflops=config.peak_tflops or (peak_tflops_here() if config.bf16 else None),
+    )
+    checkpoints = ResumableCheckpoints(
+        directory / "checkpoints", training.checkpoint_every, also_the_last=training.keep_optimizer
+    )
     checkpoints.directory.mkdir(exist_ok=True)
     stop = StopWhenAsked(checkpoints)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
     callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
+    if questions:
+        rows = config.micro_batch_size
+        callbacks.append(Downstream(training.downstream, questions, history, directory, rows=rows))
     trainer = build_trainer(config, training, directory=directory, callbacks=callbacks)
     resume = checkpoints.newest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-        trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=str(resume) if resume else None)
+        finally:
+            if config.wandb_project:
+                _finish_wandb()
     stop.require_finished(training.steps)
+    if dist.get_rank() == 0 and not history.records:  # the run was cut off after its last step
+        return history.kept(training.steps)
     return history.records

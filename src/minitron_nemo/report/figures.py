@@ -65,7 +65,8 @@ _STYLE = {
 def loss_curves(
     histories: Mapping[str, History], labels: Mapping[str, str], distillation: Sequence[str], teacher_loss: float | None
 ) -> str:
-    """Cross-entropy over tokens; the distillation loss, another quantity, beneath it on its own axis.
+    """Cross-entropy over tokens; beneath it, on axes of their own, the distillation loss, another quantity, and the
+    agreement with the teacher, where it was measured.
 
     Args:
         histories: by variant name.
@@ -74,9 +75,10 @@ def loss_curves(
         teacher_loss: held-out loss of the reference teacher, nats per token, drawn as a level.
     """
     divergent = [name for name in distillation if name in histories and histories[name].training.tokens]
+    agreeing = [name for name in divergent if histories[name].validation_agreement.tokens]
     with matplotlib.rc_context(_STYLE):
-        heights = [3, 1.1] if divergent else [1]
-        figure = Figure(figsize=(7.6, 5.6 if divergent else 4.2), layout="constrained")
+        heights = [3, *([1.1] if divergent else []), *([1.0] if agreeing else [])]
+        figure = Figure(figsize=(7.6, 4.2 + 1.4 * (len(heights) - 1)), layout="constrained")
         grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})
         top: Axes = grid[0][0]
         ends: list[tuple[float, float, str, str]] = []
@@ -84,9 +86,7 @@ def loss_curves(
             colour = SERIES[name]
             if name not in divergent:
                 _training(top, history.training, colour)
-            if history.validation.tokens:
-                x, y = np.asarray(history.validation.tokens), np.asarray(history.validation.values)
-                top.plot(x, y, color=colour, marker="o", markersize=3.5)
+            _validation(top, history.validation, colour)
             last = history.validation if history.validation.tokens else history.training
             if last.tokens and (history.validation.tokens or name not in divergent):
                 ends.append((last.tokens[-1], last.values[-1], labels[name], colour))
@@ -101,16 +101,14 @@ def loss_curves(
         top.plot([], [], color=INK, linewidth=1.2, alpha=0.75, label="training, smoothed")
         top.plot([], [], color=INK, linewidth=0.8, alpha=0.25, label="training, raw")
         top.legend(frameon=False, loc="upper right", fontsize=9)
-        bottom: Axes = grid[-1][0]
         if divergent:
-            for name in divergent:
-                _training(bottom, histories[name].training, SERIES[name])
-            finite = np.concatenate([np.asarray(histories[name].training.values) for name in divergent])
-            finite = finite[np.isfinite(finite)]
-            if finite.size:
-                low, high = float(finite.min()), float(np.quantile(finite, 0.98))  # the first steps may lie far above
-                bottom.set_ylim(0 if 0 <= low < 0.5 * high else low, 1.1 * high if high > low else None)
-            bottom.set_ylabel("distillation\nloss")
+            _distances(grid[1][0], {name: histories[name] for name in divergent})
+        bottom: Axes = grid[-1][0]
+        if agreeing:
+            for name in agreeing:
+                _validation(bottom, histories[name].validation_agreement, SERIES[name])
+            bottom.set_ylabel("agreement\nwith teacher")
+            bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
             bottom.grid(True)
         bottom.set_xlabel("training tokens")
         bottom.set_xlim(left=0)
@@ -254,6 +252,26 @@ def agreement_tables(tables: Sequence[Agreement], name: str) -> str:
 
 
 # ---- pieces ------------------------------------------------------------------------------------------------------
+
+
+def _distances(axes: Axes, histories: Mapping[str, History]) -> None:
+    """Distillation losses in training, and on validation text."""
+    for name, history in histories.items():
+        _training(axes, history.training, SERIES[name])
+        _validation(axes, history.validation_divergence, SERIES[name])
+    curves = [curve for each in histories.values() for curve in (each.training, each.validation_divergence)]
+    finite = np.concatenate([np.asarray(curve.values) for curve in curves])
+    finite = finite[np.isfinite(finite)]
+    if finite.size:
+        low, high = float(finite.min()), float(np.quantile(finite, 0.98))  # the first steps may lie far above
+        axes.set_ylim(0 if 0 <= low < 0.5 * high else low, 1.1 * high if high > low else None)
+    axes.set_ylabel("distillation\nloss")
+    axes.grid(True)
+
+
+def _validation(axes: Axes, curve: Curve, colour: str) -> None:
+    if curve.tokens:
+        axes.plot(np.asarray(curve.tokens), np.asarray(curve.values), color=colour, marker="o", markersize=3.5)
 
 
 def _training(axes: Axes, curve: Curve, colour: str) -> None:

@@ -96,6 +96,11 @@ def _curves(run: Run, values: dict[str, Any]) -> Markup | None:
             " The distilled student's training loss is its distance from the teacher, another quantity than "
             "cross-entropy, and has its own axis below."
         )
+    if any(history.validation_agreement.tokens for history in histories.values()):
+        caption += (
+            " Its dots are that distance on validation text; agreement is the share of validation tokens for which "
+            "student and teacher find the same next token likeliest."
+        )
     return _figure(svg, caption)
 
 

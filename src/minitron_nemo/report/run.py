@@ -58,6 +58,9 @@ class Curve:
 class History:
     training: Curve
     validation: Curve
+    validation_divergence: Curve
+    """From the teacher; empty where it was not measured, as the next."""
+    validation_agreement: Curve
 
 
 @dataclass
@@ -135,12 +138,13 @@ def _finished_artifacts(folder: Path, depth: int = 2) -> Iterator[Path]:
 
 
 def read_history(file: Path) -> History:
-    """Read history.jsonl: training lines hold `loss`, validation lines `validation_loss`, both nats per token.
+    """Read history.jsonl: training lines hold `loss`, validation lines `validation_loss`, both nats per token, and of a
+    distillation `validation_divergence` and `validation_agreement`, a share.
 
     Raises: ValueError: a line is not a JSON object with whole `step` and `tokens`.
     """
-    training: dict[int, tuple[int, float]] = {}
-    validation: dict[int, tuple[int, float]] = {}
+    keys = ("loss", "validation_loss", "validation_divergence", "validation_agreement")
+    found: dict[str, dict[int, tuple[int, float]]] = {key: {} for key in keys}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         if not line.strip():
             continue
@@ -152,11 +156,10 @@ def read_history(file: Path) -> History:
                 f"{file} line {number} is not a history record (a JSON object with step and tokens): {line[:80]!r}. "
                 "Run the stage that wrote it again, or remove the line."
             ) from error
-        if "validation_loss" in record:
-            validation[step] = tokens, _number(record["validation_loss"])
-        if "loss" in record:
-            training[step] = tokens, _number(record["loss"])
-    return History(_curve(training), _curve(validation))
+        for key in keys:
+            if key in record:
+                found[key][step] = tokens, _number(record[key])
+    return History(*(_curve(found[key]) for key in keys))
 
 
 def _curve(by_step: dict[int, tuple[int, float]]) -> Curve:

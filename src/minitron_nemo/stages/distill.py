@@ -5,16 +5,24 @@ The retraining of arXiv:2407.14679. Validation measures the student's cross-entr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from minitron_nemo.artifact import Artifact
+from megatron.core import parallel_state
+from torch.utils.data import Dataset
+
+from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.config import DistillationConfig
-from minitron_nemo.engine.checkpoint import open_model
+from minitron_nemo.distillation.stored_teacher import require_stored_is_enough
+from minitron_nemo.engine.checkpoint import ModelInput, open_model, save_model
 from minitron_nemo.engine.data import DataConfig
-from minitron_nemo.engine.models import DistillationGPTModel
+from minitron_nemo.engine.models import DistillationGPTModel, EngineModel, StoredDistillationGPTModel
 from minitron_nemo.engine.optim import build_optimizer
+from minitron_nemo.engine.stored_samples import TeacherLogits
 from minitron_nemo.engine.tokenizer import tokenizer_digest
 from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
 from minitron_nemo.pruning import PruningPlan
@@ -24,24 +32,93 @@ from minitron_nemo.stages.training import config_dict, prepare_layout, run_train
 @dataclass
 class DistillConfig:
     teacher: str = ""
-    """Model artifact that teaches; the corrected teacher."""
+    """Model artifact that teaches; the corrected teacher. With teacher_logits it is not opened."""
+    teacher_logits: str | None = None
+    """What it says of this data, made by teacher-logits; then no teacher is in memory, and the divergence is top_k."""
     student: str = ""
     """Model artifact that learns; the pruned student."""
     plan: str | None = None
     """Folder of the plan by which the student was cut from this teacher, for hidden losses that go by it; null: the
     student's own, where prune made it."""
+    offload_teacher: bool = False
+    """Keep the teacher's layers in host memory; each visits the device when its turn comes."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trust_checkpoint: bool = False
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    corrected_teacher: str | None = None
+    """With distillation.teacher_lr: where to write the teacher as it is in the end; null: it is not kept."""
     output: str = "runs/distilled"
+
+    def __post_init__(self) -> None:
+        hidden = self.distillation.hidden_states
+        require(
+            not self.data.reset_at_documents or not (hidden.enabled and "relation" in hidden.places),
+            "distillation.hidden_states.places names relation, which compares tokens across the documents of a sample; "
+            "with data.reset_at_documents=true they do not see each other. Leave one of the two out.",
+        )
+        require(
+            not self.data.reset_at_documents or self.teacher_logits is None,
+            f"distill.teacher_logits={self.teacher_logits} are of samples whose documents see each other. Set "
+            "data.reset_at_documents=false, or distil with the teacher at hand.",
+        )
+        require(
+            self.corrected_teacher is None or self.distillation.teacher_lr > 0,
+            f"distill.corrected_teacher={self.corrected_teacher} is of a teacher that learns. Leave it out, or set "
+            "distillation.teacher_lr.",
+        )
+        require(
+            self.distillation.teacher_lr == 0 or (self.teacher_logits is None and not self.offload_teacher),
+            f"distillation.teacher_lr={self.distillation.teacher_lr} needs the teacher's weights on the device. Leave "
+            "out distill.teacher_logits and distill.offload_teacher, or set teacher_lr=0.",
+        )
 
 
 def run(config: DistillConfig) -> Artifact:
-    teacher = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     student = open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
+    blend = config.data.blend()
+    lesson = _teacher_at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
+    return run_training(
+        lesson.model,
+        stage="distill",
+        label="distillation",
+        tokenizer_path=student.tokenizer,
+        vocab_size=student.vocab_size,
+        trainer=config.trainer,
+        training=config.training,
+        data=config.data,
+        output=Path(config.output),
+        config=config_dict(config),
+        inputs=[*lesson.teacher, *student.artifacts, *(artifact for artifact, _ in blend)],
+        train_dataset=lesson.samples,
+        trained=partial(_keep_teacher, config, lesson),
+    )
+
+
+def _keep_teacher(config: DistillConfig, lesson: _Lesson) -> None:
+    """Write the teacher that was corrected, if it is asked for."""
+    if config.corrected_teacher is None:
+        return
+    assert isinstance(lesson.model, DistillationGPTModel)
+    before = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
+    with writing(
+        config.corrected_teacher, stage="correct-teacher", config=config_dict(config), inputs=lesson.teacher
+    ) as draft:
+        save_model(lesson.model.teacher_core, before.shape, before.tokenizer, draft.path)
+        draft.facts["vocab_size"] = before.vocab_size
+        draft.metrics.update(parameters=before.shape.num_parameters, steps=config.training.steps)
+
+
+class _Lesson(NamedTuple):
+    model: EngineModel
+    teacher: list[Artifact]
+    samples: Callable[[int], Dataset] | None
+
+
+def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
+    teacher = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     require(
         tokenizer_digest(teacher.tokenizer) == tokenizer_digest(student.tokenizer)
         and teacher.shape.padded_vocab_size == student.shape.padded_vocab_size,
@@ -49,7 +126,6 @@ def run(config: DistillConfig) -> Artifact:
         f"({teacher.shape.padded_vocab_size} and {student.shape.padded_vocab_size} rows); their logits cannot be "
         "compared. Use a student pruned from a model with the teacher's tokenizer.",
     )
-    inputs = [*teacher.artifacts, *student.artifacts, *(artifact for artifact, _ in config.data.blend())]
     prepare_layout(config.trainer, student.shape, seed=config.seed)
     teacher.shape.require_splits_over(
         config.trainer.tensor_model_parallel_size,
@@ -65,18 +141,43 @@ def run(config: DistillConfig) -> Artifact:
         teacher_weights=teacher.path,
         vocab_size=student.vocab_size,
         plan=None if plan is None else PruningPlan.load(plan),
-        optim=build_optimizer(config.training.optim, steps=config.training.steps, bf16=config.trainer.bf16),
+        optim=_optimizer(config),
+        offload_teacher=config.trainer.dtype if config.offload_teacher else None,
+        **config.trainer.recomputation,
     )
-    return run_training(
-        model,
-        stage="distill",
-        label="distillation",
-        tokenizer_path=student.tokenizer,
+    return _Lesson(model, teacher.artifacts, None)
+
+
+def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifact, float]]) -> _Lesson:
+    assert config.teacher_logits is not None
+    divergence = config.distillation.divergence
+    require_stored_is_enough(config.distillation)
+    store = TeacherLogits.open(config.teacher_logits, key="distill.teacher_logits")
+    store.require_of_teacher(config.teacher)
+    store.require_fits(
+        divergence,
+        seq_length=config.trainer.seq_length,
         vocab_size=student.vocab_size,
-        trainer=config.trainer,
-        training=config.training,
-        data=config.data,
-        output=Path(config.output),
-        config=config_dict(config),
-        inputs=inputs,
+        tokenizer=tokenizer_digest(student.tokenizer),
+    )
+    prepare_layout(config.trainer, student.shape, seed=config.seed)
+    samples = store.samples_of(blend, seed=config.data.seed, with_teacher=parallel_state.is_pipeline_last_stage())
+    model = StoredDistillationGPTModel(
+        student.shape,
+        config.distillation,
+        student_weights=student.path,
+        vocab_size=student.vocab_size,
+        temperature=store.format.temperature,
+        optim=_optimizer(config),
+        **config.trainer.recomputation,
+    )
+    return _Lesson(model, [store.artifact], samples)
+
+
+def _optimizer(config: DistillConfig) -> Any:
+    return build_optimizer(
+        config.training.optim,
+        steps=config.training.steps,
+        bf16=config.trainer.bf16,
+        teacher_lr=config.distillation.teacher_lr,
     )

@@ -49,6 +49,9 @@ class PrepareDataConfig:  # conf/prepare-data.yaml
     """`stdlib` (the interpreter's own standard library source), a path, or a list of paths or {path, weight}."""
     text_key: str = "text"
     """Key (JSONL) or column (Parquet) that holds the text."""
+    prompt_key: str | None = None
+    """That of a prompt, which the text answers, written as the model is to see it: the prompt is read, and only the
+    text is learned. Null: there are no prompts."""
     tokenizer: str | None = None
     """Local Hugging Face tokenizer directory, such as the teacher's; null trains one on the training split."""
     vocab_size: int = 4096
@@ -64,7 +67,7 @@ class PrepareDataConfig:  # conf/prepare-data.yaml
         require(self.seed >= 0, f"seed={self.seed} must be at least 0.")
         require_vocab_size(self.vocab_size)
         Splitter(self.validation_fraction)
-        read_corpus(self.corpus, text_key=self.text_key)
+        read_corpus(self.corpus, text_key=self.text_key, prompt_key=self.prompt_key)
 
 
 def run(cfg: PrepareDataConfig) -> Artifact:
@@ -74,7 +77,7 @@ def run(cfg: PrepareDataConfig) -> Artifact:
         or to fill the vocabulary. Nothing is left behind then, and an older artifact stays.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the tokenizer's own threads; nothing forks here
-    sources = read_corpus(cfg.corpus, text_key=cfg.text_key)
+    sources = read_corpus(cfg.corpus, text_key=cfg.text_key, prompt_key=cfg.prompt_key)
     splitter = Splitter(cfg.validation_fraction)
     if cfg.tokenizer is not None:
         require_tokenizer_files(cfg.tokenizer)
@@ -102,7 +105,7 @@ def survey(sources: list[Source], splitter: Splitter) -> list[SourceSize]:
         for document in source.documents():
             split = _split_of(document, splitter)
             size.documents[split] += 1
-            size.characters[split] += len(document.text)
+            size.characters[split] += len(document.prompt) + len(document.text)
         require(
             sum(size.documents.values()) > 0,
             f"corpus={source.path} is empty: no file or record in it holds more than white space. Correct corpus.",
@@ -130,7 +133,7 @@ def _write(
     if cfg.tokenizer is None:
         with Reporter("training the tokenizer, documents", documents[TRAIN]) as reporter:
             everything = (document for source in sources for document in source.documents())
-            training = (document.text for document in everything if not splitter.is_validation(document))
+            training = (each.prompt + each.text for each in everything if not splitter.is_validation(each))
             train_tokenizer(_counted(training, reporter), vocab_size=cfg.vocab_size, output=directory)
     else:
         copy_tokenizer(cfg.tokenizer, directory)
@@ -141,11 +144,14 @@ def _write(
     with Reporter("tokenising, documents", sum(documents.values())) as reporter:
         for index, source in enumerate(sources):
             ending = f"-{index}" if len(sources) > 1 else ""
-            files = {split: TokenFiles(draft.path / f"{split}{ending}", vocab_size) for split in (TRAIN, VALIDATION)}
-            where: deque[str] = deque()  # the split of each text the tokenizer has taken but not given back
-            texts = _noting_split(source.documents(), splitter, where)
+            files = {
+                split: TokenFiles(draft.path / f"{split}{ending}", vocab_size, marked=source.prompt_key is not None)
+                for split in (TRAIN, VALIDATION)
+            }
+            where: deque[str] = deque()  # the split of each document the tokenizer has taken but not given back
+            noted = _noting_split(source.documents(), splitter, where)
             before = sum(entry["train_documents"] + entry["validation_documents"] for entry in written)
-            for ids in _counted(encode_documents(texts, tokenizer), reporter, before=before):
+            for ids in _counted(encode_documents(noted, tokenizer), reporter, before=before):
                 files[where.popleft()].add(ids)
             entry: dict[str, Any] = {"path": source.path, "weight": source.weight}
             for split, pair in files.items():
@@ -176,10 +182,10 @@ def _split_of(document: Document, splitter: Splitter) -> str:
     return VALIDATION if splitter.is_validation(document) else TRAIN
 
 
-def _noting_split(documents: Iterator[Document], splitter: Splitter, where: deque[str]) -> Iterator[str]:
+def _noting_split(documents: Iterator[Document], splitter: Splitter, where: deque[str]) -> Iterator[Document]:
     for document in documents:
         where.append(_split_of(document, splitter))
-        yield document.text
+        yield document
 
 
 def _counted(items: Iterable[Item], reporter: Reporter, *, before: int = 0) -> Iterator[Item]:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.utils.data import Dataset
 
 from minitron_nemo import platform
-from minitron_nemo.artifact import Artifact, open_artifact, saying_when_full, writing
-from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import save_model
+from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
+from minitron_nemo.checks import require, require_divisible
+from minitron_nemo.engine.checkpoint import read_shape, save_model
 from minitron_nemo.engine.data import DataConfig, build_data_module
 from minitron_nemo.engine.distributed import is_rank_zero, use_layout
+from minitron_nemo.engine.downstream import DownstreamConfig, best_kept
 from minitron_nemo.engine.models import EngineModel
+from minitron_nemo.engine.multiple_choice import Question, read_questions
 from minitron_nemo.engine.progress import HISTORY
 from minitron_nemo.engine.tokenizer import load_tokenizer, vocabulary_size
-from minitron_nemo.engine.training import TrainerConfig, TrainingConfig, train
+from minitron_nemo.engine.training import OPTIMIZER, TrainerConfig, TrainingConfig, train
+from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.shape import ModelShape
 
 
@@ -44,9 +48,11 @@ NOT_THE_RESULT = (
     "trainer.recompute_modules",
     "trainer.tensorboard",
     "trainer.wandb_project",
+    "trainer.peak_tflops",
     "data.num_workers",
     "offload_teacher",
     "training.checkpoint_every",
+    "training.keep_optimizer",
 )
 """Keys that say how a step ran, not what it made: another layout gives the same numbers."""
 
@@ -64,6 +70,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+TRAINING_STAGES = ("pretrain", "correct-teacher", "distill")
 
 
 def require_vocabulary(shape: ModelShape, tokenizer_path: Path) -> int:
@@ -91,30 +100,54 @@ def run_training(
     output: Path,
     config: dict[str, Any],
     inputs: Sequence[Artifact],
+    train_dataset: Callable[[int], Dataset] | None = None,
+    trained: Callable[[], None] = lambda: None,
 ) -> Artifact:
     """Train `model` and write it as the artifact `output`.
+
+    Args:
+        train_dataset: as `PackedDataModule.train_dataset`.
+        trained: called when the training is over, before the artifact is written.
 
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
     """
     _require_tokens_split(trainer, model.shape)
+    if data.reset_at_documents and trainer.context_parallel_size > 1:
+        chunks = 2 * trainer.context_parallel_size
+        require_divisible("data.pad_documents_to", data.pad_documents_to, "2 x trainer.context_parallel_size", chunks)
+    if training.continue_from is not None:
+        inputs = [*inputs, _phase_before(training.continue_from, model.shape, config)]
+    tokenizer = load_tokenizer(tokenizer_path)
+    questions = _questions(training.downstream, tokenizer, model.shape.seq_length)
     directory = output.with_name(output.name + ".training")
     with saying_when_full(output), _leaving_nothing_of_a_mistake(directory):
         _continue_only_the_same(directory, config)
         module = build_data_module(
             data,
-            load_tokenizer(tokenizer_path),
+            tokenizer,
             trainer.seq_length,
             trainer.micro_batch_size,
             trainer.global_batch_size,
             index_dir=directory / "index",
+            train_dataset=train_dataset,
         )
-        history = train(model, module, trainer, training, directory=directory, label=label)
+        history = train(model, module, trainer, training, directory=directory, label=label, questions=questions)
+        trained()
+    best = best_kept(directory) if training.downstream.keep_best else None
+    if best is not None:
+        load_weights(model.core, best[0])
     with writing(output, stage=stage, config=config, inputs=inputs) as draft:
         save_model(model.core, model.shape, tokenizer_path, draft.path)
         if (directory / HISTORY).is_file() and history:
             shutil.copyfile(directory / HISTORY, draft.path / HISTORY)
-        if (directory / "tensorboard").is_dir():
-            shutil.copytree(directory / "tensorboard", draft.path / "tensorboard", dirs_exist_ok=True)
+        for logs in ("tensorboard", "wandb"):
+            if (directory / logs).is_dir() and is_rank_zero():
+                shutil.copytree(directory / logs, draft.path / logs, symlinks=True)
+        if training.keep_optimizer and is_rank_zero():
+            last = directory / "checkpoints" / f"step-{training.steps}"
+            shutil.copytree(
+                last, draft.path / OPTIMIZER, copy_function=link_or_copy
+            )  # it stays until the artifact is whole
         draft.facts["vocab_size"] = vocab_size
         draft.metrics.update(
             parameters=model.shape.num_parameters,
@@ -123,8 +156,52 @@ def run_training(
             tokens=training.steps * trainer.tokens_per_step,
             training_seconds=round(sum(record.get("seconds", 0.0) for record in history), 1),
         )
+        if best is not None:
+            draft.metrics["best"] = best[1]
     shutil.rmtree(directory, ignore_errors=True)
     return open_artifact(output)
+
+
+def _questions(config: DownstreamConfig, tokenizer: Any, seq_length: int) -> list[Question]:
+    if config.file is None:
+        return []
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    end_of_text = tokenizer.tokenizer.eos_token_id
+    key = "training.downstream.file"
+    return read_questions(config.file, encode, end_of_text=end_of_text, seq_length=seq_length, key=key)
+
+
+def _phase_before(path: str, shape: ModelShape, config: dict[str, Any]) -> Artifact:
+    """The artifact that a run continues. Raises: ValueError, FileNotFoundError: it cannot."""
+    before = open_artifact(path, made_by=TRAINING_STAGES, key="training.continue_from")
+    require(
+        (before.path / OPTIMIZER).is_dir(),
+        f"training.continue_from={path} holds no {OPTIMIZER}/. Make it with training.keep_optimizer=true, or go on "
+        "from its weights alone: give it as the model to train.",
+    )
+    found = read_shape(before.path, key="training.continue_from")
+    require(
+        found == shape,
+        f"training.continue_from={path} holds a model of another shape ({found}) than the one to train ({shape}). Name "
+        "the phase of this model.",
+    )
+
+    def hidden_states(of: dict[str, Any]) -> Any:
+        return (of.get("distillation") or {}).get("hidden_states") or {"enabled": False}
+
+    then, now = hidden_states(before.manifest["config"]), hidden_states(config)
+    learned = ("enabled", "projection", "places", "mapping", "pairs", "k")
+    for key in learned:
+        require(
+            then.get(key) == now.get(key) or not (then["enabled"] or now["enabled"]),
+            f"training.continue_from={path} was trained with distillation.hidden_states.{key}={then.get(key)}, not "
+            f"{now.get(key)}: what its hidden losses have learned would not fit. Use the same.",
+        )
+    return before
 
 
 def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:

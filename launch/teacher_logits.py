@@ -1,0 +1,8 @@
+"""teacher-logits: `python launch/teacher_logits.py recipe=<name> ...`, or the same under torchrun."""
+
+import sys
+
+from minitron_nemo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["teacher-logits", *sys.argv[1:]]))

@@ -1,0 +1,168 @@
+"""teacher-logits: what the teacher says of the prepared training text, written once beside it.
+
+    shard-*.bin   of every token the teacher's k likeliest next tokens, their log-probabilities and the mass of the rest
+
+`distill` then needs no teacher in memory (distill.teacher_logits), at any layout, batch size and order of samples. The
+divergence is `top_k`. With 100 tokens and less, arXiv:2407.14679 lost accuracy; here the rest is not left out, but one
+outcome with its true mass.
+
+A run that was killed continues with the shards that are missing, which wait in `<output>.shards` until all are there.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
+from minitron_nemo.checks import require
+from minitron_nemo.engine.checkpoint import open_model
+from minitron_nemo.engine.data import TRAIN, DataConfig, require_length, require_tokenizer_of
+from minitron_nemo.engine.distributed import is_rank_zero
+from minitron_nemo.engine.forward import open_core
+from minitron_nemo.engine.stored_samples import TeacherLogits, Windows, stored_sources
+from minitron_nemo.engine.teacher_logits import Shards, StoreFormat
+from minitron_nemo.engine.teacher_pass import write_missing
+from minitron_nemo.engine.tokenizer import load_tokenizer, tokenizer_digest
+from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.stages.training import changes, config_dict, prepare_layout
+
+_STORE = "store.json"
+
+
+@dataclass
+class TeacherLogitsConfig:
+    model: str = ""
+    """Model artifact that teaches; the corrected teacher."""
+    k: int = 56
+    """Likeliest tokens kept of each token. With float16, 56 take 284 bytes a token at vocabularies above 65536, and 228
+    below."""
+    precision: str = "float16"
+    """Of their log-probabilities; float32 takes 2 bytes more each."""
+    temperature: float = 1.0
+    """Above 0; that of the distillation, as the tail's mass depends on it."""
+    softcap: float | None = None
+    """The distillation's divergence.teacher_softcap."""
+    logit_scale: float = 1.0
+    """The distillation's divergence.teacher_logit_scale."""
+    num_samples: int | None = None
+    """Samples of trainer.seq_length tokens, shared out by the sources' weights; null: all there are. A distillation
+    that needs more goes through them again."""
+    samples_per_shard: int = 64
+    """Samples of one file: what a data-parallel rank can lose to a kill."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/teacher_logits"
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_samples is None or self.num_samples >= 1,
+            f"teacher_logits.num_samples={self.num_samples} must be at least 1, or null for all.",
+        )
+        require(
+            not self.data.reset_at_documents,
+            "data.reset_at_documents=true cannot be stored: a sample is a window whose documents see each other. Set "
+            "it to false, or distil with the teacher at hand (distill.teacher_logits=null).",
+        )
+
+
+def run(config: TeacherLogitsConfig) -> Artifact:
+    teacher = open_model(config.model, key="teacher_logits.model", trust_checkpoint=config.trust_checkpoint)
+    trainer, output = config.trainer, Path(config.output)
+    blend = config.data.blend()
+    require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
+    for artifact, _ in blend:
+        require_length(artifact, TRAIN, trainer.seq_length)
+    format = StoreFormat(
+        k=config.k,
+        seq_length=trainer.seq_length,
+        vocab_size=teacher.vocab_size,
+        precision=config.precision,
+        temperature=config.temperature,
+        softcap=config.softcap,
+        logit_scale=config.logit_scale,
+        samples_per_shard=config.samples_per_shard,
+    )
+    prepare_layout(trainer, teacher.shape, seed=config.seed)
+    sources, streams = stored_sources(blend, trainer.seq_length, config.num_samples)
+    facts = TeacherLogits.facts(format, sources) | {
+        "tokenizer_digest": tokenizer_digest(teacher.tokenizer),
+        "teacher": {"path": str(teacher.path), "digest": teacher.artifact.digest if teacher.artifact else None},
+        "vocab_size": teacher.vocab_size,
+    }
+    directory = output.with_name(output.name + ".shards")
+    shards = Shards(directory, format, sum(source.samples for source in sources))
+    _require_same(directory, facts)
+    _require_space(output, shards)
+    with saying_when_full(output):
+        dist.barrier()  # all have read what stands there
+        if is_rank_zero():
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / _STORE).write_text(json.dumps(facts))
+        dist.barrier()
+        core = open_core(teacher, trainer)
+        started = time.monotonic()
+        windows = Windows(sources, streams, trainer.seq_length)
+        write_missing(core, windows, shards, micro_batch_size=trainer.micro_batch_size)
+    inputs = [*teacher.artifacts, *(artifact for artifact, _ in blend)]
+    with writing(output, stage="teacher-logits", config=config_dict(config), inputs=inputs) as draft:
+        if is_rank_zero():
+            for shard in range(len(shards)):
+                link_or_copy(shards.path(shard), draft.path / shards.path(shard).name)
+        draft.facts.update(facts)
+        draft.metrics.update(
+            samples=shards.num_samples,
+            tokens=shards.num_samples * trainer.seq_length,
+            bytes_per_token=format.bytes_per_token,
+            teacher_seconds=round(time.monotonic() - started, 1),
+        )
+    if is_rank_zero():
+        shutil.rmtree(directory)
+    return open_artifact(output)
+
+
+def _require_same(directory: Path, facts: dict[str, Any]) -> None:
+    """Raises: ValueError: the shards of a run that was cut off are of something else."""
+    kept = directory / _STORE
+    if kept.is_file():
+        for key, then, now in changes(json.loads(kept.read_text()), facts):
+            raise ValueError(
+                f"{directory} holds shards of a run that was cut off and had {key}={then}, not {now}. Continue it with "
+                f"what it was started with, or remove {directory} to start over."
+            )
+
+
+def _require_space(output: Path, shards: Shards) -> None:
+    """Say what the store will take. Raises: ValueError: more than is free."""
+    missing = shards.missing()
+    need, per_token = shards.bytes(missing), shards.format.bytes_per_token
+    place = next(folder for folder in output.absolute().parents if folder.exists())
+    free = shutil.disk_usage(place).free
+    tokens = shards.num_samples * shards.format.seq_length
+    said = f"{tokens:,} tokens at {per_token} bytes each take {_size(shards.bytes(range(len(shards))))}"
+    if len(missing) < len(shards):
+        said += f", of which {_size(need)} are missing"
+    require(
+        need <= free,
+        f"teacher_logits.output={output}: {said}, and {_size(free)} are free in {place}. Lower teacher_logits.k "
+        f"({shards.format.k}), set teacher_logits.num_samples, or set teacher_logits.output to a larger disk.",
+    )
+    if is_rank_zero():
+        print(f"teacher logits: {said}; {_size(free)} are free.", file=sys.stderr, flush=True)
+
+
+def _size(count: int) -> str:
+    unit = next(unit for unit in ("TiB", "GiB", "MiB", "KiB") if unit == "KiB" or count >= _UNITS[unit])
+    return f"{count / _UNITS[unit]:.1f} {unit}"
+
+
+_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
