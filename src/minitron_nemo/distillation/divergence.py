@@ -40,9 +40,11 @@ from minitron_nemo.distillation.kinds import (
     tempered,
 )
 from minitron_nemo.distillation.top_k import TopKTeacher, top_k_of, top_k_of_chunk
+from minitron_nemo.parallel import group_size
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one chunk: 16 MiB in float32, large beside a kernel launch, small beside the whole
 CPU_CHUNK_ELEMENTS = 1 << 17  # what a chunk's temporaries leave in a core's cache, which they are read from ten times
+CPU_CHUNK_ELEMENTS_OF_RANKS = 1 << 19  # with smaller ones the chunks' reductions take more time than their arithmetic
 
 TeacherRows: TypeAlias = Tensor | TopKTeacher
 """Logits [n, v/tp], or what is known of them."""
@@ -195,7 +197,8 @@ def real_rows(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
 
 def chunks(rows: Tensor, vocabulary: Vocabulary) -> Iterator[slice]:
     """The same on every rank, whatever it holds of the padding: each chunk has its reductions."""
-    elements = CHUNK_ELEMENTS if rows.is_cuda else min(CHUNK_ELEMENTS, CPU_CHUNK_ELEMENTS)
+    on_cpu = CPU_CHUNK_ELEMENTS if group_size(vocabulary.group) == 1 else CPU_CHUNK_ELEMENTS_OF_RANKS
+    elements = CHUNK_ELEMENTS if rows.is_cuda else min(CHUNK_ELEMENTS, on_cpu)
     step = max(1, elements // vocabulary.columns)
     for start in range(0, rows.shape[0], step):
         yield slice(start, start + step)

@@ -60,7 +60,7 @@ def write_missing(core: MCoreGPTModel, windows: Windows, shards: Shards, *, micr
                 groups,
                 rows=micro_batch_size,
                 micro_batches=micro_batches,
-                before=lambda: reporter.update(next(done), f"{len(missing)} shards"),
+                before=lambda: reporter.update(next(done), f"shards to write: {len(missing)}"),
             )
             if writes and mine < len(taken):
                 shards.write(taken[mine], np.concatenate(records)[: len(samples)])
