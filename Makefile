@@ -4,7 +4,7 @@
 #   make test         the whole suite; the last line says how many passed
 #   make lint         ruff, mypy and the floors between the rooms
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
-#                     bench-surgery, bench-ranking
+#                     bench-surgery, bench-ranking, bench-divergence, bench-distill-step, bench-paper-in-small
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
 # PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
@@ -40,7 +40,7 @@ bench: $(STAMP)
 	@set -e; for benchmark in $(wildcard benchmarks/[a-z]*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 bench-%: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$*.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py
 
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \

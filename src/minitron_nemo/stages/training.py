@@ -144,10 +144,8 @@ def run_training(
             if (directory / logs).is_dir() and is_rank_zero():
                 shutil.copytree(directory / logs, draft.path / logs, symlinks=True)
         if training.keep_optimizer and is_rank_zero():
-            last = directory / "checkpoints" / f"step-{training.steps}"
-            shutil.copytree(
-                last, draft.path / OPTIMIZER, copy_function=link_or_copy
-            )  # it stays until the artifact is whole
+            last = directory / "checkpoints" / f"step-{training.steps}"  # stays there until the artifact is whole
+            shutil.copytree(last, draft.path / OPTIMIZER, copy_function=link_or_copy)
         draft.facts["vocab_size"] = vocab_size
         draft.metrics.update(
             parameters=model.shape.num_parameters,
