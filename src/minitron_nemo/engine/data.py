@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import require, require_divisible
 from minitron_nemo.engine.corpus import Document
-from minitron_nemo.engine.documents import mark, pad_documents, unmark
+from minitron_nemo.engine.documents import DOCUMENT_STARTS, mark, pad_documents, unmark
 from minitron_nemo.engine.tokenizer import tokenizer_digest, vocabulary_size
 
 if TYPE_CHECKING:
@@ -108,13 +108,14 @@ class PackedDataset(GPTDataset):
         self._pad_token_id = _NO_PADDING
 
     def __getitem__(self, index: int | None) -> dict[str, Tensor]:
-        """tokens, labels, loss_mask, position_ids, each [s]."""
+        """tokens, labels, loss_mask, position_ids, each [s]; document_starts where documents do not see each other."""
         sample = super().__getitem__(index)
         sample["labels"], supervised = unmark(sample["labels"])
         sample["loss_mask"] = sample["loss_mask"] * supervised
         sample["tokens"], _ = unmark(sample["tokens"])
         multiple = getattr(self.config, "pad_documents_to", 1)
-        return sample if multiple == 1 else pad_documents(sample, multiple)
+        sample = sample if multiple == 1 else pad_documents(sample, multiple)
+        return sample | ({DOCUMENT_STARTS: sample["position_ids"] == 0} if self.config.reset_position_ids else {})
 
 
 class PackedDataModule(PreTrainingDataModule):

@@ -4,8 +4,9 @@ A token that is not to be learned, such as a prompt's, is stored as a negative n
 
 Documents that do not see each other begin with new attention and positions:
 
-    position_ids   [b, s]   from 0 in every document; a sample's first token has position 0 in any case
-    boundaries     0, the first token of each further document, s       int32
+    position_ids      [b, s]   from 0 in every document, and from 0 where a sample begins
+    document_starts   [b, s]   bool, True where they are 0; only in batches whose documents do not see each other
+    boundaries        0, the first token of each further document, s       int32
 
 The boundaries travel as Megatron-core's `PackedSeqParams`, which transformer-engine's attention, our own
 (`attention.py`) and Megatron's rotary embedding read. A micro-batch is then one sample, as that layout knows no batch.
@@ -27,6 +28,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
+
+DOCUMENT_STARTS = "document_starts"
 
 
 def mark(ids: np.ndarray) -> np.ndarray:
@@ -63,18 +66,11 @@ def pad_documents(sample: dict[str, Tensor], multiple: int) -> dict[str, Tensor]
     return padded_sample | {"position_ids": torch.cat(positions)[:length]}
 
 
-def documents_of(position_ids: Tensor) -> PackedSeqParams | None:
-    """The boundaries of a micro-batch's documents; None where every sample is a single one.
-
-    Args:
-        position_ids: [b, s] on the host; b is 1 where there are several documents.
-    """
-    first = position_ids == 0
-    if not bool(first[:, 1:].any()):
-        return None
-    assert len(position_ids) == 1, position_ids.shape
-    length = position_ids.shape[1]
-    boundaries = torch.cat([first[0].nonzero().flatten(), torch.tensor([length])]).int()
+def documents_of(document_starts: Tensor) -> PackedSeqParams:
+    """The boundaries of the documents of a micro-batch of one sample, [1, s] on the host."""
+    assert len(document_starts) == 1, document_starts.shape
+    length = document_starts.shape[1]
+    boundaries = torch.cat([document_starts[0].nonzero().flatten(), torch.tensor([length])]).int()
     longest = int(boundaries.diff().max())
     return PackedSeqParams("thd", boundaries, boundaries, max_seqlen_q=longest, max_seqlen_kv=longest)
 

@@ -30,7 +30,7 @@ from minitron_nemo.distillation.config import DistillationConfig
 from minitron_nemo.distillation.offload import keep_on_host
 from minitron_nemo.distillation.stored_teacher import STORED, StoredTeacherStudent
 from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
-from minitron_nemo.engine.documents import documents_of, documents_on_this_cp_rank
+from minitron_nemo.engine.documents import DOCUMENT_STARTS, documents_of, documents_on_this_cp_rank
 from minitron_nemo.engine.weights_io import load_weights
 from minitron_nemo.importance import Importance, ImportanceConfig
 from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
@@ -143,11 +143,10 @@ def data_step(dataloader_iter: Any) -> dict[str, Any]:
     batch = next(dataloader_iter)
     batch = batch[0] if isinstance(batch, tuple) else batch
     wanted = {"tokens", "position_ids", "labels", "loss_mask", *STORED}
-    documents = documents_of(batch["position_ids"])
     on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
-    if documents is None:
+    if DOCUMENT_STARTS not in batch:
         return get_batch_on_this_cp_rank(on_device)
-    return documents_on_this_cp_rank(on_device, documents)
+    return documents_on_this_cp_rank(on_device, documents_of(batch[DOCUMENT_STARTS]))
 
 
 def forward_step(model: Any, batch: dict[str, Any]) -> torch.Tensor:
