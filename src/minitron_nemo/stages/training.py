@@ -52,7 +52,6 @@ NOT_THE_RESULT = (
     "data.num_workers",
     "offload_teacher",
     "training.checkpoint_every",
-    "training.keep_optimizer",
 )
 """Keys that say how a step ran, not what it made: another layout gives the same numbers."""
 
@@ -205,13 +204,14 @@ def _phase_before(path: str, shape: ModelShape, config: dict[str, Any]) -> Artif
 def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:
     """A run that was cut off continues with the values it was started with; they are kept beside its checkpoints.
 
-    Raises: ValueError: other values; `training.steps` may change, to end a run sooner or later.
+    Raises: ValueError: other values. `training.steps` may change, to end a run sooner or later, and
+        `training.keep_optimizer`.
     """
     kept = directory / "config.json"
     if kept.is_file():
         for key, then, now in changes(json.loads(kept.read_text()), config):
             require(
-                key == "training.steps",
+                key in ("training.steps", "training.keep_optimizer"),
                 f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
                 f"Continue it with {key}={then}, or remove {directory} to start over.",
             )
