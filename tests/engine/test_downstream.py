@@ -102,9 +102,9 @@ def run_distill(run: TinyRun, output: str, steps: int, keep_best: bool, stop_at:
         if trainer.global_step == stop_at:
             raise KeyError("the machine is gone")
 
-    Downstream.on_validation_end = evaluate_and_fail  # type: ignore[method-assign]
     split = {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp}
-    try:
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(Downstream, "on_validation_end", evaluate_and_fail)
         distill.run(
             distill.DistillConfig(
                 teacher=run.teacher,
@@ -123,8 +123,6 @@ def run_distill(run: TinyRun, output: str, steps: int, keep_best: bool, stop_at:
                 output=output,
             )
         )
-    finally:
-        Downstream.on_validation_end = evaluate  # type: ignore[method-assign]
 
 
 def accuracies(output: str) -> dict[int, float]:

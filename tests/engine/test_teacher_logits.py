@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -157,13 +158,9 @@ def write_until_the_first_shard_is_there(run: TinyRun, output: str) -> None:
             raise KeyboardInterrupt
         write(self, shard, records)
 
-    Shards.write = stops  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as changed, contextlib.suppress(KeyboardInterrupt):
+        changed.setattr(Shards, "write", stops)
         write_store(run, output)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        Shards.write = write  # type: ignore[method-assign]
 
 
 def samples_of(output: str) -> dict[str, Tensor]:

@@ -263,11 +263,10 @@ def events_of_a_start(run: TinyRun, output: str) -> list[str]:
         events.append("buffers")
         init_ddp(parallel)
 
-    torch.cuda.synchronize, MegatronParallel.init_ddp = recorded_synchronize, recorded_init_ddp  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(torch.cuda, "synchronize", recorded_synchronize)
+        changed.setattr(MegatronParallel, "init_ddp", recorded_init_ddp)
         run_pretrain(run, output)
-    finally:
-        torch.cuda.synchronize, MegatronParallel.init_ddp = synchronize, init_ddp  # type: ignore[method-assign]
     return events
 
 
@@ -348,8 +347,6 @@ def run_but_write_nothing(run: TinyRun, output: str) -> None:
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    save_model, training.save_model = training.save_model, killed
-    try:
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(training, "save_model", killed)
         run_pretrain(run, output, keep_optimizer=True, **FIRST_PHASE)
-    finally:
-        training.save_model = save_model

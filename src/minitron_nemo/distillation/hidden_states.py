@@ -171,7 +171,8 @@ class HiddenStateLosses(nn.Module):
             if isinstance(state, Tensor):
                 state = state.detach()  # a teacher that learns does so from labels alone
             else:
-                state = tuple(part.detach() for part in state)  # type: ignore[assignment]
+                query, key, value = state
+                state = query.detach(), key.detach(), value.detach()
             if of_teacher < of_student:
                 assert isinstance(state, Tensor)
                 batch.leaving[index] = state

@@ -69,7 +69,9 @@ class _Visit:
         if self.device.type != "cuda":
             self.on_device = list(self.on_host.values())
             return
-        stream = self._streams.setdefault(self.device, torch.cuda.Stream(self.device))
+        if self.device not in self._streams:
+            self._streams[self.device] = torch.cuda.Stream(self.device)
+        stream = self._streams[self.device]
         with torch.cuda.stream(stream):
             self.on_device = [host.to(self.device, non_blocking=True) for host in self.on_host.values()]
             self.arrived = torch.cuda.Event()

@@ -78,7 +78,8 @@ class TeacherStudent(MegatronModule):
         self.student = student
         self.distillation = config or DistillationConfig()
         self.teacher = teacher.requires_grad_(self.teacher_learns)
-        _require_teacher_can_learn(teacher, self.teacher_learns)
+        if self.teacher_learns:
+            _require_can_learn(teacher)
         self.vocab_size = vocab_size
         self.hidden_states: HiddenStateLosses | None = None
         if self.distillation.hidden_states.enabled:
@@ -449,11 +450,9 @@ def adjust_tensor_shapes_fn(model: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-def _require_teacher_can_learn(teacher: GPTModel, learns: bool) -> None:
+def _require_can_learn(teacher: GPTModel) -> None:
     require(
-        not learns
-        or not teacher.share_embeddings_and_output_weights
-        or teacher.config.pipeline_model_parallel_size == 1,
+        not teacher.share_embeddings_and_output_weights or teacher.config.pipeline_model_parallel_size == 1,
         f"distillation.teacher_lr cannot be set for a teacher with tied embeddings on "
         f"{teacher.config.pipeline_model_parallel_size} pipeline stages: Megatron adds the tied gradients of one model "
         "only. Set trainer.pipeline_model_parallel_size=1, or correct the teacher beforehand.",

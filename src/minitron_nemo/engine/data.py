@@ -113,8 +113,8 @@ class PackedDataset(GPTDataset):
         sample["labels"], supervised = unmark(sample["labels"])
         sample["loss_mask"] = sample["loss_mask"] * supervised
         sample["tokens"], _ = unmark(sample["tokens"])
-        multiple = getattr(self.config, "pad_documents_to", 1)
-        sample = sample if multiple == 1 else pad_documents(sample, multiple)
+        if self.config.pad_documents_to > 1:
+            sample = pad_documents(sample, self.config.pad_documents_to)
         return sample | ({DOCUMENT_STARTS: sample["position_ids"] == 0} if self.config.reset_position_ids else {})
 
 

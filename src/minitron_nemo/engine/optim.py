@@ -92,85 +92,66 @@ class WarmupDecay(LRSchedulerModule):
 
 
 class SkippingOptimizer(MegatronOptimizerModule):
-    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment.
-
-    Of a teacher that is corrected beside its student, the gradients are clipped by their own norm, and so are the
-    student's: neither's step depends on the other's.
-    """
+    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment."""
 
     skipped = False
     """Whether the last step was skipped; the same on every rank, as they share the gradient's norm."""
-    teacher_learns = False
+    clip_apart: float | None = None
+    """Beside a teacher that learns: the largest norm of either model's gradient, each clipped by its own, so that
+    neither's step depends on the other's. None: there is one model, which Megatron clips."""
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
         [optimizer] = super().optimizers(model)
         megatron = optimizer.mcore_optimizer
-        apart = _Apart(megatron) if self.teacher_learns else None
-        prepare_grads, step_with_ready_grads = megatron.prepare_grads, megatron.step_with_ready_grads
+        prepare_grads, get_grad_norm = megatron.prepare_grads, megatron.get_grad_norm
+        norm = math.nan  # of the student
 
         def prepare_finite_grads() -> bool:
+            nonlocal norm
             self.skipped = prepare_grads()
-            if apart is not None and not self.skipped:
-                self.skipped = not math.isfinite(apart.clip_teacher(self.config.clip_grad))
-                apart.only = _STUDENT
-            self.skipped = self.skipped or not math.isfinite(megatron.get_grad_norm())
-            if apart is not None and self.skipped:
-                apart.only = None
+            if not self.skipped and self.clip_apart is None:
+                norm = get_grad_norm()
+                self.skipped = not math.isfinite(norm)
+            elif not self.skipped and self.clip_apart is not None:
+                of_teacher = _clip_by_its_norm(megatron, get_grad_norm, self.clip_apart, teachers=True)
+                norm = _clip_by_its_norm(megatron, get_grad_norm, self.clip_apart, teachers=False)
+                self.skipped = not math.isfinite(of_teacher + norm)
             return self.skipped
 
-        def step_all() -> bool:
-            if apart is not None:
-                apart.only = None
-            return step_with_ready_grads()
-
-        megatron.prepare_grads, megatron.step_with_ready_grads = prepare_finite_grads, step_all
+        megatron.prepare_grads = prepare_finite_grads
+        megatron.get_grad_norm = lambda: norm  # asked next, in the same step: it takes a reduction over all ranks
         return [optimizer]
 
 
-_STUDENT, _TEACHER = "student", "teacher"
 _TEACHERS_MARK = math.nextafter(1.0, 0.0)
 """Multiplier of the teacher's rate for Megatron, which makes groups of parameters by it and knows them again by it."""
 
 
 def _is_teachers(name: str, _: torch.nn.Parameter) -> bool:
-    return _TEACHER in name.split(".")
+    return "teacher" in name.split(".")
 
 
 def _is_teachers_group(group: dict[str, Any]) -> bool:
     return group["pre_lr_mult"] == _TEACHERS_MARK  # NeMo's name for it, once it is applied
 
 
-class _Apart:
-    """Makes Megatron's norm and clipping of gradients see one of two models.
-
-    `only` says which one; None: both.
-    """
-
-    def __init__(self, megatron: Any) -> None:
-        self.only: str | None = None
-        self.megatron = megatron
-        self.parts: list[Any] = getattr(megatron, "chained_optimizers", [megatron])
-        for part in self.parts:
-            part.get_parameters = lambda part=part: self._parameters(part)
-
-    def _parameters(self, part: Any) -> list[torch.nn.Parameter]:
-        groups = getattr(part.optimizer, "param_groups", [])
-        return [
-            parameter
-            for group in groups
-            if self.only is None or self.only == (_TEACHER if _is_teachers_group(group) else _STUDENT)
-            for parameter in group["params"]
-        ]
-
-    def clip_teacher(self, max_norm: float) -> float:
-        """The norm of the teacher's gradients before. Communicates: as Megatron's norm of gradients."""
-        self.only = _TEACHER
-        norm = float(self.megatron.get_grad_norm())
-        for part in self.parts:
-            if max_norm > 0 and math.isfinite(norm) and (parameters := part.get_parameters()):
+def _clip_by_its_norm(megatron: Any, norm_of: Callable[[], float], max_norm: float, *, teachers: bool) -> float:
+    """Clip the gradients of one of two models and return their norm before. Communicates: as Megatron's norm does."""
+    parts = megatron.chained_optimizers
+    for part in parts:
+        groups = (group for group in part.param_groups if _is_teachers_group(group) == teachers)
+        chosen = [parameter for group in groups for parameter in group["params"]]
+        part.get_parameters = lambda chosen=chosen: chosen  # what norm and clipping go by
+    try:
+        norm = norm_of()
+        for part in parts:
+            if max_norm > 0 and (parameters := part.get_parameters()):
                 precise = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
                 clip_grad_by_total_norm_fp32(parameters, max_norm, norm, precise)
-        return norm
+    finally:
+        for part in parts:
+            del part.get_parameters
+    return norm
 
 
 def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool, teacher_lr: float = 0.0) -> SkippingOptimizer:
@@ -179,6 +160,7 @@ def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool, teacher_lr: 
     Args:
         teacher_lr: peak rate of a teacher that learns beside the student, under the same schedule; 0: it does not.
     """
+    teacher_learns = teacher_lr > 0
     optimizer = SkippingOptimizer(
         config=OptimizerConfig(
             optimizer="adam",
@@ -188,13 +170,14 @@ def build_optimizer(config: OptimConfig, *, steps: int, bf16: bool, teacher_lr: 
             adam_beta1=config.adam_beta1,
             adam_beta2=config.adam_beta2,
             adam_eps=config.adam_eps,
-            clip_grad=config.clip_grad,
+            clip_grad=0.0 if teacher_learns else config.clip_grad,
             bf16=bf16,
             use_distributed_optimizer=platform.supports_distributed_optimizer(),
         ),
         lr_scheduler=WarmupDecay(config, steps, teacher_lr / config.lr),
-        scale_lr_cond=_is_teachers if teacher_lr > 0 else None,
+        scale_lr_cond=_is_teachers if teacher_learns else None,
         lr_mult=_TEACHERS_MARK,
     )
-    optimizer.teacher_learns = teacher_lr > 0
+    if teacher_learns:
+        optimizer.clip_apart = config.clip_grad
     return optimizer
