@@ -4,7 +4,8 @@
 #   make test         the whole suite; the last line says how many passed
 #   make lint         ruff, mypy and the floors between the rooms
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
-#                     bench-surgery, bench-ranking, bench-divergence, bench-distill-step, bench-paper-in-small
+#                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
+#                     bench-distill-step, bench-paper-in-small
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
 # PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
