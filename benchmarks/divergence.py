@@ -17,7 +17,8 @@ beside its half of the logits.
 
 Falls short, with exit status 1, where the fused contender needs more than 0.25 of one whole bf16 logits tensor at 128k
 x 8k tokens, or where the loss part is less than 3 times as fast as modelopt's on a CPU, 1.5 times end to end on a GPU.
-What does not fit into the memory set aside is named and skipped. `--save` keeps the answer in benchmarks/results/.
+What does not fit into the memory set aside is named and skipped. `--save` keeps the answer in benchmarks/results/,
+`--only` measures some of the rows.
 """
 
 from __future__ import annotations
@@ -273,6 +274,7 @@ CASES = [  # vocabulary, tokens, tensor-parallel ranks: what all can do in littl
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true")
+    parser.add_argument("--only", default="", metavar="PART", help="of a row's name, such as 'tp=2 float32'")
     parser.add_argument("--rank", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -281,14 +283,18 @@ def main() -> int:
         print(json.dumps(measured(int(vocab), int(tokens), dtype, contenders, join(*options.rank))))
         return 0
 
+    if options.save and options.only:
+        parser.error("--save keeps every row; leave out --only.")
+
     import torch
 
     on_gpu = torch.cuda.is_available()
     rows = []
     for vocab, tokens, ranks in CASES:
         for dtype in ("float32", "bfloat16"):
-            if ranks == 1 or not on_gpu:
-                rows.append(measure(vocab, tokens, ranks, dtype))
+            row = {"vocab": vocab, "tokens": tokens, "tp": ranks, "dtype": dtype}
+            if (ranks == 1 or not on_gpu) and options.only in case_of(row):
+                rows.append(row | measure(vocab, tokens, ranks, dtype))
                 show(rows[-1])
     if options.save:
         save(rows, on_gpu)
@@ -308,8 +314,7 @@ def measure(vocab: int, tokens: int, ranks: int, dtype: str) -> dict[str, Any]:
     found = in_own_process("--case", str(vocab), str(tokens), dtype, *fitting, ranks=ranks)
     for contender in fitting:
         found[f"extra_memory_{contender}"] = round(found[f"extra_memory_{contender}"] * ranks / logits, 3)
-    row = {"vocab": vocab, "tokens": tokens, "tp": ranks, "dtype": dtype}
-    return row | found | {"does_not_fit": [c for c in able if c not in fitting]}
+    return found | {"does_not_fit": [c for c in able if c not in fitting]}
 
 
 def save(rows: list[dict[str, Any]], on_gpu: bool) -> None:

@@ -23,7 +23,7 @@ from minitron_nemo.engine.optim import OptimConfig, lr_multiplier
 from minitron_nemo.engine.survival import ResumableCheckpoints
 from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
 from minitron_nemo.stages import pretrain
-from support.door import environment
+from support.door import Door, environment
 from support.ranks import Ranks
 from support.tiny import SEQ_LENGTH
 from support.tiny_run import TinyRun, read_weights, trainer_values
@@ -48,43 +48,66 @@ def run_pretrain(
     )
 
 
-def command(run: TinyRun, output: str) -> list[str]:
-    """The same run, as a user starts it."""
+def distillation(run: TinyRun, output: str) -> list[str]:
+    """With all that a distillation carries from step to step, as a user asks for it on the command line."""
     values = {f"trainer.{key}": value for key, value in trainer_values().items()}
-    values |= {f"pretrain.training.optim.{key}": value for key, value in OPTIM.items()}
+    values |= {f"distill.training.optim.{key}": value for key, value in OPTIM.items()}
     values |= {
-        "pretrain.training.steps": STEPS,
-        "pretrain.training.checkpoint_every": EVERY,
-        "pretrain.training.validation_every": 4,
-        "pretrain.training.validation_batches": 1,
-        "pretrain.initial": run.student,
-        "pretrain.output": output,
+        "distill.distillation.cross_entropy_weight": 0.1,
+        "distill.distillation.hidden_states.enabled": True,
+        "distill.distillation.hidden_states.mapping": "plan",
+        "distill.distillation.hidden_states.projection": "shared",
+        "distill.distillation.hidden_states.balance": "dynamic",
+        "distill.training.steps": STEPS,
+        "distill.training.checkpoint_every": EVERY,
+        "distill.training.validation_every": 4,
+        "distill.training.validation_batches": 1,
+        "distill.teacher": run.teacher,
+        "distill.student": run.student,
+        "distill.output": output,
         "data.prepared": run.data,
         "run_dir": str(run.directory / "unused"),
     }
-    return [
-        *(sys.executable, "-m", "minitron_nemo.cli", "pretrain", "recipe=quickstart"),
-        *(f"{key}={value}" for key, value in values.items()),
-    ]
+    return ["distill", "recipe=quickstart", *(f"{key}={value}" for key, value in values.items())]
 
 
-def run_until_killed(run: TinyRun, output: str, log: Path) -> Path:
-    """Start it in a process of its own and kill that outright once a checkpoint is whole. Returns the checkpoint."""
+def run_until_killed(command: list[str], output: str, log: Path) -> tuple[Path, Path]:
+    """Start it in a process of its own and kill that outright while it writes a checkpoint that is not its first.
+
+    Returns: the newest whole checkpoint, and the one that is not.
+    """
     checkpoints = Path(output + ".training") / "checkpoints"
+
+    def written_in_part() -> list[Path]:
+        return list(checkpoints.glob("*.partial/**/*.distcp")) if list(checkpoints.glob("step-*[0-9]")) else []
+
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command(run, output), env=environment(), stdout=file, stderr=file, start_new_session=True
+            [sys.executable, "-m", "minitron_nemo.cli", *command],
+            env=environment(),
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
     deadline = time.monotonic() + START_SECONDS
     try:
-        while not (found := ResumableCheckpoints(checkpoints, EVERY).newest()):
+        while True:
             assert process.poll() is None, f"it ended by itself:\n{log.read_text()}"
-            assert time.monotonic() < deadline, f"no checkpoint after {START_SECONDS} s:\n{log.read_text()}"
-            time.sleep(0.01)
+            assert time.monotonic() < deadline, f"no second checkpoint after {START_SECONDS} s:\n{log.read_text()}"
+            if written_in_part():
+                os.killpg(process.pid, signal.SIGSTOP)  # so that it is still being written when the kill arrives
+                os.waitpid(process.pid, os.WUNTRACED)
+                if written_in_part():
+                    break
+                os.killpg(process.pid, signal.SIGCONT)
+            time.sleep(0.001)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # its checkpoint writers too
         process.wait()
-    return ResumableCheckpoints(checkpoints, EVERY).newest() or found
+    [partial] = checkpoints.glob("*.partial")
+    newest = ResumableCheckpoints(checkpoints, EVERY).newest()
+    assert newest is not None
+    return newest, partial
 
 
 def history(path: str) -> list[dict[str, Any]]:
@@ -101,24 +124,25 @@ def uninterrupted(ranks: Ranks, tiny_run: TinyRun) -> str:
     return output
 
 
-def test_a_killed_run_resumes_to_the_same_losses_and_weights_to_the_bit(
-    ranks: Ranks, tiny_run: TinyRun, uninterrupted: str, tmp_path: Path
+def test_a_killed_distillation_resumes_to_the_same_losses_and_weights_to_the_bit(
+    ranks: Ranks, door: Door, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    output = str(tiny_run.directory / "killed")
-    checkpoint = run_until_killed(tiny_run, output, tmp_path / "log")
+    """Hidden losses with a projection that learns, and a balance that goes by the step before."""
+    output, whole = str(tiny_run.directory / "killed"), str(tiny_run.directory / "not killed")
+    checkpoint, partial = run_until_killed(distillation(tiny_run, output), output, tmp_path / "log")
     assert not Path(output).exists()
     reached = int(checkpoint.name.removeprefix("step-"))
-    assert EVERY <= reached < STEPS
-    # what a kill in the middle of a save leaves behind, for the very next save and for one that looks newest
-    for step in (reached + EVERY, 1000):
-        partial = checkpoint.with_name(f"step-{step}.partial") / "weights"
-        partial.mkdir(parents=True, exist_ok=True)
-        shutil.copy(checkpoint / "weights" / "__0_0.distcp", partial / "__7_0.distcp")
+    assert EVERY <= reached < STEPS and partial.name == f"step-{reached + EVERY}.partial"
+    shutil.copytree(partial, partial.with_name("step-1000.partial"))  # one that looks newest
 
-    ranks("single").run(run_pretrain, tiny_run, output)
+    for path in (output, whole):
+        done = door(*distillation(tiny_run, path))
+        assert done.code == 0, done.err
 
-    assert history(output) == history(uninterrupted)
-    [found], [expected] = (ranks("single").run(read_weights, path) for path in (output, uninterrupted))
+    assert history(output) == history(whole)
+    alphas = [record["parts"]["alpha"] for record in history(whole) if "parts" in record]
+    assert len(set(alphas)) == STEPS
+    [found], [expected] = (ranks("single").run(read_weights, path) for path in (output, whole))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert not Path(output + ".training").exists()  # checkpoints go when the artifact stands

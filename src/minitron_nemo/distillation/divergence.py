@@ -7,7 +7,8 @@ The divergences are those of kinds.py and top_k.py. This module walks over chunk
 backward pass: beyond the inputs and the student's gradient, only values per token and one chunk are alive. The inputs
 are never overwritten.
 
-Communication: tp, in the forward pass only: per chunk, a maximum, a sum and the divergence.
+Communication: tp, in the forward pass only: per chunk, one gather for the softmaxes, and a sum for the kinds whose
+gradient waits for it; after the last chunk, one sum of the losses.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.distillation.kinds import (
     OF_PROBABILITIES,
     OF_SCORES,
+    SUMMED_AT_THE_END,
     TOP_K,
     DivergenceConfig,
     Reductions,
@@ -40,7 +42,7 @@ from minitron_nemo.distillation.kinds import (
     tempered,
 )
 from minitron_nemo.distillation.top_k import TopKTeacher, top_k_of, top_k_of_chunk
-from minitron_nemo.parallel import group_size
+from minitron_nemo.parallel import all_reduce_sum, group_size
 
 CHUNK_ELEMENTS = 1 << 22  # logits of one chunk: 16 MiB in float32, large beside a kernel launch, small beside the whole
 CPU_CHUNK_ELEMENTS = 1 << 17  # what a chunk's temporaries leave in a core's cache, which they are read from ten times
@@ -79,8 +81,8 @@ def divergence(
         labels: [s, b], global; a negative one has cross-entropy 0.
     Returns:
         float32 (float64 for float64 logits), both differentiable.
-    Communicates: tp, three to six all-reduces of a few values per token and chunk forward, none backward; top_k also
-        gathers k values and indices.
+    Communicates: tp, per chunk one to three collectives of a few values per token forward, and one of the losses; none
+        backward; top_k also gathers k values and indices.
     Raises: ValueError: shapes differ, or vocab_size is not within the vocabulary.
     """
     tokens = student_logits.shape[:-1]
@@ -242,7 +244,8 @@ def row_losses(
         kept: what the forward pass returned; nothing is communicated then.
         weights: as the losses returned.
         out: [n, real columns], gets the gradient with respect to the student's logits; may be `student` itself.
-    Returns: [1, n] divergence, or [2, n] with the cross-entropy on the labels; and what the ranks agreed on.
+    Returns: [1, n] divergence, or [2, n] with the cross-entropy on the labels, some of it this rank's part only where
+        `kept` is given; and what the ranks agreed on.
     Communicates: tp, unless `kept` is given.
     """
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -261,6 +264,9 @@ def row_losses(
             out[chunk] if out is not None else None,
         )
         losses[:, chunk] = kernels.chunk_losses(*arguments) if kernels is not None else _chunk_losses(*arguments)
+    parts = losses if config.kind in SUMMED_AT_THE_END else losses[1:]
+    if kept is None and len(parts) > 0:
+        parts.copy_(all_reduce_sum(parts, group=vocabulary.group))
     return losses, reduce.kept
 
 
@@ -274,7 +280,7 @@ def _chunk_losses(
     weights: Tensor | None,
     out: Tensor | None,
 ) -> Tensor:
-    """`row_losses` of one chunk."""
+    """`row_losses` of one chunk; where they are summed up over the ranks at the end, this rank's part."""
     student_scores = scores(student, config.student_logit_scale, config.student_softcap)
     results = _chunk_results(student_scores, teacher, labels, config, vocabulary, reduce)
     if weights is not None and out is not None:
@@ -315,7 +321,7 @@ def _chunk_results(
     if labels is None:
         return [result]
     (own_softmax,) = own or softmaxes([student_scores], reduce)
-    return [result, cross_entropy_of(own_softmax, labels, vocabulary, reduce)]
+    return [result, cross_entropy_of(own_softmax, labels, vocabulary)]
 
 
 def _kernels(student: Tensor, config: DivergenceConfig) -> ModuleType | None:

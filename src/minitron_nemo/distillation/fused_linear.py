@@ -14,7 +14,8 @@ arithmetic as that of whole logits. There are two ways to a gradient:
 
 Memory beyond inputs and returned gradients: the logits of a chunk (LOGITS_BYTES), 4 bytes x v/tp x h where the weight's
 gradient is summed up over chunks in more precision than it is returned in, and with sequence parallelism the gathered
-hidden states.
+hidden states. Where the weight's gradient goes to a float32 `main_grad`, the second way sums it up there and needs
+nothing of its size; in the first it waits from the forward to the backward pass for its factor.
 
 Communication: tp; forward that of `row_losses` per chunk and with sequence parallelism a gather of the hidden states;
 backward a sum of the student hidden's gradient, which the ranks' vocabularies share (all-reduce, or reduce-scatter).
@@ -321,14 +322,21 @@ def _walk(
 class _Gradients:
     """Of student hidden [n, h] and output weight [v/tp, h], where asked for; this rank's part of the former."""
 
-    def __init__(self, job: _Job, inputs: _Inputs, needs: Sequence[bool], *, for_main_grad: bool) -> None:
+    def __init__(self, job: _Job, inputs: _Inputs, needs: Sequence[bool], *, main_grad: Tensor | None = None) -> None:
+        """
+        Args:
+            main_grad: what the weight's gradient is to be added to, as it comes; `weight` is then this very tensor,
+                unless it is too coarse to sum up in.
+        """
         hidden, weight = inputs[:2]
         self._hidden, self._weight, self._local = hidden, weight, job.vocabulary.local
         self.hidden = torch.empty_like(hidden) if needs[0] else None
-        # One chunk's product is summed in float32 by itself.
-        several = for_main_grad or len(job.chunks()) > 1
-        dtype = torch.promote_types(weight.dtype, torch.float32) if several else weight.dtype
-        self.weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+        self.weight = None
+        if needs[1]:
+            # One chunk's product is summed in float32 by itself.
+            dtype = torch.promote_types(weight.dtype, torch.float32) if len(job.chunks()) > 1 else weight.dtype
+            fine = main_grad is not None and torch.promote_types(main_grad.dtype, dtype) == main_grad.dtype
+            self.weight = main_grad if fine else torch.zeros_like(weight, dtype=dtype)
 
     def add(self, chunk: slice, of_logits: Tensor) -> None:
         if self.hidden is not None:
@@ -347,11 +355,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total[start : start + step] += left[start : start + step] @ right
 
 
-def _hand_over(weight: Tensor, gradient: Tensor | None, to_main_grad: bool) -> Tensor | None:
-    """The weight's gradient as autograd wants it; where Megatron's DDP keeps a main_grad, it is added there."""
-    if gradient is None or not to_main_grad:
-        return gradient.to(weight.dtype) if gradient is not None else None
-    weight.main_grad.add_(gradient)  # type: ignore[attr-defined]
+def _hand_over(
+    weight: Tensor, gradient: Tensor | None, to_main_grad: bool, factor: Tensor | None = None
+) -> Tensor | None:
+    """The weight's gradient, times `factor`, as autograd wants it; where Megatron's DDP keeps a main_grad, it is added
+    there, unless it was summed up there already.
+    """
+    if gradient is None:
+        return None
+    if not to_main_grad:
+        return (gradient if factor is None else gradient.mul_(factor)).to(weight.dtype)
+    main_grad: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    if factor is not None:
+        main_grad.addcmul_(gradient, factor)  # in the precision of main_grad
+    elif gradient is not main_grad:
+        main_grad.add_(gradient)
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     # DDP's hook waits for some gradient, and adds it only where the weight has other uses too (zero_out_wgrad).
@@ -374,7 +392,8 @@ class _PerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
-        gradients = _Gradients(ctx.job, inputs, ctx.needs_input_grad, for_main_grad=ctx.to_main_grad)
+        main_grad = inputs[1].main_grad if ctx.to_main_grad else None
+        gradients = _Gradients(ctx.job, inputs, ctx.needs_input_grad, main_grad=main_grad)
         _walk(ctx.job, inputs, kept=ctx.kept, weights=weights, gradients=gradients)
         return gradients.hidden, _hand_over(inputs[1], gradients.weight, ctx.to_main_grad), *[None] * 5
 
@@ -388,7 +407,7 @@ class _Weighted(torch.autograd.Function):
         ctx.to_main_grad = fusion and hasattr(inputs[1], "main_grad")
         ctx.gradients, ctx.weight = None, inputs[1]
         if any(ctx.needs_input_grad[:2]):
-            ctx.gradients = _Gradients(job, tuple(inputs), ctx.needs_input_grad, for_main_grad=ctx.to_main_grad)
+            ctx.gradients = _Gradients(job, tuple(inputs), ctx.needs_input_grad)
         losses, _ = _walk(
             job, tuple(inputs), weights=weights if ctx.gradients is not None else None, gradients=ctx.gradients
         )
@@ -408,5 +427,4 @@ class _Weighted(torch.autograd.Function):
             RuntimeError,
         )
         hidden = gradients.hidden.mul_(factor) if gradients.hidden is not None else None
-        weight = gradients.weight.mul_(factor) if gradients.weight is not None else None
-        return hidden, _hand_over(ctx.weight, weight, ctx.to_main_grad), *[None] * 6
+        return hidden, _hand_over(ctx.weight, gradients.weight, ctx.to_main_grad, factor), *[None] * 6

@@ -9,7 +9,8 @@ with cross-entropy, reverse KL, MSE or cosine); the others are here to be compar
 
 n tokens of a chunk; v real entries of the vocabulary, of which this rank holds a part. Arithmetic is in float32, or in
 float64 for float64 logits. A formula reads its chunk, agrees over tp on a few numbers per token, and returns the
-divergence and a function that forms the gradient from what the formula still holds.
+divergence and a function that forms the gradient from what the formula still holds. Where no gradient waits for the
+divergence (SUMMED_AT_THE_END, and the cross-entropy), it returns this rank's part.
 
 Communication: tp, in `Reductions` alone: [n] values or a few of them, in the forward pass only.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.parallel import all_reduce_max, all_reduce_sum, group_rank, group_size
+from minitron_nemo.parallel import all_gather_shards, all_reduce_max, all_reduce_sum, group_rank, group_size
 
 TOP_K = "top_k"
 KINDS = ("forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "cosine", "mse", TOP_K)
@@ -146,6 +147,13 @@ class Reductions:
     def sum(self, local: Callable[[], Tensor]) -> Tensor:
         return self._agree(all_reduce_sum, local)
 
+    def logsumexp(self, local: Callable[[], Tensor]) -> Tensor:
+        return self._agree(lambda value, group: torch.stack(all_gather_shards(value, group=group)).logsumexp(0), local)
+
+    def own(self, local: Callable[[], Tensor]) -> Tensor:
+        """This rank's, which is kept only."""
+        return self._agree(lambda value, group: value, local)
+
     def _agree(self, reduce: Callable[..., Tensor], local: Callable[[], Tensor]) -> Tensor:
         number, self._next = self._next, self._next + 1
         if not self._again:
@@ -194,10 +202,10 @@ def gradient_of_logits(gradient: Tensor, scores: Tensor, scale: float, softcap: 
 
 
 class Softmax(NamedTuple):
-    """p = exp(scores - maximum) / sum, log p = scores - log_sum, over the whole vocabulary.
+    """p = exp(scores - log_sum) over the whole vocabulary.
 
-    `log_sum` is that of the very 1 / sum that multiplies p, and in float64, so that no rounding of a sum over a large
-    vocabulary enters a difference of two log p.
+    `log_sum` is that of the very factor that multiplies exp(scores - maximum) on this rank to become p, and in float64,
+    so that no rounding of a sum over a large vocabulary enters a difference of two log p.
     """
 
     scores: Tensor
@@ -205,18 +213,20 @@ class Softmax(NamedTuple):
     p: Tensor
     """[n, v/tp]"""
     log_sum: Tensor
-    """[n] float64: log of the sum of exp(scores)"""
+    """[n] float64: log of the sum of exp(scores), equal on every rank but for that rounding"""
 
 
 def softmaxes(all_scores: Sequence[Tensor], reduce: Reductions) -> list[Softmax]:
-    """Of several models' scores [n, v/tp] at once. Communicates: tp, a maximum and a sum of [models, n]."""
-    maxima = reduce.max(lambda: torch.stack([row_max(scores) for scores in all_scores]))
+    """Of several models' scores [n, v/tp] at once. Communicates: tp, one gather of [models, n]."""
+    # The exponentials are of the rank's own maximum, and do not wait for the others'.
+    maxima = reduce.own(lambda: torch.stack([row_max(scores) for scores in all_scores]))
     exponentials = [(scores - maximum.unsqueeze(-1)).exp_() for scores, maximum in zip(all_scores, maxima, strict=True)]
-    inverse_sums = reduce.sum(lambda: torch.stack([e.sum(-1) for e in exponentials])).reciprocal()
-    log_sums = maxima.double() - inverse_sums.double().log()
+    log_sums = reduce.logsumexp(lambda: maxima.double() + torch.stack([e.sum(-1) for e in exponentials]).double().log())
+    factors = (maxima - log_sums).exp().to(maxima.dtype)
+    log_sums = torch.where(factors > 0, maxima - factors.double().log(), log_sums)
     return [
-        Softmax(scores, e.mul_(inverse.unsqueeze(-1)), log_sum)
-        for scores, e, inverse, log_sum in zip(all_scores, exponentials, inverse_sums, log_sums, strict=True)
+        Softmax(scores, e.mul_(factor.unsqueeze(-1)), log_sum)
+        for scores, e, factor, log_sum in zip(all_scores, exponentials, factors, log_sums, strict=True)
     ]
 
 
@@ -226,7 +236,10 @@ def log_ratio(teacher: Softmax, student: Softmax) -> Tensor:
 
 
 Result: TypeAlias = tuple[Tensor, Callable[[], Tensor]]
-"""The divergence [n], and its gradient [n, v/tp] when called; equal on every rank, and this rank's part."""
+"""The divergence [n] or this rank's part of it, and this rank's part of its gradient, [n, v/tp], when called."""
+
+SUMMED_AT_THE_END = ("forward_kl", "mse")
+"""Kinds whose formulas return this rank's part of the divergence."""
 
 # ---- of probabilities: p_T, p_S and log(p_T / p_S), which may be overwritten -----------------------------------------
 # Where a sum of p_S - p_T or p_T - p_S is added to a divergence, it adds 0 over the vocabulary, but makes every term
@@ -237,7 +250,7 @@ def forward_kl_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, redu
     """sum p_T log(p_T / p_S); gradient p_S - p_T."""
     difference = p_s - p_t
     # In place: what is allocated anew for every chunk costs more than the arithmetic.
-    divergence = reduce.sum(lambda: log_ratio.mul_(p_t).add_(difference).sum(-1))
+    divergence = reduce.own(lambda: log_ratio.mul_(p_t).add_(difference).sum(-1))
     return divergence, lambda: difference
 
 
@@ -299,7 +312,7 @@ def cosine_of(teacher: Tensor, student: Tensor, vocab_size: int, reduce: Reducti
 def mse_of(teacher: Tensor, student: Tensor, vocab_size: int, reduce: Reductions) -> Result:
     """mean (S - T)^2 over the real vocabulary; gradient 2 (S - T) / v."""
     difference = student - teacher
-    divergence = reduce.sum(lambda: difference.square().sum(-1) / vocab_size)
+    divergence = reduce.own(lambda: difference.square().sum(-1) / vocab_size)
     return divergence, lambda: difference * (2 / vocab_size)
 
 
@@ -308,9 +321,9 @@ OF_SCORES = {"cosine": cosine_of, "mse": mse_of}
 # ---- cross-entropy on the labels -------------------------------------------------------------------------------------
 
 
-def cross_entropy_of(student: Softmax, labels: Tensor, vocabulary: Vocabulary, reduce: Reductions) -> Result:
-    """-log p_S(label); gradient p_S - 1[label], 0 for a label that is ignored."""
-    label_scores = reduce.sum(lambda: vocabulary.entries(student.scores, labels.unsqueeze(-1)).squeeze(-1))
+def cross_entropy_of(student: Softmax, labels: Tensor, vocabulary: Vocabulary) -> Result:
+    """-log p_S(label), this rank's part; gradient p_S - 1[label], 0 for a label that is ignored."""
+    label_scores = vocabulary.entries(student.scores, labels.unsqueeze(-1)).squeeze(-1)
 
     def gradient() -> Tensor:
         here, columns = vocabulary.local_columns(labels.unsqueeze(-1))
@@ -321,6 +334,9 @@ def cross_entropy_of(student: Softmax, labels: Tensor, vocabulary: Vocabulary, r
 
 
 def cross_entropy(label_scores: Tensor, log_sum: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """[n] -log p(label): 0 where the label is negative (ignored), infinite where it is not in the vocabulary."""
-    value = (log_sum - label_scores).to(label_scores.dtype)
-    return value.masked_fill(labels >= vocabulary.size, float("inf")).masked_fill(labels < 0, 0.0)
+    """[n], to be summed up over the ranks: -log p(label) where the label is here, 0 where it is elsewhere or negative
+    (ignored), infinite where it is not in the vocabulary.
+    """
+    here, _ = vocabulary.local_columns(labels)
+    value = torch.where(here, log_sum - label_scores, 0.0).to(label_scores.dtype)
+    return value.masked_fill(labels >= vocabulary.size, float("inf"))

@@ -33,7 +33,7 @@ def chunk_losses(
 ) -> Tensor:
     """As `divergence._chunk_losses`, for kind=forward_kl and any number of rows.
 
-    Communicates: tp, as there: a maximum, a sum, the divergence, and with labels their scores.
+    Communicates: tp, a maximum and a sum.
     """
     of_student = (config.student_logit_scale, config.student_softcap)
     of_teacher = (config.teacher_logit_scale, config.teacher_softcap)
@@ -63,10 +63,9 @@ def chunk_losses(
     local_kl = _divergence_and_gradient(
         student, teacher, maxima, inverse_sums, log_ratio_of_sums, index, labels, config, weights, out
     )
-    losses = [reduce.sum(lambda: local_kl) * config.factor]
+    losses = [local_kl * config.factor]
     if labels is not None:
-        local_scores = scores(vocabulary.entries(student, labels.unsqueeze(-1)).squeeze(-1), *of_student)
-        label_scores = reduce.sum(lambda: local_scores)
+        label_scores = scores(vocabulary.entries(student, labels.unsqueeze(-1)).squeeze(-1), *of_student)
         losses.append(cross_entropy(label_scores, log_sums[2 if len(read) == 3 else 0], labels, vocabulary))
     return torch.stack(losses)
 
