@@ -29,7 +29,7 @@ MASKS[2][1] = 0  # a sample of which nothing counts
 def estimate(batches: list[Tensor], masks: list[Tensor], **overrides: Any) -> dict[str, Tensor]:
     """Moments of this rank's share of the batches, merged over all ranks."""
     model, groups = build_gpt(SHAPE, **overrides), Groups.from_megatron()
-    current, handles = MicroBatch(torch.device("cpu")), []
+    current, handles = MicroBatch(), []
     watches = watch_experts(model, SHAPE, groups, current, handles)
     mine = slice(group_rank(groups.dp), None, group_size(groups.dp))
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_masked_tokens_contribute_nothing_and_the_micro_batch_size_changes_nothi
 
 
 def test_a_forward_pass_that_was_not_announced_is_refused() -> None:
-    model, current = build_gpt(SHAPE), MicroBatch(torch.device("cpu"))
+    model, current = build_gpt(SHAPE), MicroBatch()
     watch_experts(model, SHAPE, Groups.from_megatron(), current, [])
     with pytest.raises(RuntimeError, match=r"decoder\.layers\.0\.mlp saw forward pass 1, but 0 micro-batches"):
         run_gpt(model, BATCHES[0])

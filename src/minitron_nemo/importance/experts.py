@@ -87,15 +87,20 @@ class ExpertWatch:
         self._code = code[:, self.experts[0] : self.experts[-1] + 1].t().contiguous()
         self.num_seen += 1
 
+    def counted(self, expert: int, rows: int) -> Tensor:
+        """Which of the `rows` tokens that local expert `expert` was handed count: [rows] bool."""
+        code = self._code[expert]
+        arrived = (code == 0).to(torch.uint8).argsort(stable=True)[:rows]  # no host value: the rows say how many
+        return code[arrived] == 2
+
     @torch.no_grad()
     def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
         """Add what local expert `expert` made of its tokens: [t, f/etp] and [t, h], both times the router's weight.
 
         Communicates: expert tensor parallelism, one all-reduce of [t, h].
         """
-        code, rows = self._code[expert], neurons.shape[0]
-        arrived = (code == 0).to(torch.uint8).argsort(stable=True)[:rows]  # no host value: the rows say how many
-        counts = code[arrived] == 2
+        rows = neurons.shape[0]
+        counts = self.counted(expert, rows)
         self.num_tokens[expert] += counts.sum()
         whole = outputs if group_size(self._etp) == 1 else all_reduce_sum(outputs.float(), group=self._etp)
         # where, not a product: a token that does not count brings in nothing, not even its NaN
@@ -103,7 +108,7 @@ class ExpertWatch:
         self.output_sums[:, expert] += torch.stack([norms.sum(), norms.sum(), norms.square().sum()])
         counted = neurons.where(counts.unsqueeze(1), 0).unsqueeze(1)  # [t, 1, f/etp]
         everything = TokenMask(torch.ones(1, rows, dtype=torch.bool), self.num_tokens, None)
-        self.neuron_sums[:, expert] += partial_sums(counted, everything, self._current.scratch)[:, 0]
+        self.neuron_sums[:, expert] += partial_sums(counted, everything)[:, 0]
 
     def require_finite(self) -> None:
         """Raises: ValueError: an activation of an expert of this rank was not finite. Waits for the device."""
@@ -127,19 +132,24 @@ def watch_experts(
             continue
         mlp = layer.mlp
         watch = ExpertWatch(index, mlp, shape, groups, current, sequence_parallel=model.config.sequence_parallel)
-        handles.append(mlp.router.register_forward_hook(_see_routing(watch)))
-        if hasattr(mlp.experts, "local_experts"):
-            for expert, module in enumerate(mlp.experts.local_experts):
-                handles.append(module.linear_fc2.register_forward_hook(_see_expert(watch, expert)))
-        else:
-            require(
-                hasattr(mlp.experts, "linear_fc2"),
-                f"{watch.place}.experts is a {type(mlp.experts).__name__} whose linear_fc2 cannot be watched. "
-                "Use experts one by one or transformer-engine's grouped linears (moe_use_legacy_grouped_gemm=false).",
-            )
-            handles.append(mlp.experts.linear_fc2.register_forward_hook(_see_grouped_experts(watch)))
+        show_experts(mlp, watch, handles)
         watches.append(watch)
     return watches
+
+
+def show_experts(mlp: Any, watch: ExpertWatch, handles: list[RemovableHandle]) -> None:
+    """Hook a MoELayer so that `watch` sees its routing and every local expert's tokens."""
+    handles.append(mlp.router.register_forward_hook(_see_routing(watch)))
+    if hasattr(mlp.experts, "local_experts"):
+        for expert, module in enumerate(mlp.experts.local_experts):
+            handles.append(module.linear_fc2.register_forward_hook(_see_expert(watch, expert)))
+        return
+    require(
+        hasattr(mlp.experts, "linear_fc2"),
+        f"{watch.place}.experts is a {type(mlp.experts).__name__} whose linear_fc2 cannot be watched. "
+        "Use experts one by one or transformer-engine's grouped linears (moe_use_legacy_grouped_gemm=false).",
+    )
+    handles.append(mlp.experts.linear_fc2.register_forward_hook(_see_grouped_experts(watch)))
 
 
 def expert_moments(

@@ -33,11 +33,9 @@ from minitron_nemo.checks import require
 from minitron_nemo.importance.statistics import (
     TokenMask,
     add_over,
-    aggregate_sequence,
+    add_samples,
     head_norms,
-    new_scratch,
     partial_sums,
-    sum_over_samples,
 )
 from minitron_nemo.parallel import Groups, group_rank, group_size
 from minitron_nemo.shape import ModelShape
@@ -46,9 +44,8 @@ from minitron_nemo.shape import ModelShape
 class MicroBatch:
     """The micro-batch whose forward pass comes next; `number` counts from 1, 0 means none was announced."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.number = 0
-        self.scratch = new_scratch(device)
         self._masks: dict[tuple[int, int], TokenMask] = {}
 
     def announce(self, mask: TokenMask) -> None:
@@ -91,28 +88,30 @@ class Watch:
         self._shard = shard
         self._measure = measure
 
-    @torch.no_grad()
     def see(self, activation: Tensor) -> None:
         """Sum one micro-batch."""
-        number = self._current.number
-        require(
-            self.num_seen + 1 == number,
-            f"{self.name} saw forward pass {self.num_seen + 1}, but {number} micro-batches were announced. "
-            "Call estimator.sample(loss_mask) once before each forward pass, on every pipeline stage.",
-            RuntimeError,
-        )
-        mask = self._current.mask(*self._shard)
-        require(
-            activation.dim() == 3 and tuple(activation.shape[:2]) == (mask.seq_length, mask.num_tokens.numel()),
-            f"{self.name} has activations of shape {list(activation.shape)} [s, b, ...], but the loss mask announced "
-            f"{mask.num_tokens.numel()} samples of {mask.seq_length} tokens on this rank. "
-            "Give estimator.sample the mask [b, s] of the micro-batch that is run next.",
-        )
         # The CPU platform's function mode costs as much per call as a small op, and nothing here names a device.
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            mask = self._mask_of(activation)
             measured = activation if self._measure is None else self._measure(activation)
-            self.sums = partial_sums(measured, mask, self._current.scratch)
+            self.sums = partial_sums(measured, mask)
         self.num_seen += 1
+
+    def _mask_of(self, activation: Tensor) -> TokenMask:
+        number = self._current.number
+        if self.num_seen + 1 != number:  # no `require` in a hook: it would make the message at every layer
+            raise RuntimeError(
+                f"{self.name} saw forward pass {self.num_seen + 1}, but {number} micro-batches were announced. "
+                "Call estimator.sample(loss_mask) once before each forward pass, on every pipeline stage."
+            )
+        mask = self._current.mask(*self._shard)
+        if activation.dim() != 3 or activation.shape[:2] != mask.counts.shape[::-1]:
+            raise ValueError(
+                f"{self.name} has activations of shape {list(activation.shape)} [s, b, ...], but the loss mask "
+                f"announced {mask.num_tokens.numel()} samples of {mask.seq_length} tokens on this rank. "
+                "Give estimator.sample the mask [b, s] of the micro-batch that is run next."
+            )
+        return mask
 
 
 PLACES = ("hidden (input norm)", "head", "hidden (pre-MLP norm)", "ffn", "shared_expert_ffn")
@@ -178,9 +177,9 @@ class AxisWatches:
         if not sums:
             return torch.zeros(0, num_tokens.numel(), dtype=torch.bool, device=self._device)
         with torch._C.DisableTorchFunction():  # as in `Watch.see`
-            aggregates = aggregate_sequence(add_over(torch.stack(sums), groups=self._groups), num_tokens)
-            self.moments.add_(sum_over_samples(aggregates))
-            return ~aggregates.sum((1, 3)).isfinite()  # none is negative: no infinity cancels another
+            if any(group_size(group) > 1 for group in self._groups):
+                sums = list(add_over(torch.stack(sums), groups=self._groups).unbind())
+            return ~add_samples(sums, num_tokens, self.moments)
 
 
 def watch_layers(
@@ -219,7 +218,7 @@ def watch_layers(
         axes["shared_expert_ffn"] = AxisWatches(shared, device, current, [groups.cp])
 
     def token_norms(activation: Tensor) -> Tensor:
-        return head_norms(activation, heads, current.scratch)
+        return head_norms(activation, heads)
 
     for layer in model.decoder.layers:
         index = layer.layer_number - 1

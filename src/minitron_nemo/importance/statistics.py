@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.importance import cpu_kernels
 from minitron_nemo.parallel import all_reduce_sum
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # cpu: a float32 block of one thread stays in its core's L2 cache
+BLOCK_ELEMENTS = 1 << 26  # a float32 block of 256 MiB
 BLOCK_TOKENS = 256  # where there are so many: with fewer, adding the blocks costs as much as making them
 
 
@@ -106,32 +107,29 @@ def mark_tokens_over(
     return TokenMask.of(counts, num_tokens)
 
 
-def new_scratch(device: torch.device) -> Tensor:
-    """Room for one float32 block of `partial_sums`; memory made for each block would cost as much as its sums."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    return torch.empty(BLOCK_ELEMENTS[device.type] * threads, device=device)
-
-
-def partial_sums(activation: Tensor, mask: TokenMask, scratch: Tensor | None = None) -> Tensor:
+def partial_sums(activation: Tensor, mask: TokenMask) -> Tensor:
     """sum |a|, sum a and sum a^2 of each sample over this rank's tokens that count.
 
     Args:
         activation: [s/cp, b, c], any float dtype.
-        scratch: see `new_scratch`, overwritten; None: made for this call.
     Returns:
         [3, b, c] float64.
     """
-    seq_length, batch, channels = activation.shape
-    assert seq_length == mask.seq_length, (activation.shape, mask.seq_length)
-    scratch = new_scratch(activation.device) if scratch is None else scratch
-    if mask.kept is None:
-        sums = _sums_of_rows(activation.reshape(seq_length, batch * channels), scratch)
-        return sums.unflatten(1, (batch, channels))
-    samples = zip(activation.unbind(1), mask.kept, strict=True)
-    return torch.stack([_sums_of_rows(rows.index_select(0, kept), scratch) for rows, kept in samples], dim=1)
+    assert activation.size(0) == mask.seq_length, (activation.shape, mask.seq_length)
+    if activation.device.type == "cpu":
+        return cpu_kernels.sums_of_tokens(activation, None if mask.kept is None else mask.counts)
+    return sums_of_tokens(activation, mask.kept)
 
 
-def _sums_of_rows(rows: Tensor, scratch: Tensor) -> Tensor:
+def sums_of_tokens(activation: Tensor, kept: tuple[Tensor, ...] | None) -> Tensor:
+    """`partial_sums` by torch's own operations, as a GPU takes them; `kept` as in TokenMask."""
+    if kept is None:
+        return _sums_of_rows(activation.flatten(1)).unflatten(1, activation.shape[1:])
+    samples = zip(activation.unbind(1), kept, strict=True)
+    return torch.stack([_sums_of_rows(rows.index_select(0, places)) for rows, places in samples], dim=1)
+
+
+def _sums_of_rows(rows: Tensor) -> Tensor:
     """sum |a|, sum a and sum a^2 over the rows of [t, c]: [3, c] float64.
 
     Block by block in float32, blocks added in float64. Inside a block the squares are taken around the block's own
@@ -139,45 +137,19 @@ def _sums_of_rows(rows: Tensor, scratch: Tensor) -> Tensor:
     """
     num_rows, channels = rows.shape
     sums = torch.zeros(3, channels, dtype=torch.float64, device=rows.device)
-    height = min(max(num_rows, 1), max(BLOCK_TOKENS, scratch.numel() // channels), scratch.numel())
-    width = scratch.numel() // height
-    of_block = torch.empty(3, channels, device=rows.device)  # sum of |a|, mean, variance
-    for block in rows.split(height) if num_rows else ():
-        for source, result in zip(block.split(width, 1), of_block.split(width, 1), strict=True):
-            values = scratch[: source.numel()].view(source.shape).copy_(source)
-            _mean_and_variance(values, result)
-            torch.sum(values.abs_(), 0, out=result[0])
-        block_sums = of_block.double()
-        block_sums[2].addcmul_(block_sums[1], block_sums[1])  # mean of a^2
-        block_sums[1:] *= len(block)
-        sums += block_sums
+    for block in rows.split(max(BLOCK_TOKENS, BLOCK_ELEMENTS // channels)) if num_rows else ():
+        values = block.float()
+        variance, mean = (each.double() for each in torch.var_mean(values, dim=0, correction=0))
+        absolute = torch.linalg.vector_norm(values, 1, dim=0).double()
+        sums += torch.stack([absolute, len(block) * mean, len(block) * torch.addcmul(variance, mean, mean)])
     return sums
 
 
-def _mean_and_variance(values: Tensor, result: Tensor) -> None:
-    """Mean and variance over the rows of [t, c] float32, contiguous, into rows 1 and 2 of `result`.
-
-    On a CPU by the kernel of batch norm: it reads each row whole and writes nothing in between, where `torch.var_mean`
-    walks down each column by itself, thirty times slower.
-    """
-    if values.device.type == "cpu":
-        num_rows, channels = values.shape
-        images = values.as_strided((1, channels, num_rows, 1), (values.numel(), 1, channels, 1))  # channels-last
-        mean, variance = torch.batch_norm_update_stats(images, None, None, 0.0)
-    else:
-        variance, mean = torch.var_mean(values, dim=0, correction=0)
-    result[1], result[2] = mean, variance
-
-
-def head_norms(activation: Tensor, heads: int, scratch: Tensor) -> Tensor:
+def head_norms(activation: Tensor, heads: int) -> Tensor:
     """L2 norm of each token's heads: [s, b, n*d] of n heads -> [s, b, n] float32."""
-    rows = activation.reshape(-1, activation.size(-1))
-    norms = torch.empty(rows.size(0), heads, device=rows.device)
-    height = max(1, scratch.numel() // rows.size(1))
-    for source, result in zip(rows.split(height), norms.split(height), strict=True):
-        values = scratch[: source.numel()].view(source.shape).copy_(source).unflatten(1, (heads, -1))
-        torch.linalg.vector_norm(values, dim=-1, out=result)
-    return norms.view(*activation.shape[:2], heads)
+    if activation.device.type == "cpu":
+        return cpu_kernels.head_norms(activation, heads)
+    return torch.linalg.vector_norm(activation.unflatten(-1, (heads, -1)), dim=-1, dtype=torch.float32)
 
 
 def add_over(sums: Tensor, *, groups: Sequence[ProcessGroup | None]) -> Tensor:
@@ -199,9 +171,11 @@ def aggregate_sequence(sums: Tensor, num_tokens: Tensor) -> Tensor:
     Returns:
         [..., 3, b, c] float64 in the order of `Aggregation`; 0 for a sample without tokens.
     """
-    mean_abs, mean, mean_square = (sums / num_tokens.clamp(min=1).unsqueeze(-1)).unbind(-3)
-    variance = torch.addcmul(mean_square, mean, mean, value=-1).clamp_(min=0)
-    return torch.stack([mean_abs, sums.select(-3, 2).sqrt(), variance], dim=-3)
+    aggregates = sums / num_tokens.clamp(min=1).unsqueeze(-1)
+    _, mean, mean_square = aggregates.unbind(-3)
+    mean_square.addcmul_(mean, mean, value=-1).clamp_(min=0)  # now the variance
+    torch.sqrt(sums.select(-3, 2), out=mean)  # now L2
+    return aggregates
 
 
 def aggregate_samples(moments: Tensor, batch: Aggregation, sequence: Aggregation) -> Tensor:
@@ -220,6 +194,18 @@ def aggregate_samples(moments: Tensor, batch: Aggregation, sequence: Aggregation
     return (mean_square - mean.square()).clamp(min=0)
 
 
-def sum_over_samples(aggregates: Tensor) -> Tensor:
-    """Sum and sum of squares over the samples of a micro-batch: [..., 3, b, c] -> [..., 2, 3, c] float64."""
-    return torch.stack([aggregates.sum(-2), aggregates.square().sum(-2)], dim=-3)
+def add_samples(sums: Sequence[Tensor], num_tokens: Tensor, moments: Tensor) -> Tensor:
+    """Add the samples of a micro-batch to the moments of several places.
+
+    Args:
+        sums: of each place [3, b, c] float64, over whole samples.
+        num_tokens: [b] float64.
+        moments: [places, 2, 3, c] float64, sum and sum of squares over samples of `aggregate_sequence`; changed.
+    Returns:
+        [places, b] bool, whether all activations of a sample were finite.
+    """
+    if moments.device.type == "cpu":
+        return cpu_kernels.add_samples(sums, num_tokens, moments)
+    aggregates = aggregate_sequence(torch.stack(list(sums)), num_tokens)
+    moments += torch.stack([aggregates.sum(-2), aggregates.square().sum(-2)], dim=-3)
+    return aggregates.sum((1, 3)).isfinite()  # none is negative: no infinity cancels another
