@@ -31,16 +31,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import hydra
-
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from minitron_nemo.checks import require
-from minitron_nemo.cli import conf_dir, quieten
-from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
+from minitron_nemo.cli import quieten
+from minitron_nemo.recipe import register_schema
+from stages import HELD_OUT, Stages
 
 SEEDS = (1234, 4321)
 ONCE = 0  # the seed of what has none
-HELD_OUT = 256
 WIDTH, DEPTH = "width", "depth"
 LAYERS_KEPT, LAYERS = 3, 6
 STUDENTS = {
@@ -89,14 +86,11 @@ Run = tuple[str, str, int]
 # ---- the runs --------------------------------------------------------------------------------------------------------
 
 
-class Bench:
-    """Stages of the quickstart recipe with other values; what stands in `run_dir` already is taken."""
+class Bench(Stages):
+    """Every run of the comparison, and its losses."""
 
     def __init__(self, run_dir: Path, steps: int) -> None:
-        self.run_dir = run_dir
-        self.shared = [
-            "recipe=quickstart",
-            f"run_dir={run_dir}",
+        shared = [
             f"distill.training.steps={steps}",
             "distill.training.validation_every=0",
             "trainer.tensorboard=false",
@@ -106,23 +100,10 @@ class Bench:
             "estimate_importance.model=${import_hf.output}",  # both kinds of teacher teach the same students
             "distill.teacher=${import_hf.output}",
         ]
+        super().__init__(run_dir, shared)
         self.losses: dict[Run, list[float]] = {}
         """Of each held-out micro-batch, nats per token."""
         self.parameters: dict[str, int] = {}
-
-    def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
-        own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = hydra.compose("compress", [*self.shared, *overrides, *own])
-        values = typed_section(section, config)
-        if not is_artifact(values.output):
-            return stage_module(SECTIONS[section][0]).run(values)
-        from minitron_nemo.stages.training import changes, config_dict
-
-        artifact = open_artifact(values.output)
-        for key, then, now in changes(artifact.manifest["config"], config_dict(values)):
-            require(False, f"{values.output} was made with {key}={then}, not {now}. Choose another --run-dir.")
-        return artifact
 
     def prepare(self) -> None:
         """What all runs share: teachers, data, one importance pass, the students as they were cut."""
@@ -185,11 +166,7 @@ class Bench:
         self.measure(run, self.stage("distill", *values, output=folder(run)), data)
 
     def measure(self, run: Run, model: Artifact, data: str = "data") -> None:
-        """Held-out loss of every micro-batch, kept beside the model."""
-        kept = model.path.with_name(f"{model.path.name}.on_{data}.json")
-        if not kept.is_file():
-            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data)))
-        self.losses[run] = json.loads(kept.read_text())
+        self.losses[run] = self.held_out(model, data)
         self.parameters[run[0]] = model.metrics["parameters"]
         print(f"{statistics.mean(self.losses[run]):8.4f}  {', '.join(map(str, run))}", flush=True)
 
@@ -215,19 +192,6 @@ def other_corpus() -> list[str]:
     assert spec is not None and spec.origin is not None
     headers = Path(spec.origin).parent / "include" / "torch" / "csrc"
     return [f"prepare_data.corpus={{path: {headers}, glob: '*.h'}}", "prepare_data.validation_fraction=0.1"]
-
-
-def held_out_losses(model: Artifact, data: Path) -> list[float]:
-    from minitron_nemo.engine.checkpoint import open_model
-    from minitron_nemo.engine.data import VALIDATION, batches, split_prefixes
-    from minitron_nemo.engine.forward import open_core, run_forward
-    from minitron_nemo.engine.training import TrainerConfig
-
-    source = open_model(model.path, key="model")
-    trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)
-    held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
-    sums = run_forward(open_core(source, trainer), held_out, label="held out", total=len(held_out))
-    return [float(loss / tokens) for loss, tokens in sums]
 
 
 # ---- the findings ----------------------------------------------------------------------------------------------------

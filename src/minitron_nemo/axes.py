@@ -35,7 +35,8 @@ Kept = Mapping[str, Tensor]
 [k], int64, for one parameter's layer, and for its expert where it has one.
 An axis that is absent is kept whole. `hidden` may be a basis instead: [h, k] of a floating dtype, orthonormal columns.
 `head_partner` [k] int64 names for each kept head a dropped head of its group that is merged into it, or -1
-(`QueryRows`)."""
+(`QueryRows`). Of a turned stream `folded` [h] is what a parameter's hidden channels are multiplied by before the basis:
+for what reads a norm, the norm's gamma. `norm_scale`, a scalar, multiplies the gamma of a norm (`NormGamma`)."""
 
 # ---- axis expressions ------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ class Axis:
         return full if rows is None else _choose(full, dim, rows)
 
     def mixes(self, kept: Kept) -> bool:
-        """Whether `reduce` adds several entries of this dim up, rather than only leaving some out."""
+        """Whether `reduce` makes new entries of this dim's, rather than only leaving some out."""
         return False
 
     def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
@@ -120,15 +121,42 @@ class Named(Axis):
     def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
         if not self.mixes(kept):
             return super().reduce(full, dim, shape, kept)
-        entry = kept[self.axis]
-        require(
-            full.dim() > 1,
-            f"A norm's weights cannot be turned into another basis of {self.axis}: a norm acts channel by channel. "
-            "Fold them into the matrices that read the norm first, or keep channels by their indices.",
-        )
-        # float32: products of bf16 entries summed over thousands of channels
-        turned = full.movedim(dim, -1).float() @ entry.to(full.device).float()
+        dtype = torch.promote_types(full.dtype, torch.float32)  # products of bf16 entries, over thousands of channels
+        entries = full.movedim(dim, -1).to(dtype)
+        if "folded" in kept:
+            entries = entries * kept["folded"].to(full.device, dtype)
+        turned = entries @ kept[self.axis].to(full.device, dtype)
         return turned.to(full.dtype).movedim(-1, dim).contiguous()
+
+
+@dataclass(frozen=True)
+class NormGamma(Named):
+    """The channels of a norm's weight; stored as gamma, or as gamma - 1 (LayerNorm1p)."""
+
+    def mixes(self, kept: Kept) -> bool:
+        return super().mixes(kept) or "norm_scale" in kept
+
+    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
+        """The kept channels' gamma, or 1 in a turned stream, where the readers have taken it in; times the scale."""
+        if not self.mixes(kept):
+            return super().reduce(full, dim, shape, kept)
+        gamma, rows = norm_gamma(full, shape), self.kept_rows(shape, kept)
+        if super().mixes(kept):
+            gamma = gamma.new_ones(kept[self.axis].size(1))
+        elif rows is not None:
+            gamma = _choose(gamma, dim, rows)
+        if "norm_scale" in kept:
+            gamma = gamma * kept["norm_scale"].to(gamma)
+        return (gamma - _gamma_offset(shape)).to(full.dtype)
+
+
+def norm_gamma(stored: Tensor, shape: ModelShape) -> Tensor:
+    """What a norm multiplies by, from its weight as it is stored; float32 at least."""
+    return stored.to(torch.promote_types(stored.dtype, torch.float32)) + _gamma_offset(shape)
+
+
+def _gamma_offset(shape: ModelShape) -> float:
+    return 1.0 if shape.normalization == "LayerNorm1p" else 0.0
 
 
 @dataclass(frozen=True)
@@ -282,6 +310,9 @@ class ParameterAxes:
     """What each dim is."""
     tp_dim: int | None = None
     """The dim tensor parallelism splits (of an expert: expert tensor parallelism); None: every such rank holds all."""
+    norm: str | None = None
+    """Pattern of the norm weight that goes into it where the residual stream is turned: for a matrix that of the norm
+    it reads, for a norm's bias its own norm's."""
     present: Callable[[ModelShape], bool] = lambda shape: True
     """Whether a model of this shape has the parameter, in some layer at least."""
     in_layer: Callable[[ModelShape, int], bool] = lambda shape, layer: True
@@ -330,27 +361,34 @@ def _dense(shape: ModelShape, layer: int) -> bool:
 
 
 _HIDDEN, _FFN, _VOCAB, _CHANNELS = Named("hidden"), Named("ffn"), Named("vocab"), Named("kv_channels")
+_GAMMA = NormGamma("hidden")
 _QKV, _HEADS, _FC1 = QkvRows(), HeadColumns(), Fc1Rows(_FFN)
 _EXPERT, _EXPERT_FFN, _SHARED_FFN = Named("expert"), Named("expert_ffn"), Named("shared_expert_ffn")
 _LAYER = "decoder.layers.{i}."
 _ATTENTION, _DENSE_MLP = _LAYER + "self_attention.", _LAYER + "mlp."
 _ROUTER, _SHARED = _LAYER + "mlp.router.", _LAYER + "mlp.shared_experts."
 _ONE_EXPERT = _LAYER + "mlp.experts.local_experts.{e}."
+_INPUT_NORM, _MLP_NORM = _LAYER + "input_layernorm.weight", _LAYER + "pre_mlp_layernorm.weight"
+_FINAL_NORM = "decoder.final_layernorm.weight"
 
 
-def _expert_row(pattern: str, axes: tuple[Axis, ...], tp_dim: int | None = None) -> ParameterAxes:
-    return ParameterAxes(pattern, axes, tp_dim, present=_experts, in_layer=ModelShape.has_experts)
+def _expert_row(
+    pattern: str, axes: tuple[Axis, ...], tp_dim: int | None = None, norm: str | None = None
+) -> ParameterAxes:
+    return ParameterAxes(pattern, axes, tp_dim, norm, present=_experts, in_layer=ModelShape.has_experts)
 
 
-def _shared_row(pattern: str, axes: tuple[Axis, ...], tp_dim: int | None = None) -> ParameterAxes:
-    return ParameterAxes(pattern, axes, tp_dim, present=_shared_expert, in_layer=ModelShape.has_experts)
+def _shared_row(
+    pattern: str, axes: tuple[Axis, ...], tp_dim: int | None = None, norm: str | None = None
+) -> ParameterAxes:
+    return ParameterAxes(pattern, axes, tp_dim, norm, present=_shared_expert, in_layer=ModelShape.has_experts)
 
 
 AXIS_TABLE: tuple[ParameterAxes, ...] = (
     ParameterAxes("embedding.word_embeddings.weight", (_VOCAB, _HIDDEN), tp_dim=0),
-    ParameterAxes(_LAYER + "input_layernorm.weight", (_HIDDEN,)),
-    ParameterAxes(_LAYER + "input_layernorm.bias", (_HIDDEN,), present=_biased_norm),
-    ParameterAxes(_ATTENTION + "linear_qkv.weight", (_QKV, _HIDDEN), tp_dim=0),
+    ParameterAxes(_INPUT_NORM, (_GAMMA,)),
+    ParameterAxes(_LAYER + "input_layernorm.bias", (_HIDDEN,), norm=_INPUT_NORM, present=_biased_norm),
+    ParameterAxes(_ATTENTION + "linear_qkv.weight", (_QKV, _HIDDEN), tp_dim=0, norm=_INPUT_NORM),
     ParameterAxes(_ATTENTION + "linear_qkv.bias", (_QKV,), tp_dim=0, present=_qkv_bias),
     ParameterAxes(_ATTENTION + "q_layernorm.weight", (_CHANNELS,), present=_qk_norm),
     ParameterAxes(_ATTENTION + "q_layernorm.bias", (_CHANNELS,), present=_biased_qk_norm),
@@ -358,20 +396,20 @@ AXIS_TABLE: tuple[ParameterAxes, ...] = (
     ParameterAxes(_ATTENTION + "k_layernorm.bias", (_CHANNELS,), present=_biased_qk_norm),
     ParameterAxes(_ATTENTION + "linear_proj.weight", (_HIDDEN, _HEADS), tp_dim=1),
     ParameterAxes(_ATTENTION + "linear_proj.bias", (_HIDDEN,), present=_linear_bias),
-    ParameterAxes(_LAYER + "pre_mlp_layernorm.weight", (_HIDDEN,)),
-    ParameterAxes(_LAYER + "pre_mlp_layernorm.bias", (_HIDDEN,), present=_biased_norm),
-    ParameterAxes(_DENSE_MLP + "linear_fc1.weight", (_FC1, _HIDDEN), tp_dim=0, in_layer=_dense),
+    ParameterAxes(_MLP_NORM, (_GAMMA,)),
+    ParameterAxes(_LAYER + "pre_mlp_layernorm.bias", (_HIDDEN,), norm=_MLP_NORM, present=_biased_norm),
+    ParameterAxes(_DENSE_MLP + "linear_fc1.weight", (_FC1, _HIDDEN), tp_dim=0, norm=_MLP_NORM, in_layer=_dense),
     ParameterAxes(_DENSE_MLP + "linear_fc1.bias", (_FC1,), tp_dim=0, present=_linear_bias, in_layer=_dense),
     ParameterAxes(_DENSE_MLP + "linear_fc2.weight", (_HIDDEN, _FFN), tp_dim=1, in_layer=_dense),
     ParameterAxes(_DENSE_MLP + "linear_fc2.bias", (_HIDDEN,), present=_linear_bias, in_layer=_dense),
-    _expert_row(_ROUTER + "weight", (_EXPERT, _HIDDEN)),
-    _expert_row(_ONE_EXPERT + "linear_fc1.weight", (Fc1Rows(_EXPERT_FFN), _HIDDEN), tp_dim=0),
+    _expert_row(_ROUTER + "weight", (_EXPERT, _HIDDEN), norm=_MLP_NORM),
+    _expert_row(_ONE_EXPERT + "linear_fc1.weight", (Fc1Rows(_EXPERT_FFN), _HIDDEN), tp_dim=0, norm=_MLP_NORM),
     _expert_row(_ONE_EXPERT + "linear_fc2.weight", (_HIDDEN, _EXPERT_FFN), tp_dim=1),
-    _shared_row(_SHARED + "linear_fc1.weight", (Fc1Rows(_SHARED_FFN), _HIDDEN), tp_dim=0),
+    _shared_row(_SHARED + "linear_fc1.weight", (Fc1Rows(_SHARED_FFN), _HIDDEN), tp_dim=0, norm=_MLP_NORM),
     _shared_row(_SHARED + "linear_fc2.weight", (_HIDDEN, _SHARED_FFN), tp_dim=1),
-    ParameterAxes("decoder.final_layernorm.weight", (_HIDDEN,)),
-    ParameterAxes("decoder.final_layernorm.bias", (_HIDDEN,), present=_biased_norm),
-    ParameterAxes("output_layer.weight", (_VOCAB, _HIDDEN), tp_dim=0, present=_untied),
+    ParameterAxes(_FINAL_NORM, (_GAMMA,)),
+    ParameterAxes("decoder.final_layernorm.bias", (_HIDDEN,), norm=_FINAL_NORM, present=_biased_norm),
+    ParameterAxes("output_layer.weight", (_VOCAB, _HIDDEN), tp_dim=0, norm=_FINAL_NORM, present=_untied),
 )
 """Every parameter of a Megatron-core GPT model, in the order they are streamed; layers repeat as a block, and the
 experts within a layer."""
@@ -463,6 +501,20 @@ def parameter_axes(name: str) -> ParameterAxes:
     )
     assert row is not None
     return row
+
+
+def norm_of(name: str) -> str | None:
+    """The norm weight that a parameter takes in where the residual stream is turned, see `ParameterAxes.norm`."""
+    norm, layer = parameter_axes(name).norm, layer_of(name)
+    return norm if norm is None or layer is None else norm.replace("{i}", str(layer))
+
+
+def norm_number(name: str, shape: ModelShape) -> int | None:
+    """Place of a norm of the residual stream, named by its weight, among the model's 2 l + 1; None: not such a norm."""
+    row, layer = parameter_axes(name), layer_of(name)
+    if not isinstance(row.axes[0], NormGamma):
+        return None
+    return 2 * shape.num_layers if layer is None else 2 * layer + (row.pattern == _MLP_NORM)
 
 
 def part_axes(name: str, shape: ModelShape) -> list[tuple[Axis, ...]]:

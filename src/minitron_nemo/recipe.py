@@ -26,18 +26,22 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "correct_teacher": ("correct-teacher", "CorrectTeacherConfig"),
     "estimate_importance": ("estimate-importance", "EstimateImportanceConfig"),
     "prune": ("prune", "PruneConfig"),
+    "prune_calibrated": ("prune", "PruneConfig"),
     "prune_hf": ("prune-hf", "PruneHfConfig"),
     "teacher_logits": ("teacher-logits", "TeacherLogitsConfig"),
     "distill": ("distill", "DistillConfig"),
+    "distill_calibrated": ("distill", "DistillConfig"),
     "from_scratch": ("pretrain", "PretrainConfig"),
     "pruned_ce": ("pretrain", "PretrainConfig"),
     "evaluate": ("evaluate", "EvaluateConfig"),
     "evaluate_teacher": ("evaluate", "EvaluateConfig"),
     "evaluate_corrected_teacher": ("evaluate", "EvaluateConfig"),
     "evaluate_pruned": ("evaluate", "EvaluateConfig"),
+    "evaluate_pruned_calibrated": ("evaluate", "EvaluateConfig"),
     "evaluate_from_scratch": ("evaluate", "EvaluateConfig"),
     "evaluate_pruned_ce": ("evaluate", "EvaluateConfig"),
     "evaluate_distilled": ("evaluate", "EvaluateConfig"),
+    "evaluate_distilled_calibrated": ("evaluate", "EvaluateConfig"),
     "export_hf": ("export-hf", "ExportHfConfig"),
     "report": ("report", "ReportConfig"),
 }
@@ -45,8 +49,13 @@ SECTIONS: dict[str, tuple[str, str]] = {
 
 STAGES = tuple(dict.fromkeys(stage for stage, _ in SECTIONS.values()))
 
-CONTROLS = {"from_scratch": ("training",), "pruned_ce": ("training",)}
-"""What a control takes from the distillation it is measured against."""
+CONTROLS = {
+    "from_scratch": ("training",),
+    "pruned_ce": ("training",),
+    "prune_calibrated": ("target", "keep", "budget", "multiple_of", "layers", "depth"),
+    "distill_calibrated": ("training", "distillation"),
+}
+"""What a section takes from the one it is measured against."""
 
 SHARED = ("seed", "trust_checkpoint", "trainer", "data")
 """Fields every section takes from the top of the recipe."""

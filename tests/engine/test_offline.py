@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -29,6 +30,7 @@ from minitron_nemo.engine.hf import load_hf, save_hf, shape_from_hf, vocab_size_
 from minitron_nemo.engine.offline_hf import prune_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import PruningPlan, prune_into
+from minitron_nemo.pruning.basis import principal_basis
 from minitron_nemo.shape import ModelShape
 from support.artifacts import contents
 from support.hf import LLAMA3_SCALING, hf_model, tensors_of
@@ -107,6 +109,18 @@ def random_plan(source: ModelShape, **target: int) -> PruningPlan:
     )
 
 
+def turned(plan: PruningPlan) -> PruningPlan:
+    """The same with a random basis of the stream, its norms scaled and its embeddings parted."""
+    source, keep = plan.source, plan.target.hidden_size
+    rows = torch.randn(2 * source.hidden_size, source.hidden_size, generator=torch.Generator().manual_seed(6))
+    return dataclasses.replace(
+        plan,
+        hidden=principal_basis(rows.t() @ rows, keep, keeps_mean=source.normalization != "RMSNorm"),
+        norm_scale=torch.linspace(0.5, 1.5, 2 * source.num_layers + 1),
+        target=dataclasses.replace(plan.target, share_embeddings_and_output_weights=False),
+    )
+
+
 def prune_loaded(source: Path, plan: PruningPlan, output: Path) -> None:
     """The same through two models in memory."""
     teacher, student = (bare_model(shape) for shape in (plan.source, plan.target))
@@ -143,6 +157,31 @@ def test_a_folder_is_pruned_as_the_loaded_model_is(tmp_path: Path, name: str, ta
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
     assert {key: file.name for file in files for key in load_file(file)} == index["weight_map"]
+
+
+@pytest.mark.parametrize("name", ["llama tied", "nemotron", "qwen2", "qwen3_moe"])
+def test_a_folder_is_turned_as_the_loaded_model_is(tmp_path: Path, name: str) -> None:
+    source = hf_folder(CONFIGS[name], tmp_path / "in")
+    shape = shape_from_hf(source)
+    plan = turned(random_plan(shape, **{dim: size for dim, size in TARGET.items() if dim in shape.prunable_dims}))
+    prune_hf(source, plan, tmp_path / "out", max_shard_bytes=18_000)
+    prune_loaded(source, plan, tmp_path / "loaded")
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "loaded")
+    for key, tensor in found.items():
+        assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6, msg=key)
+    assert all(key in found or not tensor.any() for key, tensor in expected.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama tied", "mistral", "nemotron", "qwen2", "qwen3", "qwen3_moe"])
+def test_transformers_finds_a_model_turned_in_full_size_unchanged(tmp_path: Path, name: str) -> None:
+    source = hf_folder(CONFIGS[name], tmp_path / "in")
+    plan = dataclasses.replace(turned(random_plan(shape_from_hf(source))), norm_scale=None)
+    prune_hf(source, plan, tmp_path / "out")
+    tokens = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+    before, after = (AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (source, tmp_path / "out"))
+    assert before.abs().max() > 0.1
+    assert_close(after, before, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama tied", "mistral"])
@@ -326,15 +365,16 @@ def prune_both_ways(hf: Path, directory: Path, target: dict[str, int]) -> dict[s
     source = open_model(directory / "teacher", key="model")
     before = contents(source.path)
     plan = random_plan(source.shape, **target)
-    for name in ("offline", "loaded"):
-        with writing(directory / name, stage="prune", config={}, inputs=source.artifacts) as draft:
-            if name == "offline":
-                prune_checkpoint(source, plan, draft.path)
-            else:
-                teacher, student = open_core(source, trainer), new_core(plan.target, trainer)
-                prune_into(teacher, student, plan, Groups.from_megatron())
-                save_model(student, plan.target, source.tokenizer, draft.path)
-            draft.facts["vocab_size"] = source.vocab_size
+    for suffix, each in {"": plan, "_turned": turned(plan)}.items():
+        for name in ("offline", "loaded"):
+            with writing(directory / f"{name}{suffix}", stage="prune", config={}, inputs=source.artifacts) as draft:
+                if name == "offline":
+                    prune_checkpoint(source, each, draft.path)
+                else:
+                    teacher, student = open_core(source, trainer), new_core(each.target, trainer)
+                    prune_into(teacher, student, each, Groups.from_megatron())
+                    save_model(student, each.target, source.tokenizer, draft.path)
+                draft.facts["vocab_size"] = source.vocab_size
     return before
 
 
@@ -372,6 +412,11 @@ def test_an_artifact_is_pruned_as_the_loaded_model_is_and_loads_on_every_layout(
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[key], tensor) for key, tensor in expected.items()), layout
     ours, theirs = contents(tmp_path / "offline"), contents(tmp_path / "loaded")
+    found, expected = (
+        ranks("single").run(weights_on_this_layout, tmp_path / f"{how}_turned", {})[0] for how in ("offline", "loaded")
+    )
+    assert found.keys() == expected.keys()
+    assert all(found[key].allclose(tensor, rtol=1e-5, atol=1e-6) for key, tensor in expected.items())
     beside = [file for file in theirs if not file.startswith("weights/") and file != "manifest.json"]
     assert {file: ours[file] for file in beside} == {file: theirs[file] for file in beside}
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import PruningPlan, prune_into
-from minitron_nemo.pruning.iterative import compose, targets_of_rounds
+from minitron_nemo.pruning.composition import compose
+from minitron_nemo.pruning.iterative import targets_of_rounds
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 from support.megatron import TINY, build_gpt

@@ -24,15 +24,19 @@ CHAIN = {
     "corrected_teacher": "correct-teacher",
     "importance": "estimate-importance",
     "student_pruned": "prune",
+    "student_calibrated": "prune",
     "distilled": "distill",
+    "distilled_calibrated": "distill",
     "pruned_ce": "pretrain",
     "from_scratch": "pretrain",
     "evaluation_teacher": "evaluate",
     "evaluation_corrected_teacher": "evaluate",
     "evaluation_pruned": "evaluate",
+    "evaluation_pruned_calibrated": "evaluate",
     "evaluation_pruned_ce": "evaluate",
     "evaluation_from_scratch": "evaluate",
     "evaluation_distilled": "evaluate",
+    "evaluation_distilled_calibrated": "evaluate",
     "export": "export-hf",
     "report": "report",
 }
@@ -52,7 +56,9 @@ def test_every_variant_has_a_finite_loss_over_the_same_held_out_tokens(tiny_chai
         assert math.isclose(metrics["perplexity"], math.exp(metrics["held_out_loss"]))
 
 
-@pytest.mark.parametrize("name", ["corrected_teacher", "distilled", "pruned_ce", "from_scratch"])
+@pytest.mark.parametrize(
+    "name", ["corrected_teacher", "distilled", "distilled_calibrated", "pruned_ce", "from_scratch"]
+)
 def test_every_training_leaves_its_history(tiny_chain: TinyChain, name: str) -> None:
     lines = (tiny_chain.run_dir / name / "history.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -62,7 +68,7 @@ def test_every_training_leaves_its_history(tiny_chain: TinyChain, name: str) -> 
 
 def test_controls_have_the_shape_and_tokens_of_the_distilled_student(tiny_chain: TinyChain) -> None:
     student = open_artifact(tiny_chain.run_dir / "distilled").metrics
-    for control in ("pruned_ce", "from_scratch"):
+    for control in ("pruned_ce", "from_scratch", "distilled_calibrated"):
         metrics = open_artifact(tiny_chain.run_dir / control).metrics
         assert (metrics["parameters"], metrics["tokens"]) == (student["parameters"], student["tokens"])
     teacher = open_artifact(tiny_chain.run_dir / "teacher").metrics
@@ -71,7 +77,8 @@ def test_controls_have_the_shape_and_tokens_of_the_distilled_student(tiny_chain:
 
 def test_the_chain_ends_with_a_table_a_sample_and_where_things_are(tiny_chain: TinyChain) -> None:
     screen = tiny_chain.done.out
-    for row in ("teacher", "corrected teacher", "distilled", "pruned + CE", "from scratch", "pruned only"):
+    students = ("distilled", "calibrated, distilled", "pruned + CE", "from scratch", "calibrated only", "pruned only")
+    for row in ("teacher", "corrected teacher", *students):
         assert f" {row} " in screen, screen
     loss = open_artifact(tiny_chain.run_dir / "evaluation_distilled").metrics["held_out_loss"]
     assert f"{loss:.3f}" in screen

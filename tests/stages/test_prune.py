@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.importance import Importance
 from minitron_nemo.pruning import PruningPlan
-from minitron_nemo.pruning.iterative import compose
+from minitron_nemo.pruning.composition import compose
 from support.artifacts import contents
 from support.door import Door
 from support.tiny import TinyChain
@@ -225,3 +225,49 @@ def test_an_edited_plan_is_followed(door: Door, scored: list[str], tmp_path: Pat
 
 def test_a_target_of_nothing_says_what_can_be_set(door: Door, scored: list[str]) -> None:
     assert "prune.target is empty: nothing would be pruned" in door("prune", *scored).mistake
+
+
+# ---- calibrated surgery ----------------------------------------------------------------------------------------------
+
+
+CALIBRATED = ["prune.surgery.method=calibrated", "+prune.target.hidden_size=24", "+prune.target.ffn_hidden_size=48"]
+
+
+def test_a_calibrated_cut_measures_what_its_importance_lacks(door: Door, scored: list[str], tmp_path: Path) -> None:
+    """The stream's second moments come with the importance, or else from a pass while pruning: the same cut."""
+    shallow = [*CALIBRATED, "+prune.target.num_layers=3", "prune.depth.metric=block_influence"]
+    lacking = ["estimate_importance.depth.metrics=[block_influence]", "estimate_importance.importance.stream=none"]
+    done = door("estimate-importance", *scored, *lacking, f"estimate_importance.output={tmp_path / 'lacking'}")
+    assert done.code == 0, done.err
+    ways = {"with": [], "without": [f"prune.importance={tmp_path / 'lacking'}"]}
+    for name, values in ways.items():
+        done = door("prune", *scored, *shallow, *values, f"prune.output={tmp_path / name}")
+        assert done.code == 0, done.err
+    plans = {name: PruningPlan.load(tmp_path / name) for name in ways}
+    assert plans["with"].has_basis and "rotation" in plans["with"].origin["surgery"]
+    torch.testing.assert_close(plans["without"].hidden, plans["with"].hidden, rtol=0, atol=1e-4)
+    assert plans["without"].ffn.equal(plans["with"].ffn)
+    facts = open_artifact(tmp_path / "with").facts
+    assert {each["axis"] for each in facts["compensation"]} == {"ffn"} and len(facts["compensation"]) == 3
+    assert all(each["error"] < each["plain_error"] for each in facts["compensation"])
+    assert [each["error"] < 1 for each in facts["depth_correction"]] == [True]
+    weights = {name: read_weights(str(tmp_path / name)) for name in ways}
+    for name, tensor in weights["with"].items():
+        torch.testing.assert_close(weights["without"][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["prune.offline=true"], "prune.surgery fits weights to calibration samples"),
+        (["prune.merge_heads=true"], "compensates for dropped heads"),
+        (["prune.rounds=2"], "prune.surgery.basis=rotation leaves no channels to score"),
+        (["prune.surgery.compensation.ridge=-1"], "compensation.ridge=-1.0 must be 0 or a positive number"),
+        (["prune.surgery.basis=turned"], "prune.surgery.basis=turned is not known; "),
+    ],
+)
+def test_surgeries_that_cannot_work_are_refused(door: Door, scored: list[str], values: list[str], message: str) -> None:
+    unscored = [*values, "prune.output=" + str(run_dir(scored) / "refused")]
+    done = door("prune", *scored, "prune.surgery.method=calibrated", *CALIBRATED[1:], *unscored)
+    assert message in done.mistake
+    assert not (run_dir(scored) / "refused").exists()

@@ -122,12 +122,14 @@ def estimate_importance(
     total: int = 0,
     seed: int = 0,
     origin: dict[str, Any] | None = None,
+    label: str = "importance",
 ) -> Importance:
     """Width scores from one forward pass over `batches`, the same on every layout and equal on every rank.
 
     Args:
         batches: not read where `config.metric` is a baseline.
         seed: of random scores.
+        label: of the progress line.
     Communicates: see `importance.estimate` and `importance.baselines`.
     """
     if config.metric == "random":
@@ -135,9 +137,7 @@ def estimate_importance(
     if config.metric == "weight_magnitude":
         return weight_magnitude(core, shape, Groups.from_megatron())
     with ImportanceEstimator(core, shape, Groups.from_megatron(), config) as estimator:
-        run_forward(
-            core, batches, before=lambda batch: estimator.sample(batch["loss_mask"]), label="importance", total=total
-        )
+        run_forward(core, batches, before=lambda batch: estimator.sample(batch["loss_mask"]), label=label, total=total)
         return estimator.finish(origin)
 
 

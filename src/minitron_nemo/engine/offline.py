@@ -73,7 +73,7 @@ def prune_checkpoint(
     state = _sharded_state(plan.target, CONTENT)
     origin: dict[_Place, Callable[[], Tensor]] = {}
     for name, pieces in _pieces(state).items():
-        source_name, kept = source_of(name, plan)
+        source_name, kept = source_of(name, plan, teacher.read_whole)
         theirs = teacher.pieces[source_name]
         for piece, stored, axes in zip(pieces, theirs, _axes_of(source_name, plan.source, len(theirs)), strict=True):
             as_stored = teacher.dtype(stored)
@@ -172,6 +172,11 @@ class _Stored:
         items = create_read_items_for_chunk_list(piece.key, self._stored(piece), [wanted])
         self.reader.read_data(LoadPlan(items), _Into(into))
         return into.view(piece.local_shape)
+
+    def read_whole(self, name: str) -> Tensor:
+        """A parameter that is one piece, by its name in the axis table."""
+        (piece,) = self.pieces[name]
+        return self.read(piece)
 
 
 class _Into(dcp.DefaultLoadPlanner):

@@ -130,14 +130,9 @@ def _all_cuts(source: Path, config: dict[str, Any], plan: PruningPlan) -> list[_
         f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}. Remove them, or prune the model they belong "
         "to; what they mean is not known here, so nothing was written.",
     )
-    require(
-        not plan.has_basis,
-        "The plan turns the residual stream into another basis, which norms forbid until their weights are folded into "
-        "the matrices that read them. Prune through the loaded model.",
-    )
     cuts = []
     for name in parameter_names(plan.target):
-        source_name, kept = source_of(name, plan)
+        source_name, kept = source_of(name, plan, lambda norm: found[norm][0].read())
         if source_name in expected:
             tensors = hf_tensors(name, plan.target, family, vocab_size)
             cuts += [

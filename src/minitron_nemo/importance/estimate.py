@@ -29,6 +29,7 @@ from minitron_nemo.importance.experts import ExpertWatch, expert_moments, watch_
 from minitron_nemo.importance.hooks import PLACES, AxisWatches, MicroBatch, watch_layers
 from minitron_nemo.importance.scores import Importance
 from minitron_nemo.importance.statistics import mark_tokens_over
+from minitron_nemo.importance.stream import KINDS, StreamMoments
 from minitron_nemo.parallel import (
     Groups,
     all_gather_shards,
@@ -62,6 +63,9 @@ class ImportanceConfig:
     metric: str = "activations"
     """activations (the paper); contributions: what each structure writes to the residual stream, which ranks heads and
     channels better where tried (docs/pruning.md); or a baseline that reads no samples: weight_magnitude or random."""
+    stream: str = "none"
+    """Second moments of the residual stream, which prune.surgery.basis=rotation needs: normalised (every token weighs
+    the same), raw, or none. h^2 numbers more, and 2 h^2 FLOPs a token and norm."""
     calibration: str | None = None
     """JSONL file of calibration samples, {"text"} or {"prompt", "response"} a line; None: the training blend."""
     count_prompts: bool = True
@@ -69,7 +73,8 @@ class ImportanceConfig:
 
     def __post_init__(self) -> None:
         require(self.num_samples >= 1, f"importance.num_samples={self.num_samples} must be at least 1; try 1024.")
-        for option, known in (("head_norm", HEAD_NORMS), ("neurons", NEURONS), ("metric", METRICS)):
+        options = (("head_norm", HEAD_NORMS), ("neurons", NEURONS), ("metric", METRICS), ("stream", KINDS))
+        for option, known in options:
             value = getattr(self, option)
             require(value in known, f"importance.{option}={value} is not known; {did_you_mean(value, known)}")
         require(
@@ -94,9 +99,10 @@ class ImportanceEstimator:
         self.groups = groups
         self.config = config or ImportanceConfig()
         self._model: Any = bare_gpt(model)
-        self._current = MicroBatch(self._device)
+        self._current = MicroBatch()
         self._axes: dict[str, AxisWatches] = {}
         self._experts: list[ExpertWatch] = []
+        self._stream: StreamMoments | None = None
         self._handles: list[RemovableHandle] = []
         self._training: list[nn.Module] = []
         self._num_samples = torch.zeros((), dtype=torch.float64, device=self._device)
@@ -118,6 +124,10 @@ class ImportanceEstimator:
                 contributions=self.config.metric == "contributions",
             )
             self._experts = watch_experts(self._model, self.shape, self.groups, self._current, self._handles)
+            if self.config.stream != "none":
+                self._stream = StreamMoments(
+                    self._model, self.shape, self.groups, self._current, self._handles, kind=self.config.stream
+                )
         except BaseException:
             self._remove_hooks()  # those of the layers before the one that cannot be scored
             raise
@@ -170,6 +180,8 @@ class ImportanceEstimator:
         moments = {axis: self._merge_over_ranks(axis) / num_samples for axis in self._axes}
         if self.shape.num_moe_experts is not None:
             moments |= expert_moments(self._experts, self.shape, self.groups, self._device)
+        if self._stream is not None:
+            moments |= self._stream.merge()
         for axis, tensor in moments.items():
             require(
                 bool(tensor.isfinite().all()),

@@ -10,6 +10,7 @@ different samples merge exactly and every aggregation can be chosen later:
                      variance along the sequence (the order of `Aggregation`). A row is a layer, for hidden a norm (two
                      a layer: input norm, pre-MLP norm). head counts c = n where a token's L2 norm over kv_channels was
                      taken first, n*d where it is taken of the aggregates.
+    stream, norm     [h, h] and [2l+1, h] float64: sums of squares of the residual stream, see stream.py; where measured
     of experts       [rows, 4, c] float64: number of tokens, sum |a|, sum a and sum a^2 over the tokens routed to an
                      expert. They make one sequence, whatever samples they come from, so it is sums that merge.
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.importance.statistics import Aggregation, aggregate_samples, aggregate_sequence
+from minitron_nemo.importance.stream import stream_sizes
 from minitron_nemo.shape import ModelShape
 
 WIDTH_AXES = ("hidden", "ffn", "head", "group")
@@ -38,7 +40,7 @@ TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"
 GREEDY = "greedy"
 """Depth scores of single layers: a layer's place in the order that layers were dropped in, one after another, from 0;
 the number of dropped layers for those that were not."""
-OPTIONS = ("metric", "head_norm", "neurons")
+OPTIONS = ("metric", "head_norm", "neurons", "stream")
 """Keys of `origin` that say what was measured; runs that differ in one of them do not merge."""
 
 
@@ -64,7 +66,7 @@ class Importance:
     """How the scores were obtained: metric, options, calibration data; plain JSON values."""
 
     def __post_init__(self) -> None:
-        sizes = moment_sizes(self.shape)
+        sizes = moment_sizes(self.shape) | {name: [size] for name, size in stream_sizes(self.shape).items()}
         for axis, tensor in self.moments.items():
             require(axis in sizes, f"moments of axis {axis} have no place in a model; {did_you_mean(axis, sizes)}")
             require(
@@ -156,7 +158,7 @@ class Importance:
 
         def width(axis: str) -> Tensor:
             tensors = [part.moments[axis] for part in parts]
-            if _is_sums(tensors[0]):
+            if axis in stream_sizes(first.shape) or _is_sums(tensors[0]):
                 return torch.stack(tensors).sum(0)
             return _mean(tensors, [part.num_samples for part in parts])
 

@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
-from torch import Tensor
-
 from minitron_nemo.checks import require
 from minitron_nemo.importance import Importance
-from minitron_nemo.pruning.plan import PruningPlan, axes_of
+from minitron_nemo.pruning.composition import compose
+from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.pruning.planning import plan_from_importance
 from minitron_nemo.shape import ModelShape
 
@@ -77,51 +75,3 @@ def targets_of_rounds(source: ModelShape, target: ModelShape, rounds: int, *, mu
         dims["num_attention_heads"] = groups * max(target.heads_per_group, min(source.heads_per_group, per_group))
         shapes.append(source.pruned_to(**dims))
     return [*shapes, target]
-
-
-def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
-    """The plan from first's source to second's target; `second` is of first's student.
-
-    Rows of layers and experts that `first` drops say nothing that is used.
-    Raises: ValueError: the plans do not meet, turn the basis, or merge heads.
-    """
-    require(
-        first.target == second.source,
-        "The second plan is not of the first one's student: their shapes differ. Score the student of the first plan.",
-    )
-    require(
-        not (first.has_basis or second.has_basis) and first.head_partner is None and second.head_partner is None,
-        "Plans that turn the residual stream or merge heads do not compose. Prune in one round, or without them.",
-    )
-    axes = axes_of(first.source)
-    place = {layer: index for index, layer in enumerate(first.layer.tolist())}
-    # A layer that `first` drops takes the first kept one's choice, which is at least of the right size.
-    inner_rows = [place.get(layer, 0) for layer in range(first.source.num_layers)]
-
-    def by_layer(axis: str) -> Tensor:
-        outer, inner = getattr(first, axis), getattr(second, axis)
-        return torch.stack([outer[layer][inner[row]] for layer, row in enumerate(inner_rows)])
-
-    of_layers = ("ffn", "head", "group", "expert", "shared_expert_ffn")
-    entries: dict[str, Tensor] = {axis: by_layer(axis) for axis in of_layers if axis in axes}
-    if first.expert is not None and first.expert_ffn is not None and second.expert_ffn is not None:
-        entries["expert_ffn"] = torch.stack(
-            [
-                _by_expert(first.expert[layer], first.expert_ffn[layer], second.expert_ffn[row])
-                for layer, row in enumerate(inner_rows)
-            ]
-        )
-    return PruningPlan(
-        source=first.source,
-        target=second.target,
-        hidden=first.hidden[second.hidden],
-        layer=first.layer[second.layer],
-        origin=second.origin,
-        **entries,
-    )
-
-
-def _by_expert(kept: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
-    """Neurons [e, k2] of each source expert: of its first choice [e, k1], the second choice [kept, k2] of its place."""
-    place = {expert: index for index, expert in enumerate(kept.tolist())}
-    return torch.stack([outer[expert][inner[place.get(expert, 0)]] for expert in range(outer.size(0))])

@@ -9,6 +9,8 @@
     shared_expert_ffn  [l, k]       neurons of the expert that sees every token
     layer              [k]          layers
     head_partner       [l, k]       of each kept head the dropped one that is merged into it, or -1
+    norm_scale         [2l+1]       float: what the gammas of each norm are multiplied by; of a layer the input norm,
+                                    then the pre-MLP norm; the final norm last
 
 int64, global, ascending; l, e, h count the source's layers, experts and channels. Rows of dropped layers and experts
 stay, so that the axes can be edited apart; an axis that a model does not have is None. The plan is the whole truth
@@ -42,6 +44,7 @@ DIM_OF_AXIS = {
     "expert_ffn": "moe_ffn_hidden_size",
     "shared_expert_ffn": "moe_shared_expert_intermediate_size",
 }
+_BESIDE_AXES = ("head_partner", "norm_scale")
 _OF_A_LAYER = ("ffn", "head", "group", "expert", "shared_expert_ffn")
 INDICES, DESCRIPTION = "plan.safetensors", "plan.json"
 
@@ -66,6 +69,7 @@ class PruningPlan:
     expert_ffn: Tensor | None = None
     shared_expert_ffn: Tensor | None = None
     head_partner: Tensor | None = None
+    norm_scale: Tensor | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     """Where the scores came from; plain JSON values."""
 
@@ -81,6 +85,7 @@ class PruningPlan:
             if present:
                 self._check_axis(axis)
         self._check_heads()
+        self._check_norms()
         expected = self.source.keeping_layers(self.layer.tolist()).moe_layer_freq
         require(
             self.target.moe_layer_freq == expected,
@@ -155,6 +160,31 @@ class PruningPlan:
             "group or -1 (int64). Correct it, or leave it out.",
         )
 
+    def _check_norms(self) -> None:
+        scale, norms = self.norm_scale, 2 * self.source.num_layers + 1
+        require(
+            scale is None
+            or (scale.is_floating_point() and scale.shape == (norms,) and bool(((scale > 0) & scale.isfinite()).all())),
+            f"plan.norm_scale must hold a positive factor for each of the source's {norms} norms (2 a layer, and the "
+            "final one), or be left out.",
+        )
+        tied = self.target.share_embeddings_and_output_weights
+        require(
+            self.has_basis or tied == self.source.share_embeddings_and_output_weights,
+            "plan.target parts the output layer from the embedding (share_embeddings_and_output_weights=False), which "
+            "only a basis of the residual stream calls for. Keep the source's true.",
+        )
+        require(
+            not (self.has_basis and tied),
+            "plan.hidden is a basis, for which the final norm's weights go into the output layer, but the target ties "
+            "that to the embedding. Set the target's share_embeddings_and_output_weights=False, or keep channels.",
+        )
+
+    @property
+    def unties(self) -> bool:
+        """Whether the student gets an output layer of its own, which the source's is not."""
+        return self.source.share_embeddings_and_output_weights and not self.target.share_embeddings_and_output_weights
+
     def kept_in_layer(self, source_layer: int | None, expert: int | None = None) -> dict[str, Tensor]:
         """Plan entries by axis for the parameters of a source layer (None: those outside the layers).
 
@@ -182,7 +212,7 @@ class PruningPlan:
     @property
     def is_identity(self) -> bool:
         """Whether the student is the teacher."""
-        return all(self._stays_whole(axis) for axis in axes_of(self.source))
+        return self.norm_scale is None and all(self._stays_whole(axis) for axis in axes_of(self.source))
 
     def describe(self) -> str:
         """A few lines a person reads before paying for the run."""
@@ -206,7 +236,7 @@ class PruningPlan:
         """Write the two files into `folder`; call it on one rank."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        entries = {axis: getattr(self, axis) for axis in (*DIM_OF_AXIS, "head_partner") if axis != "layer"}
+        entries = {axis: getattr(self, axis) for axis in (*DIM_OF_AXIS, *_BESIDE_AXES) if axis != "layer"}
         save_file(
             {axis: entry.contiguous().cpu() for axis, entry in entries.items() if entry is not None}, folder / INDICES
         )
@@ -236,7 +266,7 @@ class PruningPlan:
             )
         description = json.loads((folder / DESCRIPTION).read_text())
         entries = load_file(folder / INDICES)
-        known = {*DIM_OF_AXIS, "head_partner"} - {"layer"}
+        known = {*DIM_OF_AXIS, *_BESIDE_AXES} - {"layer"}
         require(
             set(entries) <= known,
             f"{folder / INDICES} holds {', '.join(sorted(set(entries) - known))}, which is no axis of a plan; known: "
@@ -262,8 +292,9 @@ def require_prunable(source: ModelShape, target: ModelShape) -> None:
         )
     have_other, want_other = source.to_dict(), target.to_dict()
     for key in have_other:
+        unties = key == "share_embeddings_and_output_weights" and source.share_embeddings_and_output_weights
         require(
-            key in (*source.prunable_dims, "moe_layer_freq") or have_other[key] == want_other[key],
+            key in (*source.prunable_dims, "moe_layer_freq") or have_other[key] == want_other[key] or unties,
             f"target.{key}={want_other[key]} differs from the source's {key}={have_other[key]}, which pruning cannot "
             f"change. Leave target.{key} out.",
         )

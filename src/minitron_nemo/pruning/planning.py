@@ -17,6 +17,8 @@ from torch import Tensor
 from minitron_nemo.checks import require
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.scores import GREEDY, expected_sizes
+from minitron_nemo.pruning.basis import norm_scales, principal_basis, stream_moments
+from minitron_nemo.pruning.config import SurgeryConfig
 from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of, require_prunable
 from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
 from minitron_nemo.shape import ModelShape
@@ -55,6 +57,7 @@ def plan_from_importance(
     layers: Sequence[int] | None = None,
     depth: DepthChoice | None = None,
     merge_heads: bool = False,
+    surgery: SurgeryConfig | None = None,
 ) -> PruningPlan:
     """The plan that keeps the highest scores; the default aggregations are the paper's.
 
@@ -62,6 +65,7 @@ def plan_from_importance(
         importance: scores of a model of shape `source`.
         layers, depth: see `kept_layers`.
         merge_heads: merge dropped heads into kept ones of their group, see `ranking.head_partners`.
+        surgery: how the residual stream is cut; None: the paper's way.
     Raises: ValueError: scores of another model, a target that does not fit, or depth without a way to choose it.
     """
     require_same_model(importance, source)
@@ -73,23 +77,32 @@ def plan_from_importance(
             return torch.zeros(expected_sizes(source)[axis])
         return importance.scores(axis, batch_aggregation, sequence_aggregation)
 
+    surgery = surgery or SurgeryConfig()
+    if surgery.turns and target.hidden_size < source.hidden_size:
+        stream, _ = stream_moments(importance)
+        keeps_mean = source.normalization != "RMSNorm"
+        hidden = principal_basis(stream, target.hidden_size, keeps_mean=keeps_mean)
+    else:
+        hidden = top_k(scores("hidden"), target.hidden_size)
     group = top_k(scores("group"), target.num_query_groups)
     heads = {"heads_per_group": source.heads_per_group, "keep_per_group": target.heads_per_group}
     merges = merge_heads and target.heads_per_group < source.heads_per_group
     return PruningPlan(
         source=source,
         target=target,
-        hidden=top_k(scores("hidden"), target.hidden_size),
+        hidden=hidden,
         head=top_heads(scores("head"), group, **heads),
         group=group,
         layer=torch.tensor(kept_layers(importance, source, target.num_layers, layers=layers, depth=depth)),
         head_partner=head_partners(scores("head"), group, **heads) if merges else None,
+        norm_scale=norm_scales(str(surgery.chosen("norm_scale")), hidden, importance, source),
         origin={
             **importance.origin,
             "num_samples": importance.num_samples,
             "batch_aggregation": batch_aggregation,
             "sequence_aggregation": sequence_aggregation,
             "depth": "explicit" if layers is not None else depth.metric if depth else None,
+            "surgery": surgery.describe(),
         },
         **{axis: top_k(scores(axis), getattr(target, DIM_OF_AXIS[axis])) for axis in _RANKED & set(axes_of(source))},
     )

@@ -12,16 +12,28 @@ parameter and its pruned copy; with tied embeddings, also the pruned embedding t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from minitron_nemo.axes import Kept, expert_of, full_shape, layer_of, take, with_expert, with_layer
+from minitron_nemo.axes import (
+    Kept,
+    expert_of,
+    full_shape,
+    layer_of,
+    norm_gamma,
+    norm_number,
+    norm_of,
+    take,
+    with_expert,
+    with_layer,
+)
+from minitron_nemo.checks import require
 from minitron_nemo.parallel import Groups, group_size
 from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 
-_EMBEDDING = "embedding.word_embeddings.weight"
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def prune_into(teacher: nn.Module, student: nn.Module, plan: PruningPlan, groups: Groups) -> None:
@@ -61,13 +73,25 @@ def pruned_parameters(teacher: nn.Module, plan: PruningPlan, groups: Groups) -> 
     Yields: (name, tensor) in the teacher's dtype; may share the teacher's memory where nothing is cut, so read only.
     Communicates: tp and pp, for each parameter of the teacher; every rank must take every item.
     """
-    for name, full in stream_full_parameters(teacher, plan.source, groups):
-        target_name = target_of(name, plan)
-        if target_name is None:
-            continue
-        pruned = take(full, name, plan.source, plan.kept_in_layer(layer_of(name), expert_of(name)))
+    norms: dict[str, Tensor] = {}  # a norm comes before what reads it
+    embedding = None
+
+    def cut(full: Tensor, target_name: str) -> tuple[str, Tensor]:
+        source_name, kept = source_of(target_name, plan, norms.__getitem__)
+        pruned = take(full, source_name, plan.source, kept)
         assert tuple(pruned.shape) == full_shape(target_name, plan.target), (target_name, pruned.shape)
-        yield target_name, pruned
+        return target_name, pruned
+
+    for name, full in stream_full_parameters(teacher, plan.source, groups):
+        if norm_number(name, plan.source) is not None:
+            norms[name] = full
+        if name == _EMBEDDING and plan.unties:
+            embedding = full
+        target_name = target_of(name, plan)
+        if target_name is not None:
+            yield cut(full, target_name)
+    if embedding is not None:
+        yield cut(embedding, _OUTPUT)
 
 
 def target_of(name: str, plan: PruningPlan) -> str | None:
@@ -85,15 +109,38 @@ def target_of(name: str, plan: PruningPlan) -> str | None:
     return with_layer(name, layers.index(layer)) if layer in layers else None
 
 
-def source_of(name: str, plan: PruningPlan) -> tuple[str, Kept]:
-    """The teacher's parameter that the student's `name` is cut from, and what is kept along its axes."""
-    layer, expert = layer_of(name), expert_of(name)
-    if layer is None:
-        return name, plan.kept_in_layer(None)
-    source_layer, source_expert = int(plan.layer[layer]), None
-    name = with_layer(name, source_layer)
+def source_of(name: str, plan: PruningPlan, norm_weight: Callable[[str], Tensor]) -> tuple[str, Kept]:
+    """The teacher's parameter that the student's `name` is cut from, and what is kept along its axes.
+
+    In a turned stream a norm's gamma goes into what reads the norm, and what is left of its bias is divided by it:
+    W (gamma * n + b) = W diag(gamma) (n + b / gamma), which holds for the basis' coordinates of n too.
+
+    Args:
+        norm_weight: from a norm weight's name to the teacher's full parameter [h], as it is stored.
+    Raises: ValueError: a norm has a bias and a gamma of 0, through which nothing divides.
+    """
+    layer, expert, source = layer_of(name), expert_of(name), name
+    source_layer = source_expert = None
+    if layer is not None:
+        source_layer = int(plan.layer[layer])
+        source = with_layer(name, source_layer)
     if expert is not None:
-        assert plan.expert is not None
+        assert plan.expert is not None and source_layer is not None
         source_expert = int(plan.expert[source_layer, expert])
-        name = with_expert(name, source_expert)
-    return name, plan.kept_in_layer(source_layer, source_expert)
+        source = with_expert(source, source_expert)
+    kept = plan.kept_in_layer(source_layer, source_expert)
+    number, norm = norm_number(source, plan.source), norm_of(source)
+    if number is not None and plan.norm_scale is not None:
+        kept["norm_scale"] = plan.norm_scale[number]
+    if norm is not None and plan.has_basis:
+        gamma = norm_gamma(norm_weight(norm), plan.source)
+        kept["folded"] = gamma
+        if source.endswith(".bias"):
+            zeros = (gamma == 0).nonzero().flatten().tolist()
+            require(
+                not zeros,
+                f"{norm} has a gamma of 0 in channels {zeros[:5]}, through which the norm's bias cannot be divided to "
+                "turn the residual stream. Keep channels by their indices (prune.surgery.basis=channels).",
+            )
+            kept["folded"] = 1 / gamma
+    return (_EMBEDDING if source == _OUTPUT and plan.unties else source), kept

@@ -28,6 +28,7 @@ from minitron_nemo.report.scores import kept_mask
 
 INK, GRID, PAPER = "#010203", "#040506", "#070809"
 SERIES = {
+    "distilled_calibrated": "#9b4f96",
     "distilled": "#0072b2",
     "pruned_ce": "#d55e00",
     "from_scratch": "#009e73",

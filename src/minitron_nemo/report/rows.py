@@ -28,7 +28,7 @@ CLOSE = 0.01
 """Nats per token. One seed and one held-out set cannot tell models apart that differ by less."""
 UNKNOWN = "\u2013"
 _LABEL = {variant.name: variant.label for variant in VARIANTS}
-_TRAINED = ("distilled", "pruned_ce", "from_scratch")
+_TRAINED = ("distilled_calibrated", "distilled", "pruned_ce", "from_scratch")
 
 
 def summary(run_dir: Path | str) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _row(run: Run, variant: Variant, notes: list[str]) -> dict[str, Any]:
 
 def _tokens(run: Run, variant: Variant) -> int | None:
     """Tokens the variant's own stage trained on; an imported teacher's are not known to the run."""
-    if variant.name == "student_pruned":
+    if variant.stage == "prune":
         return 0
     tokens = run.artifacts[variant.name].metrics.get("tokens")
     history = run.history(variant.name)
@@ -218,7 +218,7 @@ def _fairness(rows: list[dict[str, Any]]) -> list[str]:
     unequal = []
     for key, unit, names in (
         ("tokens", "training tokens", _TRAINED),
-        ("parameters", "parameters", EXPECTED_ORDER),
+        ("parameters", "parameters", (*EXPECTED_ORDER, "distilled_calibrated", "student_calibrated")),
         ("held_out_tokens", "held-out tokens", tuple(_LABEL)),
     ):
         found = {row["label"]: row[key] for row in rows if row["name"] in names and row[key] is not None}

@@ -27,18 +27,22 @@ class Variant:
     label: str
     stage: str
     is_student: bool = True
+    is_optional: bool = False
+    """A run without it lacks nothing."""
 
 
 # In the order of the table: the teachers, then the students from the expected best to the expected worst.
 VARIANTS = (
     Variant("teacher", "teacher", "import-hf", is_student=False),
     Variant("corrected_teacher", "corrected teacher", "correct-teacher", is_student=False),
+    Variant("distilled_calibrated", "calibrated, distilled", "distill", is_optional=True),
     Variant("distilled", "distilled", "distill"),
     Variant("pruned_ce", "pruned + CE", "pretrain"),
     Variant("from_scratch", "from scratch", "pretrain"),
+    Variant("student_calibrated", "calibrated only", "prune", is_optional=True),
     Variant("student_pruned", "pruned only", "prune"),
 )
-TRAINED = ("corrected_teacher", "distilled", "pruned_ce", "from_scratch")
+TRAINED = ("corrected_teacher", "distilled_calibrated", "distilled", "pruned_ce", "from_scratch")
 """Variants that training makes; a run may stop before any of them."""
 # Artifacts that are no model of the table: name -> the stage that makes it.
 OTHERS = {"importance": "estimate-importance", "export": "export-hf"}
@@ -212,6 +216,8 @@ def _assign_evaluations(run: Run) -> None:
 def _note_what_is_missing(run: Run) -> None:
     for variant in VARIANTS:
         if run.only_prunes and variant.name in TRAINED:
+            continue
+        if variant.is_optional and variant.name not in run.artifacts:
             continue
         if variant.name not in run.artifacts:
             run.missing.append(f"{variant.name} (stage {variant.stage}): no artifact, so no row {variant.label!r}.")

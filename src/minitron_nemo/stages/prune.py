@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
@@ -13,18 +15,25 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.engine.checkpoint import ModelInput, open_model, save_model
 from minitron_nemo.engine.distributed import is_rank_zero
-from minitron_nemo.engine.forward import new_core, open_core
+from minitron_nemo.engine.forward import open_core, run_forward
 from minitron_nemo.engine.offline import prune_checkpoint
 from minitron_nemo.engine.tokenizer import tokenizer_digest
 from minitron_nemo.engine.training import TrainerConfig
 from minitron_nemo.importance import Importance
+from minitron_nemo.importance.stream import STREAM
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import DepthChoice, PruningPlan, kept_layers, plan_from_importance, prune_into
-from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
+from minitron_nemo.pruning import DepthChoice, PruningPlan, kept_layers, plan_from_importance
+from minitron_nemo.pruning.compensation import CalibrationPass, compensate
+from minitron_nemo.pruning.composition import joined, split
+from minitron_nemo.pruning.config import SurgeryConfig
+from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.targets import BudgetConfig, resolve_target
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.stages.rounds import Rounds, cut
 from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.stages.training import config_dict, prepare_layout
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,6 +65,8 @@ class PruneConfig:
     as the importance was estimated; layers go in the last."""
     merge_heads: bool = False
     """Merge each dropped query head into a kept one of its group (arXiv:2407.14679, section 2.3)."""
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
+    """What is done to the weights so that less is lost; by default nothing, as in the papers."""
     offline: bool = False
     """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
     trust_checkpoint: bool = False
@@ -69,120 +80,171 @@ class PruneConfig:
             "prune.plan is set, which says already what is kept": self.plan is not None,
             "prune.offline=true never holds a model, and each round scores one": self.offline,
             "prune.merge_heads=true changes heads, and the rounds are put together into one cut": self.merge_heads,
+            "prune.surgery.basis=rotation leaves no channels to score": self.surgery.turns,
         }
         for hindrance, stands in hindrances.items():
             works = self.rounds == 1 or not stands
             require(works, f"prune.rounds={self.rounds}, but {hindrance}. Give up one of them.")
+        require(
+            not (self.merge_heads and self.surgery.chosen("compensate")),
+            "prune.surgery compensates for dropped heads, which prune.merge_heads=true merges into others. Set "
+            "prune.surgery.compensate=false, or prune.merge_heads=false.",
+        )
 
 
 def run(config: PruneConfig) -> Artifact:
     """Raises: ValueError, FileNotFoundError: a target or an importance that does not fit; nothing is written then."""
     source = open_model(config.model, key="prune.model", trust_checkpoint=config.trust_checkpoint)
-    trainer, rounds = config.trainer, None
-    if config.plan is not None:
-        plan, inputs = PruningPlan.load(config.plan), list(source.artifacts)
-    else:
-        scores = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
-        importance = Importance.load(scores.path)
-        _require_same_tokenizer(importance, source)
-        plan, inputs = plan_of(config, importance, source.shape), [*source.artifacts, scores]
-        if config.rounds > 1:
-            rounds = Rounds(
-                config,
-                importance,
-                plan,
-                Calibration.of_artifact(scores, source.tokenizer, micro_batch_size=trainer.micro_batch_size),
-            )
-    target = plan.target
-    for shape in [target] if rounds is None else rounds.targets:
+    job = Job(config, source)
+    for shape in job.targets:
         shape.require_splits_over(
-            trainer.tensor_model_parallel_size,
-            trainer.pipeline_model_parallel_size,
-            trainer.expert_model_parallel_size,
+            config.trainer.tensor_model_parallel_size,
+            config.trainer.pipeline_model_parallel_size,
+            config.trainer.expert_model_parallel_size,
         )
+    student, plan = None, job.plan
+    facts: dict[str, Any] = {}
     if not config.offline:
-        prepare_layout(trainer, source.shape, seed=config.seed)
-        samples = [] if rounds is None else rounds.samples()
-        teacher = open_core(source, trainer)
-        if rounds is not None:
-            plan = rounds.plan(teacher, samples)
-        student = cut(teacher, plan, trainer)
-    with writing(config.output, stage="prune", config=config_dict(config), inputs=inputs) as draft:
-        if config.offline:
+        prepare_layout(config.trainer, source.shape, seed=config.seed)
+        job.draw_samples()
+        teacher = open_core(source, config.trainer)
+        plan = job.plan_for(teacher)
+        student, plan, facts = job.cut(teacher, plan)
+    assert plan is not None
+    with writing(config.output, stage="prune", config=config_dict(config), inputs=job.inputs) as draft:
+        if student is None:
             prune_checkpoint(source, plan, draft.path)
         else:
-            save_model(student, target, source.tokenizer, draft.path)
+            save_model(student, plan.target, source.tokenizer, draft.path)
         if is_rank_zero():
             plan.save(draft.path)
         draft.facts["vocab_size"] = source.vocab_size
+        draft.facts.update(facts)
         draft.metrics.update(
-            parameters=target.num_parameters,
-            non_embedding_parameters=target.num_non_embedding_parameters,
+            parameters=plan.target.num_parameters,
+            non_embedding_parameters=plan.target.num_non_embedding_parameters,
             parameters_of_source=source.shape.num_parameters,
             tokens=0,
         )
     return open_artifact(Path(config.output))
 
 
-class Rounds:
-    """A pruning whose width is scored again between steps; what can be checked before a model is loaded, is."""
+class Job:
+    """One pruning; what can be checked before a model is loaded, is checked when it is made."""
 
-    def __init__(
-        self, config: PruneConfig, importance: Importance, one_shot: PruningPlan, calibration: Calibration
-    ) -> None:
-        """
-        Args:
-            importance: scores of the intact model.
-            one_shot: the plan of a single round; says the target and, as layers are scored once, which of them stay.
-            calibration: of `importance`.
-        Raises: ValueError: a target without a smaller width.
-        """
-        source, target = one_shot.source, one_shot.target
+    def __init__(self, config: PruneConfig, source: ModelInput) -> None:
+        """Raises: ValueError, FileNotFoundError: as `run`."""
+        self._config, self._source = config, source
+        self._importance: Importance | None = None
+        self._calibration: Calibration | None = None
+        self._rounds: Rounds | None = None
+        self.inputs = list(source.artifacts)
+        self.plan: PruningPlan | None = None
+        """None: it takes a pass over the model first."""
+        if config.plan is not None:
+            self.plan = PruningPlan.load(config.plan)
+            self._target = self.plan.target
+        if self.plan is None or config.surgery.runs_model(source.shape, self._target):
+            scores = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
+            self.inputs.append(scores)
+            self._importance = Importance.load(scores.path)
+            _require_same_tokenizer(self._importance, source)
+        if self.plan is None:
+            assert self._importance is not None
+            self._target, self._layers = target_of(config, self._importance, source.shape)
+            if config.offline or not self._lacks_stream:
+                self.plan = self._plan_of_importance()
+        runs_model = config.surgery.runs_model(source.shape, self._target)
         require(
-            any(getattr(source, dim) != getattr(target, dim) for dim in source.prunable_dims if dim != "num_layers"),
-            f"prune.rounds={config.rounds} cuts the width in steps, but the target only drops layers. Set "
-            "prune.rounds=1, and estimate importance with depth.greedy to score layers again after every drop.",
+            not (runs_model and config.offline),
+            "prune.surgery fits weights to calibration samples, which takes passes over the model, and "
+            "prune.offline=true never holds one. Set prune.surgery.compensate=false and "
+            "prune.surgery.correct_depth=false, or prune.offline=false.",
         )
-        trainer = config.trainer
-        multiple = math.lcm(trainer.tensor_model_parallel_size, trainer.expert_model_parallel_size)
-        self.targets = targets_of_rounds(source, target, config.rounds, multiple=multiple)
-        self._config, self._importance, self._one_shot, self._calibration = config, importance, one_shot, calibration
+        if runs_model or config.rounds > 1 or self.plan is None:
+            self._calibration = Calibration.of_artifact(
+                scores, source.tokenizer, micro_batch_size=config.trainer.micro_batch_size
+            )
+        if config.rounds > 1:
+            assert self._importance is not None and self._calibration is not None and self.plan is not None
+            self._rounds = Rounds(config, self._importance, self.plan, self._calibration)
 
-    def samples(self) -> list[dict[str, Tensor]]:
-        """This data-parallel rank's calibration micro-batches, which every round reads. Needs the layout."""
-        return list(self._calibration.samples(self._calibration.config.num_samples))
+    @property
+    def targets(self) -> list[ModelShape]:
+        """Shapes of all models that are made."""
+        return [self._target] if self._rounds is None else self._rounds.targets
 
-    def plan(self, teacher: MCoreGPTModel, samples: list[dict[str, Tensor]]) -> PruningPlan:
-        """The plan from teacher to target. Every round cuts a student out of the teacher, scores it and lets it go.
+    @property
+    def _lacks_stream(self) -> bool:
+        needs = self._config.surgery.needs_stream(self._source.shape, self._target)
+        return needs and self._importance is not None and STREAM not in self._importance.moments
 
-        Communicates: as `prune_into` and `Calibration.score`, once per round but the first.
+    def draw_samples(self) -> None:
+        """This data-parallel rank's calibration micro-batches, where a pass needs them. Needs the layout."""
+        if self._calibration is not None:
+            self._calibration.draw()
+
+    def plan_for(self, teacher: MCoreGPTModel) -> PruningPlan:
+        """Communicates: where the plan takes passes over models, as those."""
+        if self._rounds is not None:
+            return self._rounds.plan(teacher)
+        if self.plan is None:
+            assert self._calibration is not None and self._importance is not None
+            moments = self._calibration.stream_moments(teacher, self._source.shape)
+            self._importance = replace(self._importance, moments={**self._importance.moments, **moments})
+            self.plan = self._plan_of_importance()
+        return self.plan
+
+    def cut(self, teacher: MCoreGPTModel, plan: PruningPlan) -> tuple[MCoreGPTModel, PruningPlan, dict[str, Any]]:
+        """This rank's part of the student, the plan it follows, and what fitting its weights came to.
+
+        Args:
+            teacher: what stands in for dropped layers is fitted in this copy of it.
+        Communicates: see `correct_depth`, `prune_into` and `compensate`.
         """
-        config, origin = self._config, self._one_shot.origin
+        trainer, surgery, groups = self._config.trainer, self._config.surgery, Groups.from_megatron()
+        facts: dict[str, Any] = {}
+        if surgery.corrects_depth(plan.source, plan.target):
+            config = surgery.depth_correction
+            run = self._passes(teacher, config.num_samples, "depth correction")
+            facts["depth_correction"] = [asdict(each) for each in correct_depth(teacher, plan, groups, run, config)]
+        if not surgery.compensates(plan.source, plan.target):
+            return cut(teacher, plan, trainer), plan, facts
+        of_stream, of_blocks = split(plan)
+        between = cut(teacher, of_stream, trainer)
+        run = self._passes(between, surgery.compensation.num_samples, "compensation")
+        refitted = compensate(between, of_blocks, groups, run, surgery.compensation)
+        facts["compensation"] = [asdict(each) for each in refitted.linears]
+        return cut(between, refitted.plan, trainer), joined(plan, refitted.plan), facts
 
-        def score(plan: PruningPlan) -> Importance:
-            student = cut(teacher, plan, config.trainer)
-            return self._calibration.score(student, plan.target, samples, {"model": origin.get("model")})
+    def _passes(self, core: MCoreGPTModel, num_samples: int, label: str) -> CalibrationPass:
+        """Forward passes over the first of the drawn samples."""
+        assert self._calibration is not None
+        samples = self._calibration.drawn[: self._calibration.num_batches(num_samples)]
 
-        plan = plan_in_rounds(
+        def run(before: Callable[[dict[str, Tensor]], None]) -> None:
+            run_forward(core, samples, before=before, label=label, total=len(samples))
+
+        return run
+
+    def _plan_of_importance(self) -> PruningPlan:
+        config = self._config
+        assert self._importance is not None
+        return plan_from_importance(
             self._importance,
-            self.targets,
-            score,
-            layers=self._one_shot.layer.tolist(),
+            self._source.shape,
+            self._target,
             batch_aggregation=config.batch_aggregation,
             sequence_aggregation=config.sequence_aggregation,
+            layers=self._layers,
+            depth=config.depth,
+            merge_heads=config.merge_heads,
+            surgery=config.surgery,
         )
-        return replace(plan, origin={**plan.origin, "depth": origin["depth"]})
 
 
-def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: TrainerConfig) -> MCoreGPTModel:
-    """This rank's part of the student. Communicates: see `prune_into`."""
-    student = new_core(plan.target, trainer)
-    prune_into(teacher, student, plan, Groups.from_megatron())
-    return student
-
-
-def plan_of(config: PruneConfig, importance: Importance, source: ModelShape) -> PruningPlan:
-    """The plan that the config asks for.
+def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -> tuple[ModelShape, list[int] | None]:
+    """The shape that the config asks for, and the layers it keeps where they are said.
 
     Raises: ValueError: nothing to prune, or a target that does not fit.
     """
@@ -197,17 +259,20 @@ def plan_of(config: PruneConfig, importance: Importance, source: ModelShape) -> 
     if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
         layers = kept_layers(importance, source, dims.pop("num_layers"), layers=layers, depth=config.depth)
         base = source.keeping_layers(layers)
-    target = resolve_target(base, target=dims, keep=config.keep, budget=config.budget, multiple_of=config.multiple_of)
-    return plan_from_importance(
-        importance,
-        source,
-        target,
-        batch_aggregation=config.batch_aggregation,
-        sequence_aggregation=config.sequence_aggregation,
-        layers=layers,
-        depth=config.depth,
-        merge_heads=config.merge_heads,
-    )
+
+    def resolve(base: ModelShape) -> ModelShape:
+        options: dict[str, Any] = {"target": dims, "keep": config.keep, "multiple_of": config.multiple_of}
+        return resolve_target(base, budget=config.budget, **options)
+
+    target = resolve(base)
+    if source.share_embeddings_and_output_weights and config.surgery.turns and target.hidden_size < source.hidden_size:
+        target = resolve(replace(base, share_embeddings_and_output_weights=False))
+        logger.warning(
+            "prune.surgery.basis=rotation parts the tied embeddings: the final norm goes into the output layer, whose "
+            "%s parameters are the student's own. prune.surgery.basis=channels keeps them tied.",
+            f"{target.padded_vocab_size * target.hidden_size:,}",
+        )
+    return target, layers
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:

@@ -23,6 +23,7 @@ from minitron_nemo.engine.data import TRAIN, DataConfig, batches, require_tokeni
 from minitron_nemo.engine.forward import estimate_importance
 from minitron_nemo.engine.tokenizer import load_tokenizer, tokenizer_digest
 from minitron_nemo.importance import Importance, ImportanceConfig
+from minitron_nemo.importance.stream import stream_sizes
 from minitron_nemo.shape import ModelShape
 
 if TYPE_CHECKING:
@@ -106,6 +107,25 @@ class Calibration:
             )
         prefixes = [prefix for artifact in self.blend for prefix in split_prefixes(artifact, TRAIN)]
         return batches(prefixes, self.seq_length, self.micro_batch_size, num_samples, **share)
+
+    def draw(self) -> None:
+        """Draw the samples that several passes read (`drawn`). Needs the layout."""
+        self.drawn.extend(self.samples(self.config.num_samples))
+
+    @cached_property
+    def drawn(self) -> list[dict[str, Tensor]]:
+        """What `draw` has drawn."""
+        return []
+
+    def stream_moments(self, core: MCoreGPTModel, shape: ModelShape) -> dict[str, Tensor]:
+        """Second moments of the residual stream over the drawn samples, see importance/stream.py.
+
+        Communicates: see `engine.forward.estimate_importance`.
+        """
+        config = replace(self.config, stream="normalised", metric="activations")
+        total = len(self.drawn)
+        moments = estimate_importance(core, shape, self.drawn, config, total=total, label="residual stream").moments
+        return {name: moments[name] for name in stream_sizes(shape)}
 
     def num_batches(self, num_samples: int) -> int:
         """Micro-batches that `samples` gives each data-parallel rank."""

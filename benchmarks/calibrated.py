@@ -1,0 +1,290 @@
+"""What is calibrated surgery worth, before any retraining and in tokens of distillation?
+
+The quickstart's teacher and recipe through the real stages. It is cut to three widths and two depths; each cut is made
+in every way that is compared, at the same dims, and distilled on the same tokens:
+
+    random, magnitude    channels, neurons and heads by chance or by the size of their weights
+    papers               by activations (arXiv:2407.14679), nothing rescaled
+    + norm scale         ... and gammas of the norms rescaled
+    + rotation           ... and the principal axes of the residual stream instead of channels
+    + compensation       ... and what reads neurons and heads refitted
+    + selection          ... and which of these stay chosen by what refitting could least make up for: all of
+                         prune.surgery.method=calibrated
+    without rotation     all but the rotation
+    of depth             papers; + scale, + least squares: the layer before the gap corrected
+
+Each distillation is measured on validation text as it goes, so a cut has a loss at every share of the token budget; and
+a number of tokens after which it is where the papers' cut ends, read off between two measurements. The last loss is of
+256 held-out samples. Seeds are orders of the data; a cut is the same for all but `random`.
+
+`make bench-calibrated`, about an hour on two cores; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
+artifacts that stand are taken: what was cut off goes on. It exits 1 where the calibrated cut does not end below the
+papers' in every target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo.cli import quieten
+from minitron_nemo.recipe import register_schema
+from stages import HELD_OUT, Stages
+
+SEEDS = (1234, 4321, 777)
+SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+VALIDATION_BATCHES = 4
+PAPERS, ALL = "papers", "+ selection"
+LADDER = ("random", "magnitude", PAPERS, "+ norm scale", "+ rotation", "+ compensation", ALL, "without rotation")
+OF_DEPTH = (PAPERS, "+ scale", "+ least squares")
+MEASURED_FULLY = (PAPERS, ALL, "+ least squares")
+"""With every seed, whatever --seeds says."""
+
+
+def dims(hidden_size: int, ffn_hidden_size: int, num_attention_heads: int) -> list[str]:
+    return [
+        f"prune.target.hidden_size={hidden_size}",
+        f"prune.target.ffn_hidden_size={ffn_hidden_size}",
+        f"prune.target.num_attention_heads={num_attention_heads}",
+    ]
+
+
+def layers(keep: int) -> list[str]:
+    return [*dims(224, 640, 8), f"+prune.target.num_layers={keep}", "prune.depth.metric=greedy"]
+
+
+TARGETS = {
+    "width 75%": dims(192, 512, 6),
+    "width 50%": dims(152, 352, 4),
+    "width 30%": dims(112, 192, 4),
+    "depth 4 of 6": layers(4),
+    "depth 2 of 6": layers(2),
+}
+_SURGERY = "prune.surgery."
+CUTS = {
+    "random": ["prune.importance={run_dir}/importance_random"],
+    "magnitude": ["prune.importance={run_dir}/importance_magnitude"],
+    PAPERS: [],
+    "+ norm scale": [f"{_SURGERY}norm_scale=energy"],
+    "+ rotation": [f"{_SURGERY}norm_scale=energy", f"{_SURGERY}basis=rotation"],
+    "+ compensation": [f"{_SURGERY}method=calibrated", f"{_SURGERY}compensation.selection=scores"],
+    ALL: [f"{_SURGERY}method=calibrated"],
+    "without rotation": [f"{_SURGERY}method=calibrated", f"{_SURGERY}basis=channels"],
+    "+ scale": [f"{_SURGERY}correct_depth=true", f"{_SURGERY}depth_correction.method=scale"],
+    "+ least squares": [f"{_SURGERY}correct_depth=true"],
+}
+Cut = tuple[str, str]
+"""Target, way."""
+
+
+class Bench(Stages):
+    def __init__(self, run_dir: Path, steps: int, seeds: int) -> None:
+        shared = [
+            f"distill.training.steps={steps}",
+            f"distill.training.validation_every={max(1, steps // 10)}",
+            f"distill.training.validation_batches={VALIDATION_BATCHES}",
+            "trainer.tensorboard=false",
+            "estimate_importance.depth.greedy.metric=squared_error",
+            "estimate_importance.depth.greedy.drop=4",
+            "estimate_importance.depth.num_samples=64",
+            "estimate_importance.model=${import_hf.output}",
+            "distill.teacher=${import_hf.output}",
+            f"{_SURGERY}compensation.layers_at_once=0",
+        ]
+        super().__init__(run_dir, shared)
+        self._seeds = seeds
+
+    def seeds(self, cut: Cut) -> tuple[int, ...]:
+        return SEEDS if cut[1] in MEASURED_FULLY else SEEDS[: self._seeds]
+
+    def prepare(self) -> None:
+        """What all runs share; the second moments of the stream come with the importance."""
+        self.stage("import_hf")
+        self.stage("prepare_data")
+        self.stage("estimate_importance")
+        for metric, name in (("random", "random"), ("weight_magnitude", "magnitude")):
+            values = [f"estimate_importance.importance.metric={metric}", "estimate_importance.importance.stream=none"]
+            self.stage("estimate_importance", *values, output=f"importance_{name}")
+
+    def cuts(self) -> list[Cut]:
+        return [(target, way) for target in TARGETS for way in (OF_DEPTH if target.startswith("depth") else LADDER)]
+
+    def cut(self, cut: Cut) -> Artifact:
+        target, way = cut
+        values = [value.format(run_dir=self.run_dir) for value in CUTS[way]]
+        return self.stage("prune", *TARGETS[target], *values, output=folder(cut))
+
+    def distilled(self, cut: Cut, seed: int) -> Artifact:
+        student = self.cut(cut).path
+        values = [f"seed={seed}", f"distill.student={student}", f"distill.plan={student}"]
+        return self.stage("distill", *values, output=f"{folder(cut)}_{seed}")
+
+    def start(self, cut: Cut) -> float:
+        """Loss of the cut on the validation text that distillation measures: of a step at no learning rate."""
+        student, rate = self.cut(cut).path, "distill.training.optim."
+        values = [f"distill.student={student}", f"distill.plan={student}", f"{rate}warmup_steps=0"]
+        values += ["distill.training.steps=1", f"{rate}lr=1.0e-12", f"{rate}min_lr=0.0"]
+        values += ["distill.training.validation_every=1"]
+        return curve(self.stage("distill", *values, output=f"{folder(cut)}_start"))[-1][1]
+
+    def run(self, cut: Cut) -> None:
+        self.held_out(self.cut(cut))
+        self.start(cut)
+        for seed in self.seeds(cut):
+            self.held_out(self.distilled(cut, seed))
+
+    def answer(self, cut: Cut) -> dict[str, Any]:
+        """All numbers of one cut. Losses in nats per token; curves by (share of the budget, validation loss)."""
+        start = self.start(cut)
+        students = [self.distilled(cut, seed) for seed in self.seeds(cut)]
+        curves = [[(0.0, start), *as_shares(curve(student))] for student in students]
+        mean = [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
+        return {
+            "parameters": self.cut(cut).metrics["parameters"],
+            "held_out_not_retrained": round(statistics.mean(self.held_out(self.cut(cut))), 4),
+            "held_out_distilled": [round(statistics.mean(self.held_out(student)), 4) for student in students],
+            "validation": [[share, round(loss, 4)] for share, loss in mean],
+            "tokens": students[0].metrics["tokens"],
+        }
+
+
+def folder(cut: Cut) -> str:
+    return "_".join(cut).replace("%", "").replace("+ ", "and_").replace(" ", "_")
+
+
+def curve(student: Artifact) -> list[tuple[int, float]]:
+    """(tokens, validation loss), in order."""
+    records = [json.loads(line) for line in (student.path / "history.jsonl").read_text().splitlines()]
+    return [(record["tokens"], record["validation_loss"]) for record in records if "validation_loss" in record]
+
+
+def as_shares(points: list[tuple[int, float]]) -> list[tuple[float, float]]:
+    return [(tokens / points[-1][0], loss) for tokens, loss in points]
+
+
+def at(points: list[list[float]], share: float) -> float:
+    """The loss at a share of the budget, on the line between two measurements."""
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= share <= x1 + 1e-9:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    raise ValueError(share)
+
+
+def share_to_reach(points: list[list[float]], loss: float) -> float | None:
+    """The share of the budget after which a curve is first at `loss`; None: not within it."""
+    if points[0][1] <= loss:
+        return 0.0
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y1 <= loss:
+            return x0 + (x1 - x0) * (y0 - loss) / (y0 - y1)
+    return None
+
+
+# ---- the answer ------------------------------------------------------------------------------------------------------
+
+
+def show(answers: dict[str, dict[str, Any]], teacher: float) -> bool:
+    """The table; whether the calibrated cut ends below the papers' in every target."""
+    print(f"\nteacher {teacher:.3f}. Validation loss, nats per token, after shares of the budget; held-out at the end,")
+    print("mean and spread over seeds; share of the budget after which a cut is where the papers' ends")
+    header = "".join(f"{share:>8.0%}" for share in SHARES)
+    print(f"{'':32}{header}{'held out':>18}{'to reach':>10}")
+    below = True
+    for target, ways in answers.items():
+        for way, answer in ways.items():
+            final = answer["held_out_distilled"]
+            cells = "".join(f"{at(answer['validation'], share):8.3f}" for share in SHARES)
+            spread = max(final) - min(final)
+            reach = answer["share_to_reach_papers"]
+            reached = "-" if reach is None else f"{reach:.0%}"
+            print(f"{target:14}{way:18}{cells}{statistics.mean(final):11.3f} ~{spread:.3f}{reached:>10}")
+        best = ALL if ALL in ways else "+ least squares"
+        below &= max(ways[best]["held_out_distilled"]) < min(ways[PAPERS]["held_out_distilled"])
+    return below
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="of 16 x 256 tokens, for every distillation")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1), help="of other ways")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that share the runs")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # i/n: of such a process
+    parser.add_argument("--run-dir", type=Path, help="keeps the artifacts; taken where they stand")
+    parser.add_argument("--save", action="store_true")
+    options = parser.parse_args()
+    quieten()
+    register_schema()
+    from minitron_nemo.doors import hush
+    from minitron_nemo.engine.distributed import start
+
+    hush()
+    start()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder_of_run:
+        run_dir = (options.run_dir or Path(folder_of_run)).resolve()
+        bench = Bench(run_dir, options.steps, options.seeds)
+        if options.part is None:
+            bench.prepare()
+            in_parts(options, run_dir)
+        part, parts = (0, 1) if options.part is None else map(int, options.part.split("/"))
+        for number, cut in enumerate(bench.cuts()):
+            if number % parts == part:
+                bench.run(cut)
+                print(f"{time.monotonic() - began:6.0f} s  {', '.join(cut)}", flush=True)
+        if options.part is not None:
+            return 0
+        answers: dict[str, dict[str, Any]] = {}
+        for target, way in bench.cuts():
+            answers.setdefault(target, {})[way] = bench.answer((target, way))
+        for ways in answers.values():
+            goal = ways[PAPERS]["validation"][-1][1]
+            for answer in ways.values():
+                answer["share_to_reach_papers"] = share_to_reach(answer["validation"], goal)
+        teacher = statistics.mean(bench.held_out(open_artifact(run_dir / "teacher")))
+    below = show(answers, teacher)
+    print(f"took {(time.monotonic() - began) / 60:.0f} minutes")
+    if options.save:
+        save(options, answers, teacher)
+    return 0 if below else 1
+
+
+def in_parts(options: Any, run_dir: Path) -> None:
+    """Make all artifacts in several processes; what one leaves out, the caller makes."""
+    command = [sys.executable, __file__, "--run-dir", str(run_dir), "--steps", str(options.steps)]
+    command += ["--seeds", str(options.seeds), "--part"]
+    processes = [subprocess.Popen([*command, f"{part}/{options.jobs}"]) for part in range(options.jobs)]
+    for process in processes:
+        process.wait()
+
+
+def save(options: Any, answers: dict[str, Any], teacher: float) -> None:
+    import torch
+
+    result = {
+        "command": "make bench-calibrated, with --save",
+        "date": date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "python": sys.version.split()[0]},
+        "teacher_held_out": round(teacher, 4),
+        "steps": options.steps,
+        "tokens": options.steps * 16 * 256,
+        "seeds": {"papers and calibrated": list(SEEDS), "others": list(SEEDS[: options.seeds])},
+        "held_out_tokens": HELD_OUT * 256,
+        "validation_tokens": VALIDATION_BATCHES * 16 * 256,
+        "cuts": answers,
+    }
+    path = Path(__file__).parent / "results" / "calibrated.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

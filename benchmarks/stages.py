@@ -1,0 +1,63 @@
+"""What benchmarks of whole compressions share: stages of the quickstart recipe, and held-out losses of its models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import hydra
+
+from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
+from minitron_nemo.checks import require
+from minitron_nemo.cli import conf_dir
+from minitron_nemo.recipe import SECTIONS, stage_module, typed_section
+
+HELD_OUT = 256
+"""Samples of the validation split."""
+
+
+class Stages:
+    """Stages of the quickstart recipe with other values; what stands in `run_dir` already is taken."""
+
+    def __init__(self, run_dir: Path, shared: list[str]) -> None:
+        """
+        Args:
+            shared: overrides of every stage.
+        """
+        self.run_dir = run_dir
+        self.shared = ["recipe=quickstart", f"run_dir={run_dir}", *shared]
+
+    def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
+        own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
+        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            config = hydra.compose("compress", [*self.shared, *overrides, *own])
+        values = typed_section(section, config)
+        if not is_artifact(values.output):
+            return stage_module(SECTIONS[section][0]).run(values)
+        from minitron_nemo.stages.training import changes, config_dict
+
+        artifact = open_artifact(values.output)
+        for key, then, now in changes(artifact.manifest["config"], config_dict(values)):
+            require(False, f"{values.output} was made with {key}={then}, not {now}. Choose another --run-dir.")
+        return artifact
+
+    def held_out(self, model: Artifact, data: str = "data") -> list[float]:
+        """Held-out loss of every micro-batch, nats per token, kept beside the model."""
+        kept = model.path.with_name(f"{model.path.name}.on_{data}.json")
+        if not kept.is_file():
+            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data)))
+        losses: list[float] = json.loads(kept.read_text())
+        return losses
+
+
+def held_out_losses(model: Artifact, data: Path) -> list[float]:
+    from minitron_nemo.engine.checkpoint import open_model
+    from minitron_nemo.engine.data import VALIDATION, batches, split_prefixes
+    from minitron_nemo.engine.forward import open_core, run_forward
+    from minitron_nemo.engine.training import TrainerConfig
+
+    source = open_model(model.path, key="model")
+    trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)
+    held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
+    sums = run_forward(open_core(source, trainer), held_out, label="held out", total=len(held_out))
+    return [float(loss / tokens) for loss, tokens in sums]

@@ -1,0 +1,119 @@
+"""Second moments of the residual stream as the norms see it, for turning it into another basis.
+
+    stream   [h, h]      float64   sum over all norms and tokens that count of x x^T, x [h] the stream entering a norm
+    norm     [2l+1, h]   float64   sum over the tokens of x^2, norm by norm: of a layer its input norm, then its pre-MLP
+                                   norm; the final norm last
+
+x is the stream divided by its root mean square over the channels, as an RMSNorm divides it, so that every token weighs
+the same ("normalised"), or as it is ("raw"); of a LayerNorm, less its mean. Products are float32, their sums float64.
+A micro-batch costs 2 h^2 FLOPs a token and norm.
+
+Communication: none while streaming; `merge` sums once over what splits tokens (cp, dp, tp under sequence parallelism)
+and layers (pp).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from minitron_nemo.importance.statistics import TokenMask
+from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
+from minitron_nemo.shape import ModelShape
+
+KINDS = ("none", "normalised", "raw")
+STREAM, NORM = "stream", "norm"
+"""Names of the two moments in `Importance.moments`."""
+
+
+def stream_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Sizes of the two moments."""
+    return {STREAM: (shape.hidden_size, shape.hidden_size), NORM: (2 * shape.num_layers + 1, shape.hidden_size)}
+
+
+class StreamMoments:
+    """Sums of this rank; hooks what enters every norm of its pipeline stage."""
+
+    def __init__(
+        self, model: Any, shape: ModelShape, groups: Groups, current: Any, handles: list[RemovableHandle], *, kind: str
+    ) -> None:
+        """
+        Args:
+            model: the bare megatron.core GPTModel.
+            current: the `hooks.MicroBatch` whose masks say which tokens count.
+            handles: gets the hooks.
+        """
+        self._shape, self._groups, self._current, self._kind = shape, groups, current, kind
+        sequence_parallel = model.config.sequence_parallel
+        self._shard = (group_rank(groups.tp), group_size(groups.tp)) if sequence_parallel else (0, 1)
+        device = next(model.parameters()).device
+        self._stream, self._norm = (
+            torch.zeros(size, dtype=torch.float64, device=device) for size in stream_sizes(shape).values()
+        )
+        for layer in model.decoder.layers:
+            index = 2 * (layer.layer_number - 1)
+            for number, (norm, linear) in enumerate((("input_layernorm", "self_attention.linear_qkv"), _MLP)):
+                module = getattr(layer, norm)
+                fused = getattr(module, "weight", None) is None
+                self._hook(layer.get_submodule(linear) if fused else module, index + number, handles)
+        if getattr(model.decoder, "final_layernorm", None) is not None:
+            self._hook(model.decoder.final_layernorm, 2 * shape.num_layers, handles)
+
+    def _hook(self, module: nn.Module, row: int, handles: list[RemovableHandle]) -> None:
+        def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._see(row, args[0])
+
+        handles.append(module.register_forward_pre_hook(see))
+
+    @torch.no_grad()
+    def _see(self, row: int, entering: Tensor) -> None:
+        """Add what enters a norm, [s/cp, b, h], or [s/(cp*tp), b, h] under sequence parallelism."""
+        with torch._C.DisableTorchFunction():  # the CPU platform's function mode costs as much as a small op
+            values = _tokens_that_count(entering, self._current.mask(*self._shard)).float()
+            if self._shape.normalization != "RMSNorm":
+                values = values - values.mean(1, keepdim=True)
+            if self._kind == "normalised":
+                root = values.square().mean(1, keepdim=True).sqrt_()
+                values = values / root.clamp_(min=torch.finfo(torch.float32).tiny)
+            product = _product_of_rounded(values)
+            self._stream += product
+            self._norm[row] += product.diagonal()
+
+    def merge(self) -> dict[str, Tensor]:
+        """The sums over all ranks, equal on every rank. Communicates: tp, cp, dp and pp, once for each of the two."""
+        merged = {}
+        for name, sums in ((STREAM, self._stream), (NORM, self._norm)):
+            if self._shard[1] == 1:  # tp ranks hold the same sums; one rank's, so that rounding cannot part them
+                sums = broadcast_from(sums, source=0, group=self._groups.tp)
+            else:
+                sums = all_reduce_sum(sums, group=self._groups.tp)
+            for group in (self._groups.cp, self._groups.dp, self._groups.pp):
+                sums = all_reduce_sum(sums, group=group)
+            merged[name] = sums
+        return merged
+
+
+_MLP = ("pre_mlp_layernorm", "mlp.linear_fc1")
+
+
+def _tokens_that_count(activation: Tensor, mask: TokenMask) -> Tensor:
+    """[s, b, h] -> [n, h], without padding."""
+    if mask.kept is None:
+        return activation.flatten(0, 1)
+    samples = zip(activation.unbind(1), mask.kept, strict=True)
+    return torch.cat([rows.index_select(0, kept) for rows, kept in samples])
+
+
+def _product_of_rounded(values: Tensor) -> Tensor:
+    """values^T values [h, h] float32; on a GPU of values rounded to TF32, which is finer than the bf16 they came in."""
+    if values.device.type == "cpu":
+        return values.t() @ values
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return values.t() @ values
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,100 @@
+"""Another basis of the residual stream: its principal axes, of which the first k stay.
+
+    second moment of the stream [h, h]  ->  axes by falling eigenvalue  ->  plan.hidden [h, k], orthonormal columns
+                                        ->  plan.norm_scale [2l+1]
+
+Every layer reads the stream x through a norm and writes onto it, so with each gamma folded into what reads the norm
+(surgery.py) an orthogonal Q changes nothing: RMSNorm(Q^T x) = Q^T RMSNorm(x). Of k < h axes what is lost is the stream
+outside them, by norms that divide by the root mean square of k coordinates instead of h: `norm_scales` mends that.
+
+A LayerNorm takes off the mean over the channels, x . 1 / h, so its basis has to hold the direction 1, and as one in
+which every coordinate is equal, as the student takes the mean over k: Q 1_k = sqrt(k / h) 1_h. One axis of k is spent
+on it. The idea of turning the stream is SliceGPT's (arXiv:2401.15024), which turns every layer by itself and pays with
+matrices in the residual path; here one basis serves all layers and the student is a model as any other.
+
+Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minitron_nemo.checks import require
+from minitron_nemo.importance import Importance
+from minitron_nemo.importance.stream import NORM, STREAM
+from minitron_nemo.shape import ModelShape
+
+
+def stream_moments(importance: Importance) -> tuple[Tensor, Tensor]:
+    """`stream` [h, h] and `norm` [2l+1, h], see importance/stream.py. Raises: ValueError: they were not measured."""
+    require(
+        STREAM in importance.moments and NORM in importance.moments,
+        "prune.surgery turns or rescales the residual stream by its second moments, which this importance does not "
+        "hold. Estimate importance with importance.stream=normalised, or set prune.surgery.basis=channels and "
+        "prune.surgery.norm_scale=size.",
+    )
+    return importance.moments[STREAM], importance.moments[NORM]
+
+
+def principal_basis(second_moment: Tensor, keep: int, *, keeps_mean: bool = False) -> Tensor:
+    """The `keep` axes of largest second moment.
+
+    Args:
+        second_moment: [h, h], symmetric.
+        keeps_mean: of a LayerNorm model, see the module's text.
+    Returns: [h, keep] float64, orthonormal columns; without keeps_mean by falling second moment, each axis' largest
+        entry positive.
+    """
+    matrix = second_moment.double()
+    if not keeps_mean:
+        return _first_axes(matrix, keep)
+    size = len(matrix)
+    around_mean = _mean_first(size)
+    axes = torch.zeros(size, keep, dtype=torch.float64)
+    axes[0, 0] = 1
+    axes[1:, 1:] = _first_axes((around_mean @ matrix @ around_mean)[1:, 1:], keep - 1)
+    return around_mean @ axes @ _mean_first(keep)
+
+
+def _mean_first(size: int) -> Tensor:
+    """The reflection [n, n] that takes the first direction to 1_n / sqrt(n), and that back."""
+    normal = torch.full((size,), -(size**-0.5), dtype=torch.float64)
+    normal[0] += 1
+    square = normal.dot(normal)
+    identity = torch.eye(size, dtype=torch.float64)
+    return identity if square == 0 else identity - (2 / square) * normal.outer(normal)
+
+
+def _first_axes(matrix: Tensor, keep: int) -> Tensor:
+    axes = torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, :keep]
+    largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
+    return axes * torch.sign(largest)
+
+
+def norm_scales(kind: str, hidden: Tensor, importance: Importance, source: ModelShape) -> Tensor | None:
+    """What each norm's gammas are multiplied by, [2l+1] float64; None: nothing.
+
+    A norm of the student divides by the root mean square of k kept coordinates, the teacher's by that of all h. With
+    a share e of the stream's energy kept, the student's divisor is sqrt(e h / k) times the teacher's.
+
+    Args:
+        kind: none, size (e = 1), or energy: e measured; of channels norm by norm, of a basis one e for all.
+        hidden: plan.hidden.
+    """
+    h = source.hidden_size
+    keep = hidden.size(1) if hidden.is_floating_point() else len(hidden)
+    if kind == "none" or keep == h:
+        return None
+    norms = 2 * source.num_layers + 1
+    share = torch.ones(norms, dtype=torch.float64)
+    if kind == "energy":
+        stream, norm = stream_moments(importance)
+        if hidden.is_floating_point():
+            share = share * (((stream @ hidden) * hidden).sum() / stream.trace())
+        elif source.normalization == "RMSNorm":
+            share = norm[:, hidden].sum(1) / norm.sum(1)
+        else:  # the student takes off the mean over the kept channels
+            kept = stream[hidden][:, hidden]
+            share = share * ((kept.trace() - kept.sum() / keep) / stream.trace())
+    return (share * h / keep).sqrt()

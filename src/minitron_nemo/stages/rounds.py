@@ -1,0 +1,76 @@
+"""Pruning in rounds: the width cut in steps, and what is left scored before each but the first."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+
+from minitron_nemo.checks import require
+from minitron_nemo.engine.forward import new_core
+from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.importance import Importance
+from minitron_nemo.parallel import Groups
+from minitron_nemo.pruning import PruningPlan, prune_into
+from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
+from minitron_nemo.stages.scoring import Calibration
+
+if TYPE_CHECKING:
+    from minitron_nemo.stages.prune import PruneConfig
+
+
+class Rounds:
+    """A pruning whose width is scored again between steps; what can be checked before a model is loaded, is."""
+
+    def __init__(
+        self, config: PruneConfig, importance: Importance, one_shot: PruningPlan, calibration: Calibration
+    ) -> None:
+        """
+        Args:
+            importance: scores of the intact model.
+            one_shot: the plan of a single round; says the target and, as layers are scored once, which of them stay.
+            calibration: of `importance`.
+        Raises: ValueError: a target without a smaller width.
+        """
+        source, target = one_shot.source, one_shot.target
+        require(
+            any(getattr(source, dim) != getattr(target, dim) for dim in source.prunable_dims if dim != "num_layers"),
+            f"prune.rounds={config.rounds} cuts the width in steps, but the target only drops layers. Set "
+            "prune.rounds=1, and estimate importance with depth.greedy to score layers again after every drop.",
+        )
+        trainer = config.trainer
+        multiple = math.lcm(trainer.tensor_model_parallel_size, trainer.expert_model_parallel_size)
+        self.targets = targets_of_rounds(source, target, config.rounds, multiple=multiple)
+        self._config, self._importance, self._one_shot, self._calibration = config, importance, one_shot, calibration
+
+    def plan(self, teacher: MCoreGPTModel) -> PruningPlan:
+        """The plan from teacher to target. Every round cuts a student out of the teacher, scores it and lets it go.
+
+        Communicates: as `prune_into` and `Calibration.score`, once per round but the first.
+        """
+        config, origin = self._config, self._one_shot.origin
+
+        def score(plan: PruningPlan) -> Importance:
+            student = cut(teacher, plan, config.trainer)
+            return self._calibration.score(
+                student, plan.target, self._calibration.drawn, {"model": origin.get("model")}
+            )
+
+        plan = plan_in_rounds(
+            self._importance,
+            self.targets,
+            score,
+            layers=self._one_shot.layer.tolist(),
+            batch_aggregation=config.batch_aggregation,
+            sequence_aggregation=config.sequence_aggregation,
+        )
+        return replace(plan, origin={**plan.origin, "depth": origin["depth"]})
+
+
+def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: TrainerConfig) -> MCoreGPTModel:
+    """This rank's part of the student. Communicates: see `prune_into`."""
+    student = new_core(plan.target, trainer)
+    prune_into(teacher, student, plan, Groups.from_megatron())
+    return student
