@@ -5,7 +5,7 @@
 #   make lint         ruff, mypy and the floors between the rooms
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
-#                     bench-distill-step, bench-paper-in-small
+#                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
 # PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
@@ -38,7 +38,7 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 bench: $(STAMP)
-	@set -e; for benchmark in $(wildcard benchmarks/[a-z]*.py); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+	@set -e; for benchmark in $(filter-out benchmarks/stages.py, $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 bench-%: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py

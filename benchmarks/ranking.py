@@ -2,8 +2,8 @@
 
 On the teacher that the package brings along: for each target (hidden channels, neurons, heads, all of them together,
 layers) the held-out loss right after pruning to the same dims, nothing retrained, by every metric and aggregation,
-by weight magnitude and by chance (5 seeds); and by calibrated surgery (docs/surgery.md), which chooses neurons and heads
-by what refitting could least make up for, and refits. Losses are of two held-out sets that share no sample. Exits
+by weight magnitude and by chance (5 seeds); and by calibrated surgery (docs/surgery.md), which chooses neurons and
+heads by what refitting could least make up for, and refits. Losses are of two held-out sets that share no sample. Exits
 non-zero where neither the metric that the docs recommend for a target (`RECOMMENDED`, named here before anything is
 measured) nor calibrated surgery beats magnitude and every chance on both sets; prints by how much each does, with the
 standard error of the difference.

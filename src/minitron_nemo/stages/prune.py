@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
+from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.engine.checkpoint import ModelInput, open_model, save_model
@@ -81,6 +83,8 @@ class PruneConfig:
             "prune.offline=true never holds a model, and each round scores one": self.offline,
             "prune.merge_heads=true changes heads, and the rounds are put together into one cut": self.merge_heads,
             "prune.surgery.basis=rotation leaves no channels to score": self.surgery.turns,
+            "prune.surgery.norm_scale rescales norms for one cut of the stream": self.surgery.chosen("norm_scale")
+            != "none",
         }
         for hindrance, stands in hindrances.items():
             works = self.rounds == 1 or not stands
@@ -185,7 +189,7 @@ class Job:
             self._calibration.draw()
 
     def plan_for(self, teacher: MCoreGPTModel) -> PruningPlan:
-        """Communicates: where the plan takes passes over models, as those."""
+        """Communicates: where the plan takes passes over models, as those; a basis, from rank 0 to all."""
         if self._rounds is not None:
             return self._rounds.plan(teacher)
         if self.plan is None:
@@ -193,7 +197,7 @@ class Job:
             moments = self._calibration.stream_moments(teacher, self._source.shape)
             self._importance = replace(self._importance, moments={**self._importance.moments, **moments})
             self.plan = self._plan_of_importance()
-        return self.plan
+        return _of_rank_zero(self.plan)
 
     def cut(self, teacher: MCoreGPTModel, plan: PruningPlan) -> tuple[MCoreGPTModel, PruningPlan, dict[str, Any]]:
         """This rank's part of the student, the plan it follows, and what fitting its weights came to.
@@ -273,6 +277,15 @@ def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -
             f"{target.padded_vocab_size * target.hidden_size:,}",
         )
     return target, layers
+
+
+def _of_rank_zero(plan: PruningPlan) -> PruningPlan:
+    """The plan with rank 0's basis: of nearly equal axes another processor may find others."""
+    if not plan.has_basis:
+        return plan
+    hidden = plan.hidden.to(platform.device())
+    dist.broadcast(hidden, src=0)
+    return replace(plan, hidden=hidden.cpu())
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:
