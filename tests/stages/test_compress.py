@@ -77,7 +77,7 @@ def test_controls_have_the_shape_and_tokens_of_the_distilled_student(tiny_chain:
 
 def test_the_chain_ends_with_a_table_a_sample_and_where_things_are(tiny_chain: TinyChain) -> None:
     screen = tiny_chain.done.out
-    students = ("distilled", "calibrated, distilled", "pruned + CE", "from scratch", "calibrated only", "pruned only")
+    students = ("distilled", "distilled (calibrated)", "pruned + CE", "from scratch", "calibrated only", "pruned only")
     for row in ("teacher", "corrected teacher", *students):
         assert f" {row} " in screen, screen
     loss = open_artifact(tiny_chain.run_dir / "evaluation_distilled").metrics["held_out_loss"]

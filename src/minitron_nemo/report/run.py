@@ -35,7 +35,7 @@ class Variant:
 VARIANTS = (
     Variant("teacher", "teacher", "import-hf", is_student=False),
     Variant("corrected_teacher", "corrected teacher", "correct-teacher", is_student=False),
-    Variant("distilled_calibrated", "calibrated, distilled", "distill", is_optional=True),
+    Variant("distilled_calibrated", "distilled (calibrated)", "distill", is_optional=True),
     Variant("distilled", "distilled", "distill"),
     Variant("pruned_ce", "pruned + CE", "pretrain"),
     Variant("from_scratch", "from scratch", "pretrain"),
