@@ -36,7 +36,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.cli import quieten
 from minitron_nemo.recipe import register_schema
 from stages import HELD_OUT, Stages
@@ -131,25 +131,29 @@ class Bench(Stages):
         values = [f"seed={seed}", f"distill.student={student}", f"distill.plan={student}"]
         return self.stage("distill", *values, output=f"{folder(cut)}_{seed}")
 
-    def start(self, cut: Cut) -> float:
-        """Loss of the cut on the validation text that distillation measures: of a step at no learning rate."""
+    def start(self, cut: Cut, seed: int) -> float:
+        """Loss of the cut on the validation text that this seed's distillation reads: of a step at no learning rate."""
         student, rate = self.cut(cut).path, "distill.training.optim."
-        values = [f"distill.student={student}", f"distill.plan={student}", f"{rate}warmup_steps=0"]
+        values = [f"seed={seed}", f"distill.student={student}", f"distill.plan={student}", f"{rate}warmup_steps=0"]
         values += ["distill.training.steps=1", f"{rate}lr=1.0e-12", f"{rate}min_lr=0.0"]
         values += ["distill.training.validation_every=1"]
-        return curve(self.stage("distill", *values, output=f"{folder(cut)}_start"))[-1][1]
+        return curve(self.stage("distill", *values, output=f"{folder(cut)}_start_{seed}"))[-1][1]
 
     def run(self, cut: Cut) -> None:
         self.held_out(self.cut(cut))
-        self.start(cut)
         for seed in self.seeds(cut):
+            self.start(cut, seed)
             self.held_out(self.distilled(cut, seed))
+
+    def is_done(self, cut: Cut) -> bool:
+        runs = [f"{folder(cut)}{start}_{seed}" for start in ("", "_start") for seed in self.seeds(cut)]
+        return all(is_artifact(self.run_dir / name) for name in runs)
 
     def answer(self, cut: Cut) -> dict[str, Any]:
         """All numbers of one cut. Losses in nats per token; curves by (share of the budget, validation loss)."""
-        start = self.start(cut)
         students = [self.distilled(cut, seed) for seed in self.seeds(cut)]
-        curves = [[(0.0, start), *as_shares(curve(student))] for student in students]
+        starts = [(0.0, self.start(cut, seed)) for seed in self.seeds(cut)]
+        curves = [[start, *as_shares(curve(student))] for start, student in zip(starts, students, strict=True)]
         mean = [(points[0][0], statistics.mean(loss for _, loss in points)) for points in zip(*curves, strict=True)]
         return {
             "parameters": self.cut(cut).metrics["parameters"],
@@ -211,7 +215,7 @@ def show(answers: dict[str, dict[str, Any]], teacher: float) -> bool:
             reached = "-" if reach is None else f"{reach:.0%}"
             print(f"{target:14}{way:18}{cells}{statistics.mean(final):11.3f} ~{spread:.3f}{reached:>10}")
         best = ALL if ALL in ways else "+ least squares"
-        below &= max(ways[best]["held_out_distilled"]) < min(ways[PAPERS]["held_out_distilled"])
+        below &= best in ways and max(ways[best]["held_out_distilled"]) < min(ways[PAPERS]["held_out_distilled"])
     return below
 
 
@@ -220,6 +224,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="of 16 x 256 tokens, for every distillation")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1), help="of other ways")
     parser.add_argument("--jobs", type=int, default=2, help="processes that share the runs")
+    parser.add_argument("--minutes", type=float, help="after so many no further cut is begun; the answer is of those")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # i/n: of such a process
     parser.add_argument("--run-dir", type=Path, help="keeps the artifacts; taken where they stand")
     parser.add_argument("--save", action="store_true")
@@ -237,17 +242,20 @@ def main() -> int:
         bench = Bench(run_dir, options.steps, options.seeds)
         if options.part is None:
             bench.prepare()
-            in_parts(options, run_dir)
+            if options.minutes != 0:
+                in_parts(options, run_dir)
         part, parts = (0, 1) if options.part is None else map(int, options.part.split("/"))
         for number, cut in enumerate(bench.cuts()):
-            if number % parts == part:
+            in_time = options.minutes is None or time.monotonic() - began < 60 * options.minutes
+            if number % parts == part and (in_time or bench.is_done(cut)):
                 bench.run(cut)
                 print(f"{time.monotonic() - began:6.0f} s  {', '.join(cut)}", flush=True)
         if options.part is not None:
             return 0
         answers: dict[str, dict[str, Any]] = {}
-        for target, way in bench.cuts():
+        for target, way in filter(bench.is_done, bench.cuts()):
             answers.setdefault(target, {})[way] = bench.answer((target, way))
+        answers = {target: ways for target, ways in answers.items() if PAPERS in ways}
         for ways in answers.values():
             goal = ways[PAPERS]["validation"][-1][1]
             for answer in ways.values():
@@ -263,7 +271,8 @@ def main() -> int:
 def in_parts(options: Any, run_dir: Path) -> None:
     """Make all artifacts in several processes; what one leaves out, the caller makes."""
     command = [sys.executable, __file__, "--run-dir", str(run_dir), "--steps", str(options.steps)]
-    command += ["--seeds", str(options.seeds), "--part"]
+    command += ["--seeds", str(options.seeds), *(["--minutes", str(options.minutes)] if options.minutes else [])]
+    command.append("--part")
     processes = [subprocess.Popen([*command, f"{part}/{options.jobs}"]) for part in range(options.jobs)]
     for process in processes:
         process.wait()
@@ -283,6 +292,11 @@ def save(options: Any, answers: dict[str, Any], teacher: float) -> None:
         "held_out_tokens": HELD_OUT * 256,
         "validation_tokens": VALIDATION_BATCHES * 16 * 256,
         "cuts": answers,
+        "not_run": [
+            list(cut)
+            for cut in Bench(Path(), options.steps, options.seeds).cuts()
+            if cut[1] not in answers.get(cut[0], {})
+        ],
     }
     path = Path(__file__).parent / "results" / "calibrated.json"
     path.write_text(json.dumps(result, indent=2) + "\n")

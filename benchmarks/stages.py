@@ -55,9 +55,11 @@ def held_out_losses(model: Artifact, data: Path) -> list[float]:
     from minitron_nemo.engine.data import VALIDATION, batches, split_prefixes
     from minitron_nemo.engine.forward import open_core, run_forward
     from minitron_nemo.engine.training import TrainerConfig
+    from minitron_nemo.stages.training import prepare_layout
 
     source = open_model(model.path, key="model")
     trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)
+    prepare_layout(trainer, source.shape, seed=0)
     held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
     sums = run_forward(open_core(source, trainer), held_out, label="held out", total=len(held_out))
     return [float(loss / tokens) for loss, tokens in sums]

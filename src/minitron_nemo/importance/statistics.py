@@ -82,6 +82,13 @@ class TokenMask:
         """[b] float64, 1 where the sample has a token that counts."""
         return (self.num_tokens > 0).double()
 
+    def rows_of(self, activation: Tensor) -> Tensor:
+        """The tokens that count of [s/cp, b, c], as [t, c]; sample by sample where some do not."""
+        if self.kept is None:
+            return activation.flatten(0, 1)
+        samples = zip(activation.unbind(1), self.kept, strict=True)
+        return torch.cat([tokens.index_select(0, kept) for tokens, kept in samples])
+
     def shard(self, index: int, size: int) -> TokenMask:
         """The mask of the `index`-th of `size` equal, contiguous parts of this rank's tokens (sequence parallelism)."""
         assert self.seq_length % size == 0

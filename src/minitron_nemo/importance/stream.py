@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minitron_nemo.importance.statistics import TokenMask
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
@@ -72,7 +71,7 @@ class StreamMoments:
     def _see(self, row: int, entering: Tensor) -> None:
         """Add what enters a norm, [s/cp, b, h], or [s/(cp*tp), b, h] under sequence parallelism."""
         with torch._C.DisableTorchFunction():  # the CPU platform's function mode costs as much as a small op
-            values = _tokens_that_count(entering, self._current.mask(*self._shard)).float()
+            values = self._current.mask(*self._shard).rows_of(entering).float()
             if self._shape.normalization != "RMSNorm":
                 values = values - values.mean(1, keepdim=True)
             if self._kind == "normalised":
@@ -97,14 +96,6 @@ class StreamMoments:
 
 
 _MLP = ("pre_mlp_layernorm", "mlp.linear_fc1")
-
-
-def _tokens_that_count(activation: Tensor, mask: TokenMask) -> Tensor:
-    """[s, b, h] -> [n, h], without padding."""
-    if mask.kept is None:
-        return activation.flatten(0, 1)
-    samples = zip(activation.unbind(1), mask.kept, strict=True)
-    return torch.cat([rows.index_select(0, kept) for rows, kept in samples])
 
 
 def _product_of_rounded(values: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def rows_that_count(activation: Tensor, mask: TokenMask, name: str) -> Tensor:
-    """[s/cp, b, c] -> [t, c], the tokens of this rank that count, sample by sample where some do not.
+    """[s/cp, b, c] -> [t, c], see `TokenMask.rows_of`.
 
     Raises: ValueError: the mask is of another micro-batch size or length.
     """
@@ -210,10 +210,7 @@ def rows_that_count(activation: Tensor, mask: TokenMask, name: str) -> Tensor:
         f"{mask.num_tokens.numel()} samples of {mask.seq_length} tokens on this rank. "
         "Announce the mask [b, s] of the micro-batch that is run next.",
     )
-    if mask.kept is None:
-        return activation.flatten(0, 1)
-    samples = zip(activation.unbind(1), mask.kept, strict=True)
-    return torch.cat([tokens.index_select(0, kept) for tokens, kept in samples])
+    return mask.rows_of(activation)
 
 
 class SecondMoment:
