@@ -246,10 +246,10 @@ def test_what_surgery_then_cuts_was_silent(cut: str) -> None:
 def test_a_compensated_student_is_nearer_to_its_teacher() -> None:
     plan = plan_of("llama")
     teacher, compensated_teacher, students = build_gpt(plan.source), build_gpt(plan.source), []
-    compensate(compensated_teacher, plan, Groups.from_megatron(), calibration(compensated_teacher))
-    for model in (teacher, compensated_teacher):
+    chosen = compensate(compensated_teacher, plan, Groups.from_megatron(), calibration(compensated_teacher)).plan
+    for model, kept in ((teacher, plan), (compensated_teacher, chosen)):
         students.append(build_gpt(plan.target, seed=1))
-        prune_into(model, students[-1], plan, Groups.from_megatron())
+        prune_into(model, students[-1], kept, Groups.from_megatron())
     with torch.no_grad():
         wanted = run_gpt(teacher, TOKENS)
         plain, refitted = (float((run_gpt(student, TOKENS) - wanted).norm()) for student in students)
@@ -364,7 +364,7 @@ def test_what_cannot_be_compensated_is_refused() -> None:
     few = torch.zeros_like(MASK)
     few[0, :5] = 1
     message = (
-        r"decoder.layers.0.self_attention.linear_proj: the second moment of its 32 inputs is not positive definite"
+        r"decoder.layers.0.self_attention.linear_proj: the second moment of its 48 inputs is not positive definite"
     )
     with pytest.raises(ValueError, match=message):
         refused(plan, mask=few, ridge=0.0)
