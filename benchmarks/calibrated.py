@@ -37,9 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from minitron_nemo.cli import quieten
-from minitron_nemo.recipe import register_schema
-from stages import HELD_OUT, Stages
+from stages import HELD_OUT, Stages, begin
 
 SEEDS = (1234, 4321, 777)
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -229,14 +227,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="keeps the artifacts; taken where they stand")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    quieten()
-    register_schema()
-    from minitron_nemo.doors import hush
-    from minitron_nemo.engine.distributed import start
-
-    hush()
-    start()
-    began = time.monotonic()
+    began = begin()
     with tempfile.TemporaryDirectory() as folder_of_run:
         run_dir = (options.run_dir or Path(folder_of_run)).resolve()
         bench = Bench(run_dir, options.steps, options.seeds)

@@ -20,7 +20,6 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -102,8 +101,8 @@ def chosen(outputs: int, inputs: int, keep: int) -> dict[str, Any]:
     weight = torch.randn(outputs, inputs, device=platform.device()) * inputs**-0.5
     moment = second_moment(inputs, 4 * inputs)
     pools = torch.zeros(inputs, dtype=torch.int64)
-    run: Callable[[], Any] = lambda: eliminate(weight, moment, pools, torch.tensor([keep]), RIDGE)  # noqa: E731
-    return {"outputs, inputs, kept": [outputs, inputs, keep], "seconds": round(seconds_of(run), 1)}
+    seconds = seconds_of(lambda: eliminate(weight, moment, pools, torch.tensor([keep]), RIDGE))
+    return {"outputs, inputs, kept": [outputs, inputs, keep], "seconds": round(seconds, 1)}
 
 
 def peak_gib() -> float:

@@ -32,9 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from minitron_nemo.cli import quieten
-from minitron_nemo.recipe import register_schema
-from stages import HELD_OUT, Stages
+from stages import HELD_OUT, Stages, begin
 
 SEEDS = (1234, 4321)
 ONCE = 0  # the seed of what has none
@@ -308,14 +306,7 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, help="keeps the artifacts; taken where they stand")
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
-    quieten()
-    register_schema()
-    from minitron_nemo.doors import hush
-    from minitron_nemo.engine.distributed import start
-
-    hush()
-    start()
-    began = time.monotonic()
+    began = begin()
     with tempfile.TemporaryDirectory() as folder_of_run:
         bench = Bench((options.run_dir or Path(folder_of_run)).resolve(), options.steps)
         bench.prepare()

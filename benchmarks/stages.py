@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import hydra
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.cli import conf_dir
-from minitron_nemo.recipe import SECTIONS, stage_module, typed_section
+from minitron_nemo.cli import conf_dir, quieten
+from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
 
 HELD_OUT = 256
 """Samples of the validation split."""
+
+
+def begin() -> float:
+    """Make this process ready for stages; returns the time by the monotonic clock."""
+    quieten()
+    register_schema()
+    from minitron_nemo.doors import hush
+    from minitron_nemo.engine.distributed import start
+
+    hush()
+    start()
+    return time.monotonic()
 
 
 class Stages:

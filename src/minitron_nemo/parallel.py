@@ -7,11 +7,14 @@ Collectives are differentiable nowhere: they carry statistics, weights and losse
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
 
 
 def group_size(group: ProcessGroup | None) -> int:
@@ -85,10 +88,10 @@ def broadcast_from(tensor: Tensor, *, source: int, group: ProcessGroup | None) -
     return tensor
 
 
-def gather_objects(local: object, *, group: ProcessGroup | None) -> list[object]:
+def gather_objects(local: T, *, group: ProcessGroup | None) -> list[T]:
     """Every rank's small picklable object, in rank order; for names and sizes, never for tensors."""
     if group_size(group) == 1:
         return [local]
-    everyone: list[object] = [None] * group_size(group)
+    everyone: list[Any] = [None] * group_size(group)
     dist.all_gather_object(everyone, local, group=group)
     return everyone

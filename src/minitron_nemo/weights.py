@@ -125,7 +125,6 @@ def _first_holders(held: dict[str, tuple], group: ProcessGroup | None) -> dict[s
     """For every name that a rank of `group` holds: (the first such rank, *what it says of the name). Communicates."""
     first: dict[str, tuple] = {}
     for rank, theirs in enumerate(gather_objects(held, group=group)):
-        assert isinstance(theirs, dict)
         for name, facts in theirs.items():
             first.setdefault(name, (rank, *facts))
     return first

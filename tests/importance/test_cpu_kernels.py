@@ -15,9 +15,17 @@ from minitron_nemo.importance import cpu_kernels, statistics
 from minitron_nemo.importance.statistics import TokenMask, sums_of_tokens
 
 Sums = Callable[[Tensor, TokenMask], Tensor]
-BY_KERNEL: Sums = lambda activation, mask: cpu_kernels.sums_of_tokens(activation, mask.counts)  # noqa: E731
-BY_TORCH: Sums = lambda activation, mask: sums_of_tokens(activation, mask.kept)  # noqa: E731
-both = pytest.mark.parametrize("sums_of", [BY_KERNEL, BY_TORCH], ids=["kernel", "torch"])
+
+
+def by_kernel(activation: Tensor, mask: TokenMask) -> Tensor:
+    return cpu_kernels.sums_of_tokens(activation, mask.counts)
+
+
+def by_torch(activation: Tensor, mask: TokenMask) -> Tensor:
+    return sums_of_tokens(activation, mask.kept)
+
+
+both = pytest.mark.parametrize("sums_of", [by_kernel, by_torch], ids=["kernel", "torch"])
 TOKENS, BATCH, CHANNELS = 300, 3, 529  # blocks of 64 tokens and 44 more, a strip of 512 channels and 17 more
 
 
@@ -99,12 +107,12 @@ def test_kernels_need_no_folder_that_can_be_written() -> None:
 
 def test_threads_change_no_digit(monkeypatch: pytest.MonkeyPatch) -> None:
     act, mask, threads = activation(), mask_of_unequal_samples(), torch.get_num_threads()
-    expected = BY_KERNEL(act, mask), cpu_kernels.head_norms(act, heads=23)
+    expected = by_kernel(act, mask), cpu_kernels.head_norms(act, heads=23)
     monkeypatch.setattr(cpu_kernels, "PARALLEL_ELEMENTS", 1000)
     for more in (2, 5):
         torch.set_num_threads(more)
         try:
-            actual = BY_KERNEL(act, mask), cpu_kernels.head_norms(act, heads=23)
+            actual = by_kernel(act, mask), cpu_kernels.head_norms(act, heads=23)
         finally:
             torch.set_num_threads(threads)
         assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])

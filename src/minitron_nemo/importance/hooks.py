@@ -231,7 +231,7 @@ def watch_layers(
         head = axes["head"].add(f"{name}.self_attention.linear_proj", index, first + 1, measure)
         handles.append(projection.register_forward_pre_hook(_see_input(head)))
 
-        for number, (norm_name, linear_name) in enumerate(_NORMS):
+        for number, (norm_name, linear_name) in enumerate(NORMS):
             norm = getattr(layer, norm_name)
             fused = getattr(norm, "weight", None) is None
             module = layer.get_submodule(linear_name) if fused else norm
@@ -263,7 +263,8 @@ def watch_layers(
     return axes
 
 
-_NORMS = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
+NORMS = (("input_layernorm", "self_attention.linear_qkv"), ("pre_mlp_layernorm", "mlp.linear_fc1"))
+"""The norms of a layer, each with the linear that holds it where transformer-engine has fused the two."""
 
 
 def _see_input(watch: Watch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minitron_nemo.importance.hooks import NORMS, MicroBatch
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
@@ -37,12 +38,19 @@ class StreamMoments:
     """Sums of this rank; hooks what enters every norm of its pipeline stage."""
 
     def __init__(
-        self, model: Any, shape: ModelShape, groups: Groups, current: Any, handles: list[RemovableHandle], *, kind: str
+        self,
+        model: Any,
+        shape: ModelShape,
+        groups: Groups,
+        current: MicroBatch,
+        handles: list[RemovableHandle],
+        *,
+        kind: str,
     ) -> None:
         """
         Args:
             model: the bare megatron.core GPTModel.
-            current: the `hooks.MicroBatch` whose masks say which tokens count.
+            current: its masks say which tokens count.
             handles: gets the hooks.
         """
         self._shape, self._groups, self._current, self._kind = shape, groups, current, kind
@@ -54,7 +62,7 @@ class StreamMoments:
         )
         for layer in model.decoder.layers:
             index = 2 * (layer.layer_number - 1)
-            for number, (norm, linear) in enumerate((("input_layernorm", "self_attention.linear_qkv"), _MLP)):
+            for number, (norm, linear) in enumerate(NORMS):
                 module = getattr(layer, norm)
                 fused = getattr(module, "weight", None) is None
                 self._hook(layer.get_submodule(linear) if fused else module, index + number, handles)
@@ -93,9 +101,6 @@ class StreamMoments:
                 sums = all_reduce_sum(sums, group=group)
             merged[name] = sums
         return merged
-
-
-_MLP = ("pre_mlp_layernorm", "mlp.linear_fc1")
 
 
 def _product_of_rounded(values: Tensor) -> Tensor:

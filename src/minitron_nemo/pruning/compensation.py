@@ -372,9 +372,9 @@ def _compensate_layers(
         else:
             local += _refit_experts(seen, plan, config)
     everyone: dict[tuple[int, int, int], _Outcome] = {}
-    of_stage = [outcome for outcomes in gather_objects(local, group=groups.ep) for outcome in outcomes]  # type: ignore[attr-defined]
+    of_stage = [outcome for outcomes in gather_objects(local, group=groups.ep) for outcome in outcomes]
     for outcomes in gather_objects(of_stage, group=groups.pp):
-        for outcome in outcomes:  # type: ignore[attr-defined]
+        for outcome in outcomes:
             linear = outcome.linear
             everyone[linear.layer, _AXES.index(linear.axis), linear.expert or 0] = outcome
     ordered = [everyone[key] for key in sorted(everyone)]

@@ -139,10 +139,11 @@ def correct_depth(
     for sender in senders:
         sender.finish()
     local = [watch.correct(config) for watch in watches]
-    found = [outcome for stage in gather_objects(local, group=groups.pp) for outcome in stage]  # type: ignore[attr-defined]
+    found = [outcome for stage in gather_objects(local, group=groups.pp) for outcome in stage]
     problem = next((outcome for outcome in found if isinstance(outcome, str)), None)
     require(problem is None, problem or "")
-    return tuple(sorted(found, key=lambda corrected: corrected.layer))
+    corrected = [outcome for outcome in found if isinstance(outcome, CorrectedRun)]
+    return tuple(sorted(corrected, key=lambda run: run.layer))
 
 
 def dropped_runs(plan: PruningPlan) -> Iterator[tuple[int, int]]:
@@ -162,7 +163,7 @@ def _watch_runs(
     """
     layers = {layer.layer_number - 1: layer for layer in gpt.decoder.layers}
     stages = enumerate(gather_objects(list(layers), group=groups.pp))
-    stage_of = {layer: stage for stage, of_stage in stages for layer in of_stage}  # type: ignore[attr-defined]
+    stage_of = {layer: stage for stage, of_stage in stages for layer in of_stage}
     watches, senders = [], []
     for before, last in runs:
         if before in layers:

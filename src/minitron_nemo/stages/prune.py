@@ -184,9 +184,9 @@ class Job:
         return needs and self._importance is not None and STREAM not in self._importance.moments
 
     def draw_samples(self) -> None:
-        """This data-parallel rank's calibration micro-batches, where a pass needs them. Needs the layout."""
+        """Where a pass needs them; what is wrong with them is said before a model is loaded. Needs the layout."""
         if self._calibration is not None:
-            self._calibration.draw()
+            _ = self._calibration.drawn
 
     def plan_for(self, teacher: MCoreGPTModel) -> PruningPlan:
         """Communicates: where the plan takes passes over models, as those; a basis, from rank 0 to all."""

@@ -108,14 +108,10 @@ class Calibration:
         prefixes = [prefix for artifact in self.blend for prefix in split_prefixes(artifact, TRAIN)]
         return batches(prefixes, self.seq_length, self.micro_batch_size, num_samples, **share)
 
-    def draw(self) -> None:
-        """Draw the samples that several passes read (`drawn`). Needs the layout."""
-        self.drawn.extend(self.samples(self.config.num_samples))
-
     @cached_property
     def drawn(self) -> list[dict[str, Tensor]]:
-        """What `draw` has drawn."""
-        return []
+        """All the calibration's micro-batches of this data-parallel rank, for several passes. Needs the layout."""
+        return list(self.samples(self.config.num_samples))
 
     def stream_moments(self, core: MCoreGPTModel, shape: ModelShape) -> dict[str, Tensor]:
         """Second moments of the residual stream over the drawn samples, see importance/stream.py.
