@@ -15,11 +15,11 @@ in every way that is compared, at the same dims, and distilled on the same token
 
 Each distillation is measured on validation text as it goes, so a cut has a loss at every share of the token budget; and
 a number of tokens after which it is where the papers' cut ends, read off between two measurements. The last loss is of
-256 held-out samples. Seeds are orders of the data; a cut is the same for all but `random`.
+256 held-out samples. Seeds are orders of the data; a cut is the same for all of them, `random` one draw.
 
-`make bench-calibrated`, about an hour on two cores; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
-artifacts that stand are taken: what was cut off goes on. It exits 1 where the calibrated cut does not end below the
-papers' in every target.
+`make bench-calibrated`, about an hour on two cores; `--save` keeps the answer in benchmarks/results/ and draws its
+curves into docs/calibrated.svg. With `--run-dir` artifacts that stand are taken: what was cut off goes on. It exits 1
+where the calibrated cut does not end below the papers' in every target.
 """
 
 from __future__ import annotations
@@ -81,6 +81,19 @@ CUTS = {
     "+ scale": [f"{_SURGERY}correct_depth=true", f"{_SURGERY}depth_correction.method=scale"],
     "+ least squares": [f"{_SURGERY}correct_depth=true"],
 }
+STYLES: dict[str, dict[str, Any]] = {
+    "random": {"color": "0.75"},
+    "magnitude": {"color": "0.5"},
+    PAPERS: {"color": "#0072b2", "linewidth": 2.2},
+    "+ norm scale": {"color": "#56b4e9"},
+    "+ rotation": {"color": "#009e73"},
+    "+ compensation": {"color": "#e69f00"},
+    ALL: {"color": "#d55e00", "linewidth": 2.2},
+    "without rotation": {"color": "#cc79a7"},
+    "+ scale": {"color": "#e69f00", "linestyle": "--"},
+    "+ least squares": {"color": "#d55e00", "linestyle": "--", "linewidth": 2.2},
+}
+"""Of a way's curve."""
 Cut = tuple[str, str]
 """Target, way."""
 
@@ -289,8 +302,33 @@ def save(options: Any, answers: dict[str, Any], teacher: float) -> None:
             if cut[1] not in answers.get(cut[0], {})
         ],
     }
-    path = Path(__file__).parent / "results" / "calibrated.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    here = Path(__file__).parent
+    (here / "results" / "calibrated.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw(answers, here.parent / "docs" / "calibrated.svg")
+
+
+def draw(answers: dict[str, dict[str, Any]], file: Path) -> None:
+    """Validation loss over the token budget, a panel for each target."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    text = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": file.stem}
+    with rc_context({**text, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(10, 6.5), layout="constrained")
+        *panels, legend = figure.subplots(2, 3).flat
+        lines: dict[str, Any] = {}
+        for axes, (target, ways) in zip(panels, answers.items(), strict=False):
+            for way in filter(ways.get, STYLES):
+                shares, losses = zip(*ways[way]["validation"], strict=True)
+                tokens = [share * ways[way]["tokens"] / 1e6 for share in shares]
+                (line,) = axes.plot(tokens, losses, **STYLES[way])
+                lines.setdefault(way, line)
+            axes.set_title(target)
+            axes.set_xlabel("million tokens")
+        figure.supylabel("validation loss, nats per token")
+        legend.axis("off")
+        legend.legend(lines.values(), lines, loc="center")
+        figure.savefig(file, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -78,10 +78,10 @@ class Bench:
         load_hf(self.core, teacher, self.shape, Groups.from_megatron())
         config = prepare_data.PrepareDataConfig(corpus="stdlib", tokenizer=str(teacher), output=str(folder / "data"))
         self.data = prepare_data.run(config)
-        self.held_out = self._batches(VALIDATION, 2 * HELD_OUT, seed=1)
+        self.held_out = self.batches(VALIDATION, 2 * HELD_OUT, seed=1)
         self._losses: dict[str, torch.Tensor] = {}
 
-    def _batches(self, split: str, num_samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    def batches(self, split: str, num_samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
         return list(
             batches(
                 list(split_prefixes(self.data, split)),
@@ -96,13 +96,13 @@ class Bench:
         self, metric: str, seed: int = 0, core: GPTModel | None = None, shape: ModelShape | None = None
     ) -> Importance:
         """Width scores of the teacher, or of a student of it."""
-        samples = self._batches(TRAIN, SAMPLES, seed=0)
+        samples = self.batches(TRAIN, SAMPLES, seed=0)
         config = ImportanceConfig(num_samples=SAMPLES, metric=metric, stream="normalised" if core is None else "none")
         core, shape = core or self.core, shape or self.shape
         return estimate_importance(core, shape, samples, config, total=len(samples), seed=seed)
 
     def depth(self, greedy: str | None = None) -> Importance:
-        samples = self._batches(TRAIN, SAMPLES // 4, seed=0)
+        samples = self.batches(TRAIN, SAMPLES // 4, seed=0)
         config = DepthConfig(
             metrics=[] if greedy else DEPTH_METRICS,
             block_sizes=[1, LAYERS_DROPPED],
@@ -122,7 +122,7 @@ class Bench:
         surgery = SurgeryConfig(CALIBRATED)
         options = {"batch_aggregation": "l2", "sequence_aggregation": "l2", "surgery": surgery}
         of_stream, of_blocks = split(plan_from_importance(importance, self.shape, wanted, **options))
-        between, samples = self.student(of_stream), self._batches(TRAIN, SAMPLES, seed=0)
+        between, samples = self.student(of_stream), self.batches(TRAIN, SAMPLES, seed=0)
 
         def run(before: Any) -> None:
             run_forward(between, samples, before=before, label="compensation", total=len(samples))
@@ -132,9 +132,9 @@ class Bench:
             of_blocks = compensate(between, of_blocks, Groups.from_megatron(), run, config).plan
         core = new_core(wanted, TRAINER)
         prune_into(between, core, of_blocks, Groups.from_megatron())
-        return self._measured(core)
+        return self.measured(core)
 
-    def _measured(self, core: GPTModel) -> torch.Tensor:
+    def measured(self, core: GPTModel) -> torch.Tensor:
         sums = torch.stack(run_forward(core, self.held_out, label="loss", total=len(self.held_out)))
         return sums[:, 0] / sums[:, 1]
 
@@ -143,7 +143,7 @@ class Bench:
         kept = plan and {axis: getattr(plan, axis) for axis in ("hidden", "ffn", "head", "layer", "head_partner")}
         key = repr(kept and {axis: entry if entry is None else entry.tolist() for axis, entry in kept.items()})
         if key not in self._losses:
-            self._losses[key] = self._measured(self.core if plan is None else self.student(plan))
+            self._losses[key] = self.measured(self.core if plan is None else self.student(plan))
         return self._losses[key]
 
 
