@@ -62,8 +62,9 @@ CASES = [  # name, shape, seq_length, micro_batch, micro-batches a pass
     ("wide", WIDE, 512, 2, 2),
     ("wide, long", WIDE, 1024, 1, 2),
 ]
-REPEATS = 16
-"""Of short passes: a machine's speed changes over seconds. Which of the two comes first alternates."""
+REPEATS, SECONDS = 16, 90
+"""At least so many, for at least so long, of short passes: a machine's speed changes over seconds. Which of the two
+comes first alternates."""
 LIMIT = {"cpu": 1.10, "cuda": 1.05}
 
 
@@ -133,8 +134,9 @@ def measure(name: str, shape: ModelShape, dtype: torch.dtype, seq_length: int, r
     case = setup(shape, dtype, seq_length, rows)
     assert torch.equal(forward(case, 1), importance(case, 1)), "the hooks changed the model's output"
     seconds: dict[Callable, list[float]] = {forward: [], importance: []}
-    for repeat in range(REPEATS):
-        for run in (forward, importance) if repeat % 2 else (importance, forward):
+    began = time.monotonic()
+    while len(seconds[forward]) < REPEATS or time.monotonic() - began < SECONDS:
+        for run in (forward, importance) if len(seconds[forward]) % 2 else (importance, forward):
             seconds[run].append(seconds_of(lambda run=run: run(case, passes)))
     ratios = sorted(i / f for i, f in zip(seconds[importance], seconds[forward], strict=True))
     plain = statistics.median(seconds[forward])
@@ -154,6 +156,7 @@ def measure(name: str, shape: ModelShape, dtype: torch.dtype, seq_length: int, r
         "dtype": str(dtype).removeprefix("torch."),
         "time_ratio_20_50_80": [round(ratios[int(q * (len(ratios) - 1))], 3) for q in (0.2, 0.5, 0.8)],
         "forward_median_ms": round(1e3 * plain, 1),
+        "pairs": len(ratios),
         "hooks_percent_of_forward": {
             hook: round(100 * spent / plain, 1) for hook, spent in seconds_by_hook(case, passes).items()
         },
