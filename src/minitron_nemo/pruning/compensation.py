@@ -11,51 +11,36 @@ that best reproduces the uncut output from the kept inputs. It stands in the sam
 columns, so that plain surgery of those axes loses nothing more. Layers are done one after the other, each measured on
 the stream that the layers before it, already cut, really send; or all from one pass (`layers_at_once`).
 
-Communication: while measuring, tp (of an expert: etp) gathers each micro-batch's input [t, f]; cp and dp sum C, and tp
-gathers it, once per layer; then every rank solves the same equations. ep and pp exchange the outcome of each turn as
-small objects. The result is the same on every layout, up to float rounding.
+Communication: while measuring and to merge C see second_moments.py; then every rank solves the same equations. ep and
+pp exchange the outcome of each turn as small objects. The result is the same on every layout, up to float rounding.
 
 Memory per rank, of each linear of the layers in turn: C's rows [f/tp, f] float64 while measuring (of experts [e/ep,
-f/etp, f]); for one linear at a time the whole C, and what `least_squares` needs. Products of up to 4096 tokens are
-summed in float32, everything beyond in float64.
+f/etp, f]); for one linear at a time the whole C, and what `least_squares` needs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.importance.experts import ExpertWatch, show_experts
+from minitron_nemo.importance.experts import show_experts
 from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.statistics import TokenMask, mark_tokens_over
-from minitron_nemo.parallel import (
-    Groups,
-    all_gather_shards,
-    all_reduce_sum,
-    gather_objects,
-    group_rank,
-    group_size,
-)
+from minitron_nemo.importance.statistics import mark_tokens_over
+from minitron_nemo.parallel import Groups, gather_objects
 from minitron_nemo.pruning.least_squares import eliminate, refit
 from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of
+from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, evaluating, see_input
 from minitron_nemo.weights import bare_gpt
 
 SELECTIONS = ("scores", "compensated_error")
-TOKENS_AT_ONCE = 4096  # float32 copies of the input and sums of its products reach no further
-
-CalibrationPass = Callable[[Callable[[dict[str, Tensor]], None]], None]
-"""Runs one forward pass of the calibration set through the model, on every rank; calls its argument with each
-micro-batch (`loss_mask` [b, s/cp]) before that micro-batch's forward, on every pipeline stage."""
 
 
 @dataclass
@@ -184,151 +169,6 @@ def _turns(num_layers: int, at_once: int) -> Iterator[range]:
         yield range(first, min(first + at_once, num_layers))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout is off inside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
-def rows_that_count(activation: Tensor, mask: TokenMask, name: str) -> Tensor:
-    """[s/cp, b, c] -> [t, c], see `TokenMask.rows_of`.
-
-    Raises: ValueError: the mask is of another micro-batch size or length.
-    """
-    require(
-        activation.dim() == 3 and tuple(activation.shape[:2]) == (mask.seq_length, mask.num_tokens.numel()),
-        f"{name} has activations of shape {list(activation.shape)} [s, b, ...], but the loss mask announced "
-        f"{mask.num_tokens.numel()} samples of {mask.seq_length} tokens on this rank. "
-        "Announce the mask [b, s] of the micro-batch that is run next.",
-    )
-    return mask.rows_of(activation)
-
-
-class SecondMoment:
-    """Sum of outer products of rows, [left, right] float64: of an input with itself C = sum a a^T, this rank's rows."""
-
-    def __init__(self, left: int, right: int, device: torch.device) -> None:
-        self.total = torch.zeros(left, right, dtype=torch.float64, device=device)
-
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """Add left^T right of [t, left] and [t, right], any float dtype."""
-        for some, others in zip(left.split(TOKENS_AT_ONCE), right.split(TOKENS_AT_ONCE), strict=True):
-            self.total += some.float().t() @ others.float()
-
-    def merge_over(self, groups: Sequence[ProcessGroup | None]) -> Tensor:
-        """The sum over the ranks of `groups`, which saw other tokens; its own is freed. Communicates: each, once."""
-        total, self.total = self.total, self.total.new_empty(0)
-        for group in groups:
-            total = all_reduce_sum(total, group=group)
-        return total
-
-
-class DenseInput:
-    """The input of a linear that tensor parallelism splits by its input; C's rows of this rank's part of it."""
-
-    def __init__(self, name: str, linear: Any, groups: Groups, current: MicroBatch) -> None:
-        self.name, self.linear = name, linear
-        self._groups, self._current = groups, current
-        part = linear.weight.shape[1]
-        self._moment = SecondMoment(part, part * group_size(groups.tp), linear.weight.device)
-        self.num_seen = 0
-
-    @torch.no_grad()
-    def see(self, activation: Tensor) -> Tensor:
-        """Add a micro-batch [s/cp, b, f/tp]; returns its tokens that count [t, f/tp]. Communicates: tp, one gather."""
-        require_announced(self.name, self.num_seen, self._current)
-        self.num_seen += 1
-        rows = rows_that_count(activation, self._current.mask(0, 1), self.name)
-        whole = torch.cat(all_gather_shards(rows, group=self._groups.tp), dim=1)
-        self._moment.add(rows, whole)
-        return rows
-
-    def merge_over_ranks(self) -> Tensor:
-        """C [f, f] over all tokens, equal on every rank. Communicates: cp and dp (sum), tp (gather)."""
-        rows = self._moment.merge_over([self._groups.cp, self._groups.dp])
-        return torch.cat(all_gather_shards(rows, group=self._groups.tp))
-
-    def gather_weight(self) -> Tensor:
-        """[h, f] in the model's dtype. Communicates: tp."""
-        return torch.cat(all_gather_shards(self.linear.weight.detach(), group=self._groups.tp), dim=1)
-
-    def set_weight(self, full: Tensor) -> None:
-        """Overwrite this rank's columns with those of [h, f]."""
-        part = full.chunk(group_size(self._groups.tp), dim=1)[group_rank(self._groups.tp)]
-        self.linear.weight.data.copy_(part)
-
-
-class ExpertInputs(ExpertWatch):
-    """The inputs of the linear_fc2 of one layer's experts on this rank: per expert C's rows."""
-
-    def __init__(self, index: int, mlp: Any, plan: PruningPlan, groups: Groups, current: MicroBatch, **layout: bool):
-        super().__init__(index, mlp, plan.source, groups, current, **layout)
-        self._groups, self._mlp = groups, mlp
-        self._whole = plan.source.moe_ffn_hidden_size or 0
-        self._part = self._whole // group_size(groups.etp)
-        device = mlp.router.weight.device
-        self._moments = [SecondMoment(self._part, self._whole, device) for _ in self.experts]
-
-    @torch.no_grad()
-    def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
-        """Add local expert `expert`'s tokens [t, f/etp]. Communicates: expert tensor parallelism, one all-gather."""
-        counts = self.counted(expert, neurons.shape[0])
-        rows = neurons.where(counts.unsqueeze(1), 0)  # no host value: tokens that do not count are 0, even a NaN
-        whole = torch.cat(all_gather_shards(rows, group=self._groups.etp), dim=1)
-        self._moments[expert].add(rows, whole)
-
-    def merge_over_ranks(self, expert: int) -> Tensor:
-        """C [f, f] of global expert `expert` over all its tokens, equal on every rank of this stage.
-
-        Communicates: tp, cp and dp (sum): whichever of them holds the expert, other tokens of it, or a part of it.
-        """
-        total = torch.zeros(self._whole, self._whole, dtype=torch.float64, device=self.num_tokens.device)
-        if expert in self.experts:
-            first = group_rank(self._groups.etp) * self._part
-            total[first : first + self._part] = self._moments[self.experts.index(expert)].total
-        for group in (self._groups.tp, self._groups.cp, self._groups.dp):
-            total = all_reduce_sum(total, group=group)
-        return total
-
-    def weight_of(self, expert: int) -> Tensor:
-        """This rank's [h, f/etp] of global expert `expert`, which is here."""
-        local, experts = self.experts.index(expert), self._mlp.experts
-        if hasattr(experts, "local_experts"):
-            return experts.local_experts[local].linear_fc2.weight
-        return getattr(experts.linear_fc2, f"weight{local}")
-
-    def gather_weight(self, expert: int) -> Tensor:
-        """[h, f] in the model's dtype. Communicates: etp."""
-        return torch.cat(all_gather_shards(self.weight_of(expert).detach(), group=self._groups.etp), dim=1)
-
-    def set_weight(self, expert: int, full: Tensor) -> None:
-        """Overwrite this rank's columns with those of [h, f]."""
-        part = full.chunk(group_size(self._groups.etp), dim=1)[group_rank(self._groups.etp)]
-        self.weight_of(expert).data.copy_(part)
-
-
-def require_announced(name: str, num_seen: int, current: MicroBatch) -> None:
-    """RuntimeError unless the forward pass that a place sees now is that of the micro-batch announced last."""
-    require(
-        num_seen + 1 == current.number,
-        f"{name} saw forward pass {num_seen + 1}, but {current.number} micro-batches were announced. "
-        "Call what the calibration pass is given once before each forward, on every pipeline stage.",
-        RuntimeError,
-    )
-
-
-# ---- refitting -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Outcome:
     linear: RefittedLinear
@@ -401,19 +241,12 @@ def _watch(
             handles.append(linear.register_forward_pre_hook(see_input(dense)))
             found.append((axis, index, dense))
     if with_experts and "expert_ffn" in axes:
-        experts = ExpertInputs(index, mlp, plan, groups, current, sequence_parallel=layer.config.sequence_parallel)
+        experts = ExpertInputs(
+            index, mlp, plan.source, groups, current, sequence_parallel=layer.config.sequence_parallel
+        )
         show_experts(mlp, experts, handles)
         found.append(("expert_ffn", index, experts))
     return found
-
-
-def see_input(dense: DenseInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A forward pre-hook that shows a linear's input."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        dense.see(args[0])
-
-    return hook
 
 
 def _refit_experts(seen: ExpertInputs, plan: PruningPlan, config: CompensationConfig) -> list[_Outcome]:

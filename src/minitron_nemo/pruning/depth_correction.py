@@ -34,15 +34,15 @@ from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.importance.hooks import MicroBatch
 from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects
-from minitron_nemo.pruning.compensation import (
+from minitron_nemo.pruning.least_squares import multiple_of, regress
+from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.pruning.second_moments import (
     CalibrationPass,
     DenseInput,
     SecondMoment,
     evaluating,
     rows_that_count,
 )
-from minitron_nemo.pruning.least_squares import multiple_of, regress
-from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.weights import bare_gpt
 
 METHODS = ("least_squares", "scale")

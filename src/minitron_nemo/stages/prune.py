@@ -25,10 +25,11 @@ from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import STREAM
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning import DepthChoice, PruningPlan, kept_layers, plan_from_importance
-from minitron_nemo.pruning.compensation import CalibrationPass, compensate
+from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.config import SurgeryConfig
 from minitron_nemo.pruning.depth_correction import correct_depth
+from minitron_nemo.pruning.second_moments import CalibrationPass
 from minitron_nemo.pruning.targets import BudgetConfig, resolve_target
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
