@@ -41,12 +41,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
+from minitron_nemo import platform
 from minitron_nemo.checks import require, require_divisible
 from minitron_nemo.distillation.balance import Balance, StepSums
 from minitron_nemo.distillation.config import HiddenStateConfig
-from minitron_nemo.distillation.pairs import State, pairs_of, watch
+from minitron_nemo.distillation.pairs import State, gamma_at, pairs_of, watch
 from minitron_nemo.distillation.projection import SHARED, build_projections
-from minitron_nemo.parallel import group_rank, group_size
+from minitron_nemo.parallel import all_reduce_sum, group_rank, group_size
 from minitron_nemo.pruning.plan import PruningPlan
 
 
@@ -106,6 +107,7 @@ class HiddenStateLosses(nn.Module):
             student.config,
             teacher.config,
             plan,
+            self._teacher_gammas(teacher),
             stage=self._stage,
             like=next(student.parameters()),
         )
@@ -120,6 +122,18 @@ class HiddenStateLosses(nn.Module):
                 watch(teacher, pair.teacher, partial(self._see_teacher, index))
             if of_student == self._stage:
                 watch(student, pair.student, partial(self._see_student, index))
+
+    def _teacher_gammas(self, teacher: GPTModel) -> Tensor:
+        """Of each pair what the teacher's norm multiplies by, 1 in the stream itself: [pairs, h_teacher] float32.
+
+        Communicates: pp (sum), once.
+        """
+        gammas = torch.zeros(len(self.pairs), teacher.config.hidden_size)
+        for gamma, pair, (_, of_teacher) in zip(gammas, self.pairs, self._stages, strict=True):
+            if of_teacher == self._stage:
+                found = gamma_at(teacher, pair.teacher)
+                gamma.copy_(torch.ones_like(gamma) if found is None else found)
+        return all_reduce_sum(gammas.to(platform.device()), group=teacher.pg_collection.pp).cpu()
 
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 

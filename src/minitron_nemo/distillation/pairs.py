@@ -124,7 +124,7 @@ def watch(model: GPTModel, reading: Reading, see: See) -> RemovableHandle:
         return model.embedding.register_forward_hook(_on_output(see))
     if reading.module == "norm" and reading.layer == model.config.num_layers:
         return model.decoder.final_layernorm.register_forward_hook(_on_output(see))
-    layer = next(layer for layer in model.decoder.layers if layer.layer_number == reading.layer + 1)
+    layer = _layer_at(model, reading)
     if reading.module == "layer":
         return layer.register_forward_hook(_on_first_output(see))
     if reading.module == "attention":
@@ -138,6 +138,28 @@ def watch(model: GPTModel, reading: Reading, see: See) -> RemovableHandle:
     linear = layer.get_submodule(linear_name)
     normalise = fused_norm(linear, model.config, f"decoder.layers.{reading.layer}.{linear_name}")
     return linear.register_forward_pre_hook(_on_input(see, normalise))
+
+
+def gamma_at(model: GPTModel, reading: Reading) -> Tensor | None:
+    """What the norm of a state behind one multiplies by, [h] float32; None: the state is of the stream itself.
+
+    Args:
+        model: holds the layer on this pipeline stage.
+    """
+    if reading.module not in _NORMS:
+        return None
+    if reading.module == "norm" and reading.layer == model.config.num_layers:
+        weight = model.decoder.final_layernorm.weight
+    else:
+        layer, (norm, linear) = _layer_at(model, reading), _NORMS[reading.module]
+        weight = getattr(getattr(layer, norm), "weight", None)
+        if weight is None:
+            weight = layer.get_submodule(linear).layer_norm_weight
+    return weight.detach().float() + float(model.config.layernorm_zero_centered_gamma)
+
+
+def _layer_at(model: GPTModel, reading: Reading) -> Any:
+    return next(layer for layer in model.decoder.layers if layer.layer_number == reading.layer + 1)
 
 
 _NORMS = {"norm": ("input_layernorm", "self_attention.linear_qkv"), "mlp_norm": ("pre_mlp_layernorm", "mlp.linear_fc1")}

@@ -34,6 +34,7 @@ def build_projections(
     student: TransformerConfig,
     teacher: TransformerConfig,
     plan: PruningPlan | None,
+    gammas: Tensor,
     *,
     stage: int,
     like: Tensor,
@@ -42,6 +43,7 @@ def build_projections(
 
     Args:
         pairs: all; `here`: those compared on this `stage`.
+        gammas: [pairs, h_teacher], what the teacher's norm multiplies each pair's state by, 1 in the stream itself.
         like: has the dtype and device the projections get.
     Raises: ValueError: projection=none for unequal sizes, or a start from a plan that is not of these two models.
     """
@@ -57,10 +59,12 @@ def build_projections(
     projections = nn.ParameterDict()
     if kind == "none" or not projected:
         return projections
-    names = [SHARED] if kind == "shared" else [pair.name for pair in projected]
-    for number, name in enumerate(names):
+    of_pairs = {pair.name: gamma for pair, gamma in zip(pairs, gammas, strict=True) if pair in projected}
+    starts = {SHARED: torch.stack(list(of_pairs.values())).mean(0)} if kind == "shared" else of_pairs
+    for number, (name, gamma) in enumerate(starts.items()):
         if kind == "shared" or any(pair.name == name for pair in here):
-            weight = _plan_weight(sizes, plan) if config.projection_init == "plan" else _random_weight(sizes, number)
+            from_plan = config.projection_init == "plan"
+            weight = _plan_weight(sizes, plan, gamma) if from_plan else _random_weight(sizes, number)
             parameter = nn.Parameter(weight.to(like))
             parameter.sequence_parallel = student.sequence_parallel  # type: ignore[attr-defined]
             projections[name] = parameter
@@ -79,8 +83,12 @@ def _random_weight(sizes: tuple[int, int], number: int) -> Tensor:
     return torch.randn(sizes, generator=generator) * sizes[0] ** -0.5
 
 
-def _plan_weight(sizes: tuple[int, int], plan: PruningPlan | None) -> Tensor:
-    """The exact embedding: each student channel where the teacher has it, or along its direction in the basis."""
+def _plan_weight(sizes: tuple[int, int], plan: PruningPlan | None, gamma: Tensor) -> Tensor:
+    """The exact embedding: each student channel where the teacher has it, or along its direction in the basis.
+
+    Behind a norm the student's channels carry their gamma, a basis none (axes.NormGamma): there it takes the teacher's,
+    [h_teacher]. For several pairs it is their mean, and the start is not exact.
+    """
     plan = require_plan(plan, "projection_init")
     planned = (plan.source.hidden_size, plan.target.hidden_size)
     require(
@@ -90,5 +98,5 @@ def _plan_weight(sizes: tuple[int, int], plan: PruningPlan | None) -> Tensor:
         "projection_init=random.",
     )
     if plan.has_basis:
-        return plan.hidden
+        return gamma.unsqueeze(1) * plan.hidden
     return torch.eye(sizes[0])[:, plan.hidden]
