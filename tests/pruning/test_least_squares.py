@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from minitron_nemo.pruning import least_squares
 from minitron_nemo.pruning.least_squares import eliminate, refit
 
 OUTPUTS, INPUTS, TOKENS, RIDGE = 7, 12, 50, 1e-2
@@ -51,7 +52,11 @@ def test_keeping_every_input_or_seeing_none_leaves_the_kept_weights_alone() -> N
     assert (unseen.plain_error, unseen.error) == (0, 0)
 
 
-def test_inputs_are_dropped_where_the_refitted_error_rises_least() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3, 128])
+def test_inputs_are_dropped_where_the_refitted_error_rises_least(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(least_squares, "ROWS_AT_ONCE", rows_at_once)
     kept = list(range(INPUTS))
     for size in range(INPUTS - 1, 3, -1):
         dropped = min(kept, key=lambda i: by_lstsq(WEIGHT, SEEN, [j for j in kept if j != i], RIDGE)[1])
@@ -60,7 +65,11 @@ def test_inputs_are_dropped_where_the_refitted_error_rises_least() -> None:
         assert eliminate(WEIGHT, MOMENT, pools, keep, RIDGE).tolist() == kept
 
 
-def test_blocks_are_dropped_whole_and_every_pool_keeps_its_number() -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 5, 128])
+def test_blocks_are_dropped_whole_and_every_pool_keeps_its_number(
+    monkeypatch: pytest.MonkeyPatch, rows_at_once: int
+) -> None:
+    monkeypatch.setattr(least_squares, "ROWS_AT_ONCE", rows_at_once)
     pools, keep = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([1, 2, 0])  # six blocks of two inputs
     blocks, left = list(range(6)), [2, 2, 2]
     while left != keep.tolist():
