@@ -38,13 +38,14 @@ from torch import Tensor, nn
 
 from minitron_nemo.axes import norm_gamma, norm_number, norm_of
 from minitron_nemo.cli import quieten
+from minitron_nemo.config.pruning import SurgeryConfig
 from minitron_nemo.doors import hush
-from minitron_nemo.engine.data import TRAIN
-from minitron_nemo.engine.forward import run_forward
 from minitron_nemo.importance.hooks import NORMS
-from minitron_nemo.pruning import PruningPlan, plan_from_importance
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
-from minitron_nemo.pruning.config import SurgeryConfig
+from minitron_nemo.runtime.forward import run_forward
+from minitron_nemo.text.data import TRAIN
 
 SIZES = (168, 144, 112)
 """Hidden sizes kept of 224: three quarters, nearly two thirds, half."""

@@ -27,7 +27,8 @@ import torch
 
 from importance import WIDE, forward, seconds_of, setup, start_alone
 from minitron_nemo import platform
-from minitron_nemo.importance import ImportanceConfig, ImportanceEstimator
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.parallel import Groups
 from minitron_nemo.pruning.least_squares import eliminate, refit
 from minitron_nemo.shape import ModelShape

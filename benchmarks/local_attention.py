@@ -23,8 +23,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_nemo import platform
 from minitron_nemo.attention import FusedCausalAttention
-from minitron_nemo.engine.distributed import LayoutConfig, use_layout
-from minitron_nemo.engine.models import causal_mask
+from minitron_nemo.config.trainer import LayoutConfig
+from minitron_nemo.nemo.models import causal_mask
+from minitron_nemo.runtime.layout import use_layout
 
 CASES = [  # seq_length, micro_batch, heads, groups, kv_channels
     (256, 8, 8, 2, 32),

@@ -24,25 +24,25 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from minitron_nemo.cli import quieten
+from minitron_nemo.config.importance import DepthConfig, GreedyConfig, ImportanceConfig
+from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
+from minitron_nemo.config.trainer import LayoutConfig, TrainerConfig
 from minitron_nemo.doors import hush
-from minitron_nemo.engine.data import TRAIN, VALIDATION, batches, split_prefixes
-from minitron_nemo.engine.depth import estimate_depth
-from minitron_nemo.engine.distributed import LayoutConfig, use_layout
-from minitron_nemo.engine.forward import estimate_importance, new_core, run_forward
-from minitron_nemo.engine.hf import load_hf, shape_from_hf
-from minitron_nemo.engine.training import TrainerConfig
-from minitron_nemo.importance import Aggregation, Importance, ImportanceConfig
-from minitron_nemo.importance.depth import DepthConfig, GreedyConfig
+from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf
+from minitron_nemo.importance import Aggregation, Importance
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, kept_layers, plan_from_importance, prune_into
-from minitron_nemo.pruning.compensation import CompensationConfig, compensate
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import kept_layers, plan_from_importance, prune_into
+from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import split
-from minitron_nemo.pruning.config import SurgeryConfig
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
-from minitron_nemo.pruning.planning import DepthChoice
+from minitron_nemo.runtime.depth_sweep import estimate_depth
+from minitron_nemo.runtime.forward import estimate_importance, new_core, run_forward
+from minitron_nemo.runtime.layout import use_layout
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prepare_data
 from minitron_nemo.stages.import_hf import embedded_teacher
+from minitron_nemo.text.data import TRAIN, VALIDATION, batches, split_prefixes
 
 SAMPLES, HELD_OUT, SEEDS = 256, 64, 5
 TRAINER = TrainerConfig(precision="fp32", seq_length=256, micro_batch_size=8, tensorboard=False)

@@ -22,7 +22,7 @@ def begin() -> float:
     quieten()
     register_schema()
     from minitron_nemo.doors import hush
-    from minitron_nemo.engine.distributed import start
+    from minitron_nemo.runtime.layout import start
 
     hush()
     start()
@@ -64,11 +64,11 @@ class Stages:
 
 
 def held_out_losses(model: Artifact, data: Path) -> list[float]:
-    from minitron_nemo.engine.checkpoint import open_model
-    from minitron_nemo.engine.data import VALIDATION, batches, split_prefixes
-    from minitron_nemo.engine.forward import open_core, run_forward
-    from minitron_nemo.engine.training import TrainerConfig
+    from minitron_nemo.config.trainer import TrainerConfig
+    from minitron_nemo.runtime.forward import open_core, run_forward
+    from minitron_nemo.runtime.model_artifact import open_model
     from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.text.data import VALIDATION, batches, split_prefixes
 
     source = open_model(model.path, key="model")
     trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)

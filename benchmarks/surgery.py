@@ -57,13 +57,14 @@ def make(folder: Path) -> dict[str, Any]:
     import torch
 
     from minitron_nemo.axes import parameter_names
-    from minitron_nemo.engine.distributed import LayoutConfig, use_layout
-    from minitron_nemo.engine.hf import hf_tensors, load_hf
-    from minitron_nemo.engine.hf_families import family_of, hf_config
-    from minitron_nemo.engine.models import build_core, nemo_config
-    from minitron_nemo.engine.safetensors_stream import Planned, ShardWriter
-    from minitron_nemo.engine.weights_io import save_weights
+    from minitron_nemo.config.trainer import LayoutConfig
+    from minitron_nemo.hf.checkpoint import hf_tensors, load_hf
+    from minitron_nemo.hf.families import family_of, hf_config
+    from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter
+    from minitron_nemo.nemo.models import build_core, nemo_config
     from minitron_nemo.parallel import Groups
+    from minitron_nemo.runtime.distributed_checkpoint import save_weights
+    from minitron_nemo.runtime.layout import use_layout
     from minitron_nemo.shape import ModelShape
 
     shape = ModelShape(**SHAPE)
@@ -94,7 +95,7 @@ def make(folder: Path) -> dict[str, Any]:
 def random_plan(shape: Any, target: dict[str, int]) -> Any:
     import torch
 
-    from minitron_nemo.pruning import PruningPlan
+    from minitron_nemo.plan import PruningPlan
 
     generator = torch.Generator().manual_seed(0)
 
@@ -129,16 +130,16 @@ def run_one(kind: str, folder: Path, what: str) -> dict[str, Any]:
         begin = time.perf_counter()
         copy(folder / "hf" if kind == "hf" else folder / "artifact" / "weights", output)
     elif kind == "hf":
-        from minitron_nemo.engine.offline_hf import prune_hf
-        from minitron_nemo.pruning import PruningPlan
+        from minitron_nemo.hf.surgery import prune_hf
+        from minitron_nemo.plan import PruningPlan
 
         plan = PruningPlan.load(folder / what)
         begin = time.perf_counter()
         prune_hf(folder / "hf", plan, output, max_shard_bytes=SHARD_BYTES)
     else:
-        from minitron_nemo.engine.checkpoint import ModelInput
-        from minitron_nemo.engine.offline import prune_checkpoint
-        from minitron_nemo.pruning import PruningPlan
+        from minitron_nemo.plan import PruningPlan
+        from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
+        from minitron_nemo.runtime.model_artifact import ModelInput
         from minitron_nemo.stages.import_hf import embedded_teacher
 
         plan = PruningPlan.load(folder / what)

@@ -11,7 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from minitron_nemo.cli import DOORS, conf_dir, recipes
-from minitron_nemo.recipe import SECTIONS, CompressConfig, register_schema, typed_section
+from minitron_nemo.config.stages import CompressConfig
+from minitron_nemo.recipe import SECTIONS, register_schema, typed_section
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 

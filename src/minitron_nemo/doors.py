@@ -146,7 +146,7 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str]) -> None:
             typed_section(step, config)  # what is wrong is said now, not by a job hours later
         submit.run(config, overrides)
         return
-    from minitron_nemo.engine.distributed import is_rank_zero, start
+    from minitron_nemo.runtime.layout import is_rank_zero, start
 
     if door == "compress":
         from minitron_nemo.stages import compress

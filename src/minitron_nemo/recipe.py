@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,6 +18,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.stages import CompressConfig, SubmitConfig
 
 SECTIONS: dict[str, tuple[str, str]] = {
     "prepare_data": ("prepare-data", "PrepareDataConfig"),
@@ -61,20 +62,6 @@ SHARED = ("seed", "trust_checkpoint", "trainer", "data")
 """Fields every section takes from the top of the recipe."""
 
 
-@dataclass
-class CompressConfig:
-    steps: list[str] = field(default_factory=list)
-    """Sections in the order they run."""
-    overwrite: bool = False
-    """Remake artifacts that stand there from another config or other inputs; otherwise that is an error."""
-
-
-@dataclass
-class SubmitConfig:
-    dry_run: bool = False
-    """Write the sbatch scripts without submitting them."""
-
-
 def stage_module(stage: str) -> Any:
     """The module of a stage; imported only when asked for, since most bring NeMo with them."""
     require(stage in STAGES, f"{stage} is not a stage; {did_you_mean(stage, STAGES)}")
@@ -91,9 +78,9 @@ def section_schema(section: str) -> type:
 
 def register_schema() -> None:
     """Give Hydra every section's dataclass, so that an unknown key or a wrong type fails while composing."""
-    from minitron_nemo.cluster import SlurmConfig
-    from minitron_nemo.engine.data import DataConfig
-    from minitron_nemo.engine.training import TrainerConfig
+    from minitron_nemo.config.data import DataConfig
+    from minitron_nemo.config.slurm import SlurmConfig
+    from minitron_nemo.config.trainer import TrainerConfig
 
     fields: list[tuple[str, Any, Any]] = [
         ("name", str, MISSING),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from minitron_nemo.cluster import SlurmConfig
+from minitron_nemo.config.slurm import SlurmConfig
 
 
 @pytest.mark.parametrize(

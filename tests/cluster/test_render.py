@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from minitron_nemo.cluster import SlurmConfig, StageJob, render_chain
+from minitron_nemo.cluster import StageJob, render_chain
+from minitron_nemo.config.slurm import SlurmConfig
 
 CHAIN = [
     StageJob("prune", ("recipe=quickstart", "target.hidden_size=24")),

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from minitron_nemo.cluster import SlurmConfig, StageJob, render_chain, submit_chain
+from minitron_nemo.cluster import StageJob, render_chain, submit_chain
 from minitron_nemo.cluster.submit import run
+from minitron_nemo.config.slurm import SlurmConfig
 from support.slurm import SingleNodeSlurm
 
 SECONDS = 300.0  # two ranks import torch in about 5 s; the rest is for a busy machine

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.distillation.balance import Balance
-from minitron_nemo.distillation.config import HiddenStateConfig
 
 
 def weights_over(config: HiddenStateConfig, steps: int, divergence: float = 6.0, hidden: float = 1.5) -> list[float]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from importance.gathering_attention import build_context_parallel_gpt
-from minitron_nemo.distillation.config import DistillationConfig, HiddenStateConfig
+from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.distillation.hidden_states import STATE_LOSSES, relation_divergence
 from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.parallel import Groups

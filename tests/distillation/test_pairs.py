@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_nemo.distillation.config import HiddenStateConfig
+from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.distillation.pairs import layer_mapping, pairs_of
 from minitron_nemo.distillation.projection import build_projections
 from minitron_nemo.distillation.teacher_student import DistillationConfig, TeacherStudent
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, prune_into
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import prune_into
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY, build_gpt, causal_mask, smaller, start_alone, transformer_config
 from support.ranks import Ranks

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from importance.gathering_attention import build_context_parallel_gpt, positions_on
-from minitron_nemo.distillation.config import DistillationConfig, HiddenStateConfig
-from minitron_nemo.distillation.fused_linear import OutputHead
-from minitron_nemo.distillation.kinds import DivergenceConfig
+from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.distillation.stored_teacher import STORED, StoredTeacherStudent, top_k_of_head
 from minitron_nemo.distillation.teacher_student import (
     TeacherStudent,
@@ -25,8 +23,9 @@ from minitron_nemo.distillation.teacher_student import (
     output_weight,
     without_logits,
 )
-from minitron_nemo.engine.teacher_logits import StoreFormat
+from minitron_nemo.divergence.fused_linear import OutputHead
 from minitron_nemo.parallel import Groups
+from minitron_nemo.text.teacher_store import StoreFormat
 from minitron_nemo.weights import stream_full_parameters
 from support.megatron import TINY, build_gpt, causal_mask, run_gpt, smaller
 from support.ranks import Ranks

@@ -14,8 +14,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron_nemo.distillation.config import DistillationConfig, HiddenStateConfig
-from minitron_nemo.distillation.kinds import DivergenceConfig
+from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape

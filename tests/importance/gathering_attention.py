@@ -14,10 +14,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
-from minitron_nemo.engine.documents import indices_on_rank
 from minitron_nemo.layer_spec import plain_block_spec
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.documents import indices_on_rank
 from minitron_nemo.weights import load_full_parameters
 from support.megatron import random_parameter, transformer_config
 

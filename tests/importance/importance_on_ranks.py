@@ -11,7 +11,8 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
-from minitron_nemo.importance import Importance, ImportanceConfig, ImportanceEstimator
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.importance import Importance, ImportanceEstimator
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY, build_gpt, run_gpt

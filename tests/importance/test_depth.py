@@ -14,8 +14,9 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.testing import assert_close
 
+from minitron_nemo.config.importance import LOGIT_METRICS, DepthConfig, GreedyConfig
 from minitron_nemo.importance.block_influence import BlockInfluence
-from minitron_nemo.importance.depth import LOGIT_METRICS, DepthConfig, DepthEstimator, DepthScores, GreedyConfig
+from minitron_nemo.importance.depth import DepthEstimator, DepthScores
 from minitron_nemo.importance.removal import LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups
 from support.depth_by_hand import block_influence_by_hand, costs_by_hand, whole_logits, without_layers

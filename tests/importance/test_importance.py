@@ -15,7 +15,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from minitron_nemo.importance import Importance, ImportanceConfig, ImportanceEstimator
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.importance import Importance, ImportanceEstimator
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape

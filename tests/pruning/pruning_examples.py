@@ -8,7 +8,8 @@ import torch
 
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.scores import moment_sizes
-from minitron_nemo.pruning import PruningPlan, plan_from_importance
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY
 

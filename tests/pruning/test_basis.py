@@ -10,11 +10,13 @@ from pruning_examples import random_plan, random_scores
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from minitron_nemo.importance import Importance, ImportanceConfig, ImportanceEstimator
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.config.pruning import SurgeryConfig
+from minitron_nemo.importance import Importance, ImportanceEstimator
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, plan_from_importance, prune_into
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
-from minitron_nemo.pruning.config import SurgeryConfig
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, run_gpt

@@ -17,9 +17,11 @@ from pruning_examples import random_plan
 from torch import Tensor
 
 from importance.gathering_attention import build_context_parallel_gpt
+from minitron_nemo.config.pruning import CompensationConfig
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, prune_into
-from minitron_nemo.pruning.compensation import Compensation, CompensationConfig, compensate
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import prune_into
+from minitron_nemo.pruning.compensation import Compensation, compensate
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, causal_mask, run_gpt, smaller

@@ -13,9 +13,11 @@ from test_compensation import EXPERTS, MASK, TOKENS, Weights, assert_same, calib
 from torch import Tensor
 
 from importance.gathering_attention import build_context_parallel_gpt
+from minitron_nemo.config.pruning import DepthCorrectionConfig
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, plan_from_importance, prune_into
-from minitron_nemo.pruning.depth_correction import CorrectedRun, DepthCorrectionConfig, correct_depth
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import plan_from_importance, prune_into
+from minitron_nemo.pruning.depth_correction import CorrectedRun, correct_depth
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY, build_gpt, run_gpt, smaller
 from support.ranks import Ranks

@@ -10,7 +10,8 @@ from pruning_examples import random_plan
 from torch import Tensor
 
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, prune_into
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.composition import compose
 from minitron_nemo.pruning.iterative import targets_of_rounds
 from minitron_nemo.shape import ModelShape

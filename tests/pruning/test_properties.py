@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minitron_nemo.axes import parameter_names
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, prune_into
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import prune_into
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 from support.megatron import build_gpt

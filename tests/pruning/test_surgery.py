@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from minitron_nemo.axes import parameter_names
 from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, plan_from_importance, prune_into
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, build_gpt, run_gpt

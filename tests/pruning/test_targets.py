@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from minitron_nemo.pruning.targets import BudgetConfig, memory_bytes, resolve_target
+from minitron_nemo.config.pruning import BudgetConfig
+from minitron_nemo.pruning.targets import memory_bytes, resolve_target
 from minitron_nemo.shape import ModelShape
 
 LLAMA_8B = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256)

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.scores import moment_sizes
 from minitron_nemo.pruning import plan_from_importance
@@ -29,7 +30,7 @@ from minitron_nemo.report.rows import count, order_of
 from minitron_nemo.report.run import read_history
 from minitron_nemo.report.scores import kept_mask, share_kept_from_top
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.stages.report import ReportConfig, run
+from minitron_nemo.stages.report import run
 
 TEACHER = ModelShape("llama", 3, 24, 40, 6, 2, 8, padded_vocab_size=64, seq_length=32)
 STUDENT = TEACHER.pruned_to(hidden_size=16, ffn_hidden_size=27, num_attention_heads=4)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_nemo.engine.tokenizer import train_tokenizer
+from minitron_nemo.text.tokenizer import train_tokenizer
 from support.artifacts import contents, full_disk, listing
 from support.door import Door
 from support.tiny import TinyChain, write_teacher

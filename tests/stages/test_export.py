@@ -62,15 +62,15 @@ def test_logits_of_the_exported_model_equal_megatrons(exported: Exported, ranks:
 
 
 def megatron_logits(student: str, tokens: torch.Tensor) -> torch.Tensor:
-    from minitron_nemo.engine.checkpoint import open_model
-    from minitron_nemo.engine.forward import last_logits, open_core
+    from minitron_nemo.runtime.forward import last_logits, open_core
+    from minitron_nemo.runtime.model_artifact import open_model
 
     source = open_model(student, key="student")
     return last_logits(open_core(source, trainer_config()), tokens).cpu()
 
 
 def trainer_config() -> Any:
-    from minitron_nemo.engine.training import TrainerConfig
+    from minitron_nemo.config.trainer import TrainerConfig
 
     return TrainerConfig(precision="fp32", seq_length=SEQ_LENGTH)
 

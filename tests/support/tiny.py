@@ -6,7 +6,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from minitron_nemo.engine.tokenizer import train_tokenizer
+from minitron_nemo.text.tokenizer import train_tokenizer
 from support.door import Done, Door
 
 VOCAB_SIZE = 512

@@ -50,9 +50,9 @@ def trainer_values(**layout: Any) -> dict[str, Any]:
 
 
 def make_artifacts(run: TinyRun, corpus: Path) -> None:
-    from minitron_nemo.engine.data import DataConfig
-    from minitron_nemo.engine.training import TrainerConfig
-    from minitron_nemo.importance import ImportanceConfig
+    from minitron_nemo.config.data import DataConfig
+    from minitron_nemo.config.importance import ImportanceConfig
+    from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.stages import estimate_importance, import_hf, prepare_data, prune
 
     trainer, data = TrainerConfig(**trainer_values()), DataConfig(prepared=run.data)
@@ -80,10 +80,10 @@ def make_artifacts(run: TinyRun, corpus: Path) -> None:
 
 def read_weights(path: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:
     """Full parameters of a model artifact; runs on one process."""
-    from minitron_nemo.engine.checkpoint import open_model
-    from minitron_nemo.engine.forward import open_core
-    from minitron_nemo.engine.training import TrainerConfig
+    from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.parallel import Groups
+    from minitron_nemo.runtime.forward import open_core
+    from minitron_nemo.runtime.model_artifact import open_model
     from minitron_nemo.stages.training import prepare_layout
     from minitron_nemo.weights import stream_full_parameters
 

@@ -7,8 +7,8 @@
 `submit_chain` hands them to sbatch and records the job ids in `<run_dir>/slurm/jobs.json`.
 """
 
-from minitron_nemo.cluster.config import SlurmConfig
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.cluster.submit import SubmittedJob, submit_chain
+from minitron_nemo.config.slurm import SlurmConfig
 
 __all__ = ["SlurmConfig", "StageJob", "StageScript", "SubmittedJob", "render_chain", "submit_chain"]

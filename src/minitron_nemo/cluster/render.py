@@ -10,7 +10,7 @@ from pathlib import Path
 
 import minitron_nemo
 from minitron_nemo.checks import require
-from minitron_nemo.cluster.config import SlurmConfig
+from minitron_nemo.config.slurm import SlurmConfig
 
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 

@@ -13,8 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.cluster.config import SlurmConfig
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
+from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.recipe import SECTIONS
 
 JOBS = "jobs.json"

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_nemo.distillation.config import HiddenStateConfig
+from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.parallel import all_reduce_sum
 
 _TOKENS = "tokens"

@@ -43,12 +43,12 @@ from torch.utils.checkpoint import checkpoint
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require, require_divisible
+from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.distillation.balance import Balance, StepSums
-from minitron_nemo.distillation.config import HiddenStateConfig
 from minitron_nemo.distillation.pairs import State, gamma_at, pairs_of, watch
 from minitron_nemo.distillation.projection import SHARED, build_projections
 from minitron_nemo.parallel import all_reduce_sum, group_rank, group_size
-from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.plan import PruningPlan
 
 
 @dataclass

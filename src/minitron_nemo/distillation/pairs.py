@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.config import HiddenStateConfig
+from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.importance.hooks import fused_norm
-from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.plan import PruningPlan
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
 See: TypeAlias = Callable[[Tensor, State], Tensor]

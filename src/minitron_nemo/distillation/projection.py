@@ -19,9 +19,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.config import HiddenStateConfig
+from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.distillation.pairs import Pair, require_plan
-from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.plan import PruningPlan
 
 SHARED = "shared"
 _SEED = 1234  # of the random start, the same on every rank and layout

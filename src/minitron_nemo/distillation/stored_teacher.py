@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.config import DistillationConfig
-from minitron_nemo.distillation.divergence import require_kind_reads_top_k, top_k_of_rows
-from minitron_nemo.distillation.fused_linear import LOGITS_BYTES, OutputHead
-from minitron_nemo.distillation.kinds import DivergenceConfig, Vocabulary
+from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig
 from minitron_nemo.distillation.teacher_student import TeacherStudent, without_logits
-from minitron_nemo.distillation.top_k import TopKTeacher
+from minitron_nemo.divergence.formulas import Vocabulary
+from minitron_nemo.divergence.fused_linear import LOGITS_BYTES, OutputHead
+from minitron_nemo.divergence.streamed import require_kind_reads_top_k, top_k_of_rows
+from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.parallel import group_size
 
 LOG_PROBS, TAIL_MASS, INDICES = "teacher_log_probs", "teacher_tail_mass", "teacher_indices"

@@ -31,14 +31,13 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from minitron_nemo.checks import require
+from minitron_nemo.config.distillation import TOP_K, DistillationConfig, DivergenceConfig
 from minitron_nemo.distillation.balance import StepSums
-from minitron_nemo.distillation.config import DistillationConfig
-from minitron_nemo.distillation.fused_linear import OutputHead, fused_linear_divergence, fused_linear_loss
 from minitron_nemo.distillation.hidden_states import HiddenStateLosses
-from minitron_nemo.distillation.kinds import TOP_K, DivergenceConfig
-from minitron_nemo.distillation.top_k import TopKTeacher
+from minitron_nemo.divergence.fused_linear import OutputHead, fused_linear_divergence, fused_linear_loss
+from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.parallel import group_rank, group_size
-from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.plan import PruningPlan
 
 MessageShape: TypeAlias = tuple[int, int, int]
 

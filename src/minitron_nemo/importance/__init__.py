@@ -1,6 +1,7 @@
 """Importance: activations in, one score per named axis out."""
 
-from minitron_nemo.importance.estimate import ImportanceConfig, ImportanceEstimator
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.importance.estimate import ImportanceEstimator
 from minitron_nemo.importance.scores import WIDTH_AXES, Importance
 from minitron_nemo.importance.statistics import Aggregation
 

@@ -28,120 +28,37 @@ all ranks per micro-batch that stops them together where an activation is not fi
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from types import TracebackType
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.distillation.divergence import CHUNK_ELEMENTS, forward_kl
-from minitron_nemo.distillation.kinds import Vocabulary
+from minitron_nemo.checks import require
+from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
+from minitron_nemo.divergence.formulas import Vocabulary
+from minitron_nemo.divergence.streamed import CHUNK_ELEMENTS, forward_kl
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups, all_reduce_max, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
-BLOCK_INFLUENCE, ACCURACY = "block_influence", "accuracy"
-LOGIT_METRICS = ("loss", "kl", "squared_error")
-DEPTH_METRICS = (BLOCK_INFLUENCE, *LOGIT_METRICS, ACCURACY)
-"""What a removal costs; layers are ranked by them, or dropped greedily by one of them."""
-
 DepthScores = dict[str, dict[int, Tensor]]
 """Metric -> block size n -> [L-n+1] float32."""
 
 
-@dataclass
-class GreedyConfig:
-    """An order of dropping layers one after another, each time the one that the remaining model needs least."""
-
-    metric: str | None = None
-    """The metric to drop by: block_influence, loss, kl, squared_error or accuracy; null: no order is made. It need not
-    be among depth.metrics. Every drop reads the samples again and costs up to half of L forward passes."""
-    drop: int = 1
-    """Layers to drop, at least 1; pruning may drop as many or fewer."""
-    keep_first: int = 0
-    """Layers at the beginning that are never dropped."""
-    keep_last: int = 0
-    """Layers at the end that are never dropped."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.metric is None or self.metric in DEPTH_METRICS,
-            f"depth.greedy.metric={self.metric} is not known; {did_you_mean(str(self.metric), DEPTH_METRICS)}",
-        )
-        for name, least in (("drop", 1), ("keep_first", 0), ("keep_last", 0)):
-            value = getattr(self, name)
-            require(value >= least, f"depth.greedy.{name}={value} must be a number of layers, at least {least}.")
-
-
-@dataclass
-class DepthConfig:
-    """Which depth scores a run estimates, on how much data."""
-
-    metrics: list[str] = field(default_factory=list)
-    """Any of block_influence, loss, kl, squared_error, accuracy; empty: none."""
-    block_sizes: list[int] = field(default_factory=lambda: [1])
-    """Sizes n of the contiguous blocks that are left out in turn, each below the number of layers. Every size costs up
-    to half of L forward passes. Block influence gives all sizes whatever stands here."""
-    greedy: GreedyConfig = field(default_factory=GreedyConfig)
-    """Scores by an order of dropping, for pruning with depth.metric=greedy."""
-    num_samples: int = 256
-    """Calibration samples over all data-parallel ranks, at least 1; 256 as in arXiv:2504.11409."""
-    task: str | None = None
-    """JSONL file of multiple-choice questions for the accuracy: {"context", "options", "answer"} or Winogrande's own
-    fields, one question a line."""
-    normalize: bool = False
-    """Divide an option's log-likelihood by its number of characters (acc_norm of lm-evaluation-harness; else acc)."""
-
-    def __post_init__(self) -> None:
-        for metric in self.metrics:
-            require(
-                metric in DEPTH_METRICS,
-                f"depth.metrics holds {metric}, which is not known; {did_you_mean(metric, DEPTH_METRICS)}",
-            )
-        require(
-            len(self.block_sizes) > 0
-            and min(self.block_sizes) >= 1
-            and len(set(self.block_sizes)) == len(self.block_sizes),
-            f"depth.block_sizes={list(self.block_sizes)} must be different sizes of at least 1; [1] is single layers.",
-        )
-        require(self.num_samples >= 1, f"depth.num_samples={self.num_samples} must be at least 1; try 256.")
-        require(
-            (ACCURACY in self._estimated) == (self.task is not None),
-            "accuracy is asked for (depth.metrics, depth.greedy.metric), but depth.task is not set; give it a JSONL "
-            "file of questions with options."
-            if self.task is None
-            else f"depth.task={self.task} is read for the accuracy only; add accuracy to depth.metrics.",
-        )
-
-    def require_fits(self, shape: ModelShape) -> None:
-        """Raises: ValueError: a block size, or a number of layers to drop, that such a model does not have."""
-        if self.metrics:
-            Sweep(shape.num_layers, self.block_sizes)
-        greedy, have = self.greedy, shape.num_layers
-        free = have - greedy.keep_first - greedy.keep_last
-        most = max(0, min(free, have - 1))
-        require(
-            greedy.metric is None or greedy.drop <= most,
-            f"depth.greedy.drop={greedy.drop} layers cannot be dropped of {have}, with depth.greedy.keep_first="
-            f"{greedy.keep_first} and keep_last={greedy.keep_last}: at most {most} can, as one must stay. Lower them.",
-        )
-
-    @property
-    def is_asked_for(self) -> bool:
-        """Whether a depth score is estimated at all."""
-        return len(self._estimated) > 0
-
-    @property
-    def reads_samples(self) -> bool:
-        """Whether a metric is asked for that needs calibration samples."""
-        return any(metric != ACCURACY for metric in self._estimated)
-
-    @property
-    def _estimated(self) -> list[str]:
-        return [*self.metrics, *([] if self.greedy.metric is None else [self.greedy.metric])]
+def require_depth_fits(config: DepthConfig, shape: ModelShape) -> None:
+    """Raises: ValueError: a block size, or a number of layers to drop, that such a model does not have."""
+    if config.metrics:
+        Sweep(shape.num_layers, config.block_sizes)
+    greedy, have = config.greedy, shape.num_layers
+    free = have - greedy.keep_first - greedy.keep_last
+    most = max(0, min(free, have - 1))
+    require(
+        greedy.metric is None or greedy.drop <= most,
+        f"depth.greedy.drop={greedy.drop} layers cannot be dropped of {have}, with depth.greedy.keep_first="
+        f"{greedy.keep_first} and keep_last={greedy.keep_last}: at most {most} can, as one must stay. Lower them.",
+    )
 
 
 class DepthEstimator:

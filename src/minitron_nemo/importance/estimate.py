@@ -16,7 +16,7 @@ layers together.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -24,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import require
+from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance.experts import ExpertWatch, expert_moments, watch_experts
 from minitron_nemo.importance.hooks import PLACES, AxisWatches, MicroBatch, watch_layers
 from minitron_nemo.importance.scores import Importance
 from minitron_nemo.importance.statistics import mark_tokens_over
-from minitron_nemo.importance.stream import KINDS, StreamMoments
+from minitron_nemo.importance.stream import StreamMoments
 from minitron_nemo.parallel import (
     Groups,
     all_gather_shards,
@@ -42,46 +43,7 @@ from minitron_nemo.parallel import (
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
 
-HEAD_NORMS = ("before", "after")
-NEURONS = ("post_activation", "pre_activation")
 _NOWHERE = 1 << 31  # above every place and every sample, its square within an int64
-METRICS = ("activations", "contributions", "weight_magnitude", "random")
-
-
-@dataclass
-class ImportanceConfig:
-    """What a pass measures. All nine aggregations are recorded; which one ranks is the pruning's choice."""
-
-    num_samples: int = 1024
-    """Calibration samples over all data-parallel ranks, at least 1. Minitron uses 1024."""
-    head_norm: str = "before"
-    """L2 norm over a head's kv_channels before the aggregation, per token (the paper), or after it (the published
-    reference implementation)."""
-    neurons: str = "post_activation"
-    """Neurons by the input of linear_fc2 (post_activation, the published reference implementation) or by the output of
-    linear_fc1, the gate half of a gated one (pre_activation, the formula the paper prints)."""
-    metric: str = "activations"
-    """activations (the paper); contributions: what each structure writes to the residual stream, which ranks heads and
-    channels better where tried (docs/pruning.md); or a baseline that reads no samples: weight_magnitude or random."""
-    stream: str = "none"
-    """Second moments of the residual stream, which prune.surgery.basis=rotation needs: normalised (every token weighs
-    the same), raw, or none. h^2 numbers more, and 2 h^2 FLOPs a token and norm."""
-    calibration: str | None = None
-    """JSONL file of calibration samples, {"text"} or {"prompt", "response"} a line; None: the training blend."""
-    count_prompts: bool = True
-    """Whether a calibration file's prompts count as its responses do; either way the model reads them."""
-
-    def __post_init__(self) -> None:
-        require(self.num_samples >= 1, f"importance.num_samples={self.num_samples} must be at least 1; try 1024.")
-        options = (("head_norm", HEAD_NORMS), ("neurons", NEURONS), ("metric", METRICS), ("stream", KINDS))
-        for option, known in options:
-            value = getattr(self, option)
-            require(value in known, f"importance.{option}={value} is not known; {did_you_mean(value, known)}")
-        require(
-            self.metric != "contributions" or (self.head_norm, self.neurons) == ("before", "post_activation"),
-            "importance.metric=contributions reads what is written to the residual stream: it needs "
-            "importance.head_norm=before and importance.neurons=post_activation.",
-        )
 
 
 class ImportanceEstimator:

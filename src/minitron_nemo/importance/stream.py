@@ -24,7 +24,6 @@ from minitron_nemo.importance.hooks import NORMS, MicroBatch
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
-KINDS = ("none", "normalised", "raw")
 STREAM, NORM = "stream", "norm"
 """Names of the two moments in `Importance.moments`."""
 

@@ -16,6 +16,7 @@ __all__ = [
     "deactivate",
     "default_precision",
     "device",
+    "dtype_of",
     "has_accelerator",
     "has_transformer_engine",
     "supports_distributed_optimizer",
@@ -62,6 +63,12 @@ def has_transformer_engine() -> bool:
 def default_precision() -> str:
     """`bf16` where matrices multiply faster in it (accelerators, CPUs with AMX tiles), else `fp32`."""
     return "bf16" if has_accelerator() or torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """Of `trainer.precision`: bf16, fp32, or auto, which is `default_precision`."""
+    named = default_precision() if precision == "auto" else precision
+    return torch.bfloat16 if named == "bf16" else torch.float32
 
 
 def transformer_config_overrides() -> dict[str, bool]:

@@ -21,7 +21,6 @@ f/etp, f]); for one linear at a time the whole C, and what `least_squares` needs
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,54 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import require
+from minitron_nemo.config.pruning import CompensationConfig
 from minitron_nemo.importance.experts import show_experts
 from minitron_nemo.importance.hooks import MicroBatch
 from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.parallel import Groups, gather_objects
+from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of
 from minitron_nemo.pruning.least_squares import eliminate, refit
-from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of
 from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, evaluating, see_input
 from minitron_nemo.weights import bare_gpt
-
-SELECTIONS = ("scores", "compensated_error")
-
-
-@dataclass
-class CompensationConfig:
-    """How the weights that read cut neurons and heads are refitted."""
-
-    layers_at_once: int = 1
-    """Layers refitted from one calibration pass. 1: each layer sees those before it already cut, at one pass a layer;
-    0: all from a single pass over the uncut model, which holds every layer's second moments at once."""
-    ridge: float = 1e-2
-    """What keeps a weight near its old value, as a fraction of its inputs' mean square; 0 or more. Large: plain
-    selection. 0 needs more calibration tokens than inputs. 1e-2 is GPTQ's (arXiv:2210.17323)."""
-    num_samples: int = 256
-    """Calibration samples of a pass, over all data-parallel ranks."""
-    selection: str = "compensated_error"
-    """Which neurons and heads stay: those of the plan (scores), or in the same numbers those whose loss the refitted
-    weight makes up for worst, found by dropping one at a time (compensated_error)."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.layers_at_once >= 0,
-            f"prune.surgery.compensation.layers_at_once={self.layers_at_once} must be at least 1, or 0 for all layers "
-            "in one pass.",
-        )
-        require(
-            math.isfinite(self.ridge) and self.ridge >= 0,
-            f"prune.surgery.compensation.ridge={self.ridge} must be 0 or a positive number; try 0.01.",
-        )
-        require(
-            self.num_samples >= 1,
-            f"prune.surgery.compensation.num_samples={self.num_samples} must be at least 1; try 256.",
-        )
-        require(
-            self.selection in SELECTIONS,
-            f"prune.surgery.compensation.selection={self.selection} is not known; "
-            f"{did_you_mean(self.selection, SELECTIONS)}",
-        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.checks import require
-from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of
+from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of
 
 _OF_LAYERS = ("ffn", "head", "group", "expert", "shared_expert_ffn")
 

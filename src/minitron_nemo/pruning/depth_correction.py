@@ -20,7 +20,6 @@ of layer q is sent back to layer p's stage, which takes it before it begins its 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +29,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import require
+from minitron_nemo.config.pruning import DepthCorrectionConfig
 from minitron_nemo.importance.hooks import MicroBatch
 from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects
+from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.least_squares import multiple_of, regress
-from minitron_nemo.pruning.plan import PruningPlan
 from minitron_nemo.pruning.second_moments import (
     CalibrationPass,
     DenseInput,
@@ -44,34 +44,6 @@ from minitron_nemo.pruning.second_moments import (
     rows_that_count,
 )
 from minitron_nemo.weights import bare_gpt
-
-METHODS = ("least_squares", "scale")
-
-
-@dataclass
-class DepthCorrectionConfig:
-    """How the layer before dropped ones stands in for them."""
-
-    method: str = "least_squares"
-    """least_squares: a change of linear_fc2 of full rank; scale: one factor on it."""
-    ridge: float = 0.1
-    """What keeps least_squares small, as a fraction of the neurons' mean square; 0 or more."""
-    num_samples: int = 256
-    """Calibration samples, over all data-parallel ranks."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.method in METHODS,
-            f"prune.surgery.depth_correction.method={self.method} is not known; {did_you_mean(self.method, METHODS)}",
-        )
-        require(
-            math.isfinite(self.ridge) and self.ridge >= 0,
-            f"prune.surgery.depth_correction.ridge={self.ridge} must be 0 or a positive number; try 0.1.",
-        )
-        require(
-            self.num_samples >= 1,
-            f"prune.surgery.depth_correction.num_samples={self.num_samples} must be at least 1; try 256.",
-        )
 
 
 @dataclass(frozen=True)

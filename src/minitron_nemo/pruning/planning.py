@@ -9,42 +9,21 @@ Nothing here communicates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minitron_nemo.checks import require
+from minitron_nemo.config.pruning import DepthChoice, SurgeryConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.scores import GREEDY, expected_sizes
+from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of, require_prunable
 from minitron_nemo.pruning.basis import norm_scales, principal_basis, stream_moments
-from minitron_nemo.pruning.config import SurgeryConfig
-from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of, require_prunable
 from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
 from minitron_nemo.shape import ModelShape
 
 _RANKED = {"ffn", "expert", "expert_ffn", "shared_expert_ffn"}
 """Axes ranked row by row, each for itself."""
-
-
-@dataclass
-class DepthChoice:
-    """How the dropped layers are chosen, where the kept ones are not named."""
-
-    metric: str | None = None
-    """Depth scores to go by: block_influence, loss, kl, squared_error, accuracy or greedy, as far as they were
-    estimated."""
-    contiguous: bool = False
-    """Drop the one block of neighbouring layers with the lowest score, instead of the layers with the lowest scores."""
-    keep_first: int = 0
-    """Layers at the beginning that are never dropped."""
-    keep_last: int = 0
-    """Layers at the end that are never dropped."""
-
-    def __post_init__(self) -> None:
-        for name in ("keep_first", "keep_last"):
-            value = getattr(self, name)
-            require(value >= 0, f"depth.{name}={value} must be a number of layers, at least 0.")
 
 
 def plan_from_importance(

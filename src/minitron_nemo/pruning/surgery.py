@@ -30,7 +30,7 @@ from minitron_nemo.axes import (
 )
 from minitron_nemo.checks import require
 from minitron_nemo.parallel import Groups, group_size
-from minitron_nemo.pruning.plan import PruningPlan
+from minitron_nemo.plan import PruningPlan
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 
 _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.pruning import BudgetConfig
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 logger = logging.getLogger(__name__)
@@ -23,51 +23,6 @@ logger = logging.getLogger(__name__)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15}
 _BYTES = {f"{unit}B": size for unit, size in _UNITS.items() if unit != "B"}
 _BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-@dataclass
-class BudgetConfig:
-    """One of the four costs, and how to meet it."""
-
-    parameters: str | None = None
-    """All parameters, embeddings included: 4.5B, 800M or a number."""
-    non_embedding_parameters: str | None = None
-    """Parameters of layers and final norm, as the papers count them: 3.7B."""
-    flops_per_token: str | None = None
-    """Matrix-multiply FLOPs of one token's forward pass at seq_length: 9.1G."""
-    memory: str | None = None
-    """Bytes of all weights and of the key-value cache of batch_size sequences of seq_length: 16GiB."""
-    dims: dict[str, float] = field(default_factory=lambda: {"hidden_size": 1.0, "ffn_hidden_size": 1.0})
-    """Dims that shrink to meet it, and how fast: dim = source * r ** weight. Heads shrink inside their groups."""
-    tolerance: float = 0.01
-    """A count may exceed its budget by this fraction, as a "4.5B" model has 4.51B; memory may not."""
-    batch_size: int = 1
-    seq_length: int = 4096
-    bytes_per_value: int = 2
-    """Of a weight and of a cached key or value; 2 is bf16."""
-
-    def __post_init__(self) -> None:
-        given = [name for name in _COSTS if getattr(self, name) is not None]
-        require(
-            len(given) <= 1,
-            f"budget gives {' and '.join(given)}; one model cannot be fitted to two. Leave one of them.",
-        )
-        for dim, weight in self.dims.items():
-            require(
-                dim in PRUNABLE_DIMS, f"budget.dims.{dim} is not a prunable dim; {did_you_mean(dim, PRUNABLE_DIMS)}"
-            )
-            require(
-                dim != "num_query_groups",
-                "budget.dims.num_query_groups: a budget keeps the query groups, since heads must fit them. Set "
-                "target.num_query_groups, and let num_attention_heads shrink.",
-            )
-            require(weight > 0, f"budget.dims.{dim}={weight} must be above 0; leave a dim out that shall stay.")
-        require(0 <= self.tolerance < 1, f"budget.tolerance={self.tolerance} must be between 0 and 1; try 0.01.")
-
-    @property
-    def cost(self) -> str | None:
-        """Which of the costs is limited; None: there is no budget."""
-        return next((name for name in _COSTS if getattr(self, name) is not None), None)
 
 
 _COSTS: dict[str, Callable[[ModelShape, BudgetConfig], int]] = {

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minitron_nemo.importance import Importance
-from minitron_nemo.pruning.plan import DESCRIPTION as PLAN
-from minitron_nemo.pruning.plan import DIM_OF_AXIS, PruningPlan, axes_of
+from minitron_nemo.plan import DESCRIPTION as PLAN
+from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of
 from minitron_nemo.report.run import OTHERS, Run
 from minitron_nemo.shape import ModelShape
 

@@ -16,8 +16,8 @@ from rich.console import Console
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.engine.distributed import is_rank_zero
 from minitron_nemo.recipe import SECTIONS, stage_module, typed_section
+from minitron_nemo.runtime.layout import is_rank_zero
 from minitron_nemo.stages.training import changes, config_dict
 
 

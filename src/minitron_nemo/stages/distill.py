@@ -6,7 +6,6 @@ The retraining of arXiv:2407.14679. Validation measures the student's cross-entr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,71 +13,24 @@ from typing import Any, NamedTuple
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
+from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.distillation.config import DistillationConfig
+from minitron_nemo.config.stages import DistillConfig
 from minitron_nemo.distillation.stored_teacher import require_stored_is_enough
-from minitron_nemo.engine.checkpoint import ModelInput, open_model, save_model
-from minitron_nemo.engine.data import DataConfig
-from minitron_nemo.engine.models import DistillationGPTModel, EngineModel, StoredDistillationGPTModel
-from minitron_nemo.engine.optim import build_optimizer
-from minitron_nemo.engine.stored_samples import TeacherLogits
-from minitron_nemo.engine.tokenizer import tokenizer_digest
-from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
-from minitron_nemo.pruning import PruningPlan
+from minitron_nemo.nemo.models import DistillationGPTModel, EngineModel, StoredDistillationGPTModel
+from minitron_nemo.nemo.optim import build_optimizer
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
 from minitron_nemo.stages.training import config_dict, prepare_layout, run_training
-
-
-@dataclass
-class DistillConfig:
-    teacher: str = ""
-    """Model artifact that teaches; the corrected teacher. With teacher_logits it is not opened."""
-    teacher_logits: str | None = None
-    """What it says of this data, made by teacher-logits; then no teacher is in memory, and the divergence is top_k."""
-    student: str = ""
-    """Model artifact that learns; the pruned student."""
-    plan: str | None = None
-    """Folder of the plan by which the student was cut from this teacher, for hidden losses that go by it; null: the
-    student's own, where prune made it."""
-    offload_teacher: bool = False
-    """Keep the teacher's layers in host memory; each visits the device when its turn comes."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    corrected_teacher: str | None = None
-    """With distillation.teacher_lr: where to write the teacher as it is in the end; null: it is not kept."""
-    output: str = "runs/distilled"
-
-    def __post_init__(self) -> None:
-        hidden = self.distillation.hidden_states
-        require(
-            not self.data.reset_at_documents or not (hidden.enabled and "relation" in hidden.places),
-            "distillation.hidden_states.places names relation, which compares tokens across the documents of a sample; "
-            "with data.reset_at_documents=true they do not see each other. Leave one of the two out.",
-        )
-        require(
-            not self.data.reset_at_documents or self.teacher_logits is None,
-            f"distill.teacher_logits={self.teacher_logits} are of samples whose documents see each other. Set "
-            "data.reset_at_documents=false, or distil with the teacher at hand.",
-        )
-        require(
-            self.corrected_teacher is None or self.distillation.teacher_lr > 0,
-            f"distill.corrected_teacher={self.corrected_teacher} is of a teacher that learns. Leave it out, or set "
-            "distillation.teacher_lr.",
-        )
-        require(
-            self.distillation.teacher_lr == 0 or (self.teacher_logits is None and not self.offload_teacher),
-            f"distillation.teacher_lr={self.distillation.teacher_lr} needs the teacher's weights on the device. Leave "
-            "out distill.teacher_logits and distill.offload_teacher, or set teacher_lr=0.",
-        )
+from minitron_nemo.text.data import open_blend
+from minitron_nemo.text.stored_samples import TeacherLogits
+from minitron_nemo.text.tokenizer import tokenizer_digest
 
 
 def run(config: DistillConfig) -> Artifact:
     student = open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
-    blend = config.data.blend()
+    blend = open_blend(config.data)
     lesson = _teacher_at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
     return run_training(
         lesson.model,
@@ -142,7 +94,7 @@ def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
         vocab_size=student.vocab_size,
         plan=None if plan is None else PruningPlan.load(plan),
         optim=_optimizer(config),
-        offload_teacher=config.trainer.dtype if config.offload_teacher else None,
+        offload_teacher=platform.dtype_of(config.trainer.precision) if config.offload_teacher else None,
         **config.trainer.recomputation,
     )
     return _Lesson(model, teacher.artifacts, None)
@@ -178,6 +130,6 @@ def _optimizer(config: DistillConfig) -> Any:
     return build_optimizer(
         config.training.optim,
         steps=config.training.steps,
-        bf16=config.trainer.bf16,
+        dtype=platform.dtype_of(config.trainer.precision),
         teacher_lr=config.distillation.teacher_lr,
     )

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.engine.checkpoint import open_model
-from minitron_nemo.engine.data import DataConfig
-from minitron_nemo.engine.depth import estimate_depth
-from minitron_nemo.engine.distributed import is_rank_zero
-from minitron_nemo.engine.forward import open_core
-from minitron_nemo.engine.multiple_choice import read_questions
-from minitron_nemo.engine.training import TrainerConfig
-from minitron_nemo.importance import ImportanceConfig
-from minitron_nemo.importance.depth import ACCURACY, DepthConfig
+from minitron_nemo.config.importance import ACCURACY
+from minitron_nemo.config.stages import EstimateImportanceConfig
+from minitron_nemo.importance.depth import require_depth_fits
+from minitron_nemo.runtime.depth_sweep import estimate_depth
+from minitron_nemo.runtime.forward import open_core
+from minitron_nemo.runtime.layout import is_rank_zero
+from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.stages.training import config_dict, prepare_layout
-
-
-@dataclass
-class EstimateImportanceConfig:
-    model: str = ""
-    """Model artifact to score; the corrected teacher."""
-    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
-    depth: DepthConfig = field(default_factory=DepthConfig)
-    """Scores of layers and blocks of layers; none unless it names metrics."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/importance"
+from minitron_nemo.text.questions import read_questions
 
 
 def run(config: EstimateImportanceConfig) -> Artifact:
@@ -46,7 +31,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
         seed=config.seed,
     )
     blend, questions = calibration.blend, []
-    depth.require_fits(source.shape)
+    require_depth_fits(depth, source.shape)
     if depth.task is not None:
         questions = read_questions(
             depth.task,

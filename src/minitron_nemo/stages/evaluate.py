@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron.core import parallel_state
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.engine.checkpoint import open_model
-from minitron_nemo.engine.data import VALIDATION, DataConfig, batches, require_tokenizer_of, split_prefixes
-from minitron_nemo.engine.forward import mean_loss, open_core, run_forward
-from minitron_nemo.engine.tokenizer import load_tokenizer
-from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.config.stages import EvaluateConfig
+from minitron_nemo.runtime.forward import mean_loss, open_core, run_forward
+from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.stages.training import config_dict, prepare_layout
-
-
-@dataclass
-class EvaluateConfig:
-    model: str = ""
-    """Model artifact to measure."""
-    num_samples: int | None = None
-    """Samples over all data-parallel ranks; null takes all of the held-out text."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/evaluation"
+from minitron_nemo.text.data import VALIDATION, batches, open_blend, require_tokenizer_of, split_prefixes
+from minitron_nemo.text.tokenizer import load_tokenizer
 
 
 def run(config: EvaluateConfig) -> Artifact:
     source = open_model(config.model, key="evaluate.model", trust_checkpoint=config.trust_checkpoint)
-    blend = [artifact for artifact, _ in config.data.blend()]
+    blend = [artifact for artifact, _ in open_blend(config.data)]
     require_tokenizer_of(blend[0], load_tokenizer(source.tokenizer))
     prepare_layout(config.trainer, source.shape, seed=config.seed)
     held_out = list(

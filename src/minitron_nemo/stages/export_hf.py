@@ -6,7 +6,6 @@ agrees with Megatron on the logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +15,16 @@ from megatron.core import parallel_state
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import open_model
-from minitron_nemo.engine.distributed import is_rank_zero
-from minitron_nemo.engine.forward import last_logits, open_core
-from minitron_nemo.engine.hf import save_hf
-from minitron_nemo.engine.hf_check import require_as_transformers_builds
-from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.config.stages import ExportHfConfig
+from minitron_nemo.hf.check import require_as_transformers_builds
+from minitron_nemo.hf.checkpoint import save_hf
 from minitron_nemo.parallel import Groups
+from minitron_nemo.runtime.forward import last_logits, open_core
+from minitron_nemo.runtime.layout import is_rank_zero
+from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.stages.training import config_dict, prepare_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass
-class ExportHfConfig:
-    model: str = ""
-    """Model artifact to export."""
-    dtype: str = "bf16"
-    """Of the tensors written: bf16 or fp32."""
-    verify: bool = True
-    """Load the checkpoint with transformers in float32 and compare its logits with Megatron's."""
-    tolerance: float = 1e-4
-    """Largest |logit difference| that passes, in float32."""
-    prompt: str | None = None
-    """Text the exported model continues, for a first look; null generates nothing."""
-    new_tokens: int = 64
-    """Tokens it adds."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    output: str = "runs/export"
-
-    def __post_init__(self) -> None:
-        require(self.dtype in DTYPES, f"export_hf.dtype={self.dtype} is not known; use bf16 or fp32.")
 
 
 def run(config: ExportHfConfig) -> Artifact:

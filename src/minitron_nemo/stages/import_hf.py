@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import save_model
-from minitron_nemo.engine.forward import new_core
-from minitron_nemo.engine.hf import load_hf, shape_from_hf, vocab_size_from_hf
-from minitron_nemo.engine.tokenizer import require_tokenizer_files
-from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.config.stages import ImportHfConfig
+from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups
+from minitron_nemo.runtime.forward import new_core
+from minitron_nemo.runtime.model_artifact import save_model
 from minitron_nemo.stages.training import config_dict, prepare_layout, require_vocabulary
+from minitron_nemo.text.tokenizer import require_tokenizer_files
 
 EMBEDDED = "embedded"
-
-
-@dataclass
-class ImportHfConfig:
-    model: str = EMBEDDED
-    """Directory with config.json, safetensors and tokenizer; `embedded` is the small teacher inside this package."""
-    make_vocab_size_divisible_by: int = 1
-    """Pads the embedding table with zero rows up to a multiple, so that it splits over tensor parallelism."""
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    output: str = "runs/teacher"
 
 
 def embedded_teacher() -> Path:

@@ -23,14 +23,15 @@ import torch.distributed as dist
 
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.corpus import STDLIB, STDLIB_LICENCE, Document, Source, Splitter, read_corpus
-from minitron_nemo.engine.data import TRAIN, VALIDATION, TokenFiles, encode_documents
-from minitron_nemo.engine.progress import Reporter
-from minitron_nemo.engine.tokenizer import (
+from minitron_nemo.config.data import STDLIB
+from minitron_nemo.config.stages import PrepareDataConfig
+from minitron_nemo.progress import Reporter
+from minitron_nemo.text.corpus import STDLIB_LICENCE, Document, Source, Splitter, read_corpus
+from minitron_nemo.text.data import TRAIN, VALIDATION, TokenFiles, encode_documents
+from minitron_nemo.text.tokenizer import (
     copy_tokenizer,
     load_tokenizer,
     require_tokenizer_files,
-    require_vocab_size,
     tokenizer_digest,
     train_tokenizer,
     vocabulary_size,
@@ -39,35 +40,10 @@ from minitron_nemo.engine.tokenizer import (
 Item = TypeVar("Item")
 
 
-@dataclass
-class PrepareDataConfig:  # conf/prepare-data.yaml
-    """What `prepare-data` reads and how it splits."""
-
-    output: str = "runs/data"
-    """Directory of the artifact."""
-    corpus: Any = STDLIB
-    """`stdlib` (the interpreter's own standard library source), a path, or a list of paths or {path, weight}."""
-    text_key: str = "text"
-    """Key (JSONL) or column (Parquet) that holds the text."""
-    prompt_key: str | None = None
-    """That of a prompt, which the text answers, written as the model is to see it: the prompt is read, and only the
-    text is learned. Null: there are no prompts."""
-    tokenizer: str | None = None
-    """Local Hugging Face tokenizer directory, such as the teacher's; null trains one on the training split."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer that is trained, at least 257; not read when `tokenizer` is given."""
-    validation_fraction: float = 0.02
-    """Share of the documents that is held out, above 0 and at most 0.5."""
-    seed: int = 1234
-    """Order of the training documents, at least 0."""
-    licence: str | None = None
-    """Licence of the corpus, kept in the manifest; that of `stdlib` is known."""
-
-    def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed={self.seed} must be at least 0.")
-        require_vocab_size(self.vocab_size)
-        Splitter(self.validation_fraction)
-        read_corpus(self.corpus, text_key=self.text_key, prompt_key=self.prompt_key)
+def check(cfg: PrepareDataConfig) -> None:
+    """What can be seen of the corpus before a chain of stages begins. Raises: FileNotFoundError, ValueError."""
+    Splitter(cfg.validation_fraction)
+    read_corpus(cfg.corpus, text_key=cfg.text_key, prompt_key=cfg.prompt_key)
 
 
 def run(cfg: PrepareDataConfig) -> Artifact:

@@ -6,39 +6,18 @@ pruned student retrained without a teacher.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import open_model
-from minitron_nemo.engine.data import DataConfig
-from minitron_nemo.engine.models import PrunableGPTModel
-from minitron_nemo.engine.optim import build_optimizer
-from minitron_nemo.engine.training import TrainerConfig, TrainingConfig
+from minitron_nemo.config.stages import PretrainConfig
+from minitron_nemo.nemo.models import PrunableGPTModel
+from minitron_nemo.nemo.optim import build_optimizer
+from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.training import config_dict, prepare_layout, require_vocabulary, run_training
-
-
-@dataclass
-class PretrainConfig:  # conf/recipe/*.yaml: pretrain, from_scratch, pruned_ce
-    shape: dict[str, Any] | None = None
-    """Fields of ModelShape for random weights; null with `initial` or `like`."""
-    like: str | None = None
-    """A model artifact whose shape random weights take."""
-    initial: str | None = None
-    """A model artifact whose weights training starts from."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/pretrained"
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("shape", "like", "initial") if getattr(self, name) is not None]
-        require(len(given) <= 1, f"pretrain: {' and '.join(given)} exclude each other; keep one of them.")
+from minitron_nemo.text.data import open_blend
 
 
 def run(config: PretrainConfig) -> Artifact:
@@ -47,7 +26,7 @@ def run(config: PretrainConfig) -> Artifact:
         "pretrain: nothing says what to train. Set shape (random weights), like (random weights, same shape) or "
         "initial (continue a model).",
     )
-    inputs = [artifact for artifact, _ in config.data.blend()]
+    inputs = [artifact for artifact, _ in open_blend(config.data)]
     if config.shape is not None:
         shape, tokenizer = ModelShape.from_dict(config.shape), inputs[0].path / "tokenizer"
         vocab_size = require_vocabulary(shape, tokenizer)
@@ -58,7 +37,9 @@ def run(config: PretrainConfig) -> Artifact:
         inputs += source.artifacts
     prepare_layout(config.trainer, shape, seed=config.seed)
 
-    optimizer = build_optimizer(config.training.optim, steps=config.training.steps, bf16=config.trainer.bf16)
+    optimizer = build_optimizer(
+        config.training.optim, steps=config.training.steps, dtype=platform.dtype_of(config.trainer.precision)
+    )
     initial = Path(config.initial) if config.initial else None
     model = PrunableGPTModel(shape, optim=optimizer, initial=initial, **config.trainer.recomputation)
     return run_training(

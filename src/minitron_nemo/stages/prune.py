@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,86 +15,28 @@ from torch import Tensor
 from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import ModelInput, open_model, save_model
-from minitron_nemo.engine.distributed import is_rank_zero
-from minitron_nemo.engine.forward import open_core, run_forward
-from minitron_nemo.engine.offline import prune_checkpoint
-from minitron_nemo.engine.tokenizer import tokenizer_digest
-from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import STREAM
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import DepthChoice, PruningPlan, kept_layers, plan_from_importance
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import kept_layers, plan_from_importance
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
-from minitron_nemo.pruning.config import SurgeryConfig
 from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.second_moments import CalibrationPass
-from minitron_nemo.pruning.targets import BudgetConfig, resolve_target
+from minitron_nemo.pruning.targets import resolve_target
+from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
+from minitron_nemo.runtime.forward import open_core, run_forward
+from minitron_nemo.runtime.layout import is_rank_zero
+from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
 from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.stages.training import config_dict, prepare_layout
+from minitron_nemo.text.tokenizer import tokenizer_digest
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PruneConfig:
-    model: str = ""
-    """Model artifact to prune; the corrected teacher."""
-    importance: str = ""
-    """estimate-importance artifact of a model of the same shape."""
-    plan: str | None = None
-    """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target."""
-    target: dict[str, int] = field(default_factory=dict)
-    """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, and of
-    experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out stay as they
-    are."""
-    keep: dict[str, float] = field(default_factory=dict)
-    """The same dims as fractions of the model's."""
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    """What the student may cost in all; resolves dims that target and keep leave open."""
-    multiple_of: dict[str, int] = field(default_factory=dict)
-    """Rounds these dims to multiples that hardware and tensor parallelism like."""
-    layers: list[int] | None = None
-    """Kept layers, from 0. Where fewer layers are kept, they or depth.metric say which."""
-    depth: DepthChoice = field(default_factory=DepthChoice)
-    """Which layers go, by their scores."""
-    batch_aggregation: str = "l2"
-    sequence_aggregation: str = "mean"
-    rounds: int = 1
-    """Cut the width to its target in so many equal steps, at least 1, and score what is left before each but the first,
-    as the importance was estimated; layers go in the last."""
-    merge_heads: bool = False
-    """Merge each dropped query head into a kept one of its group (arXiv:2407.14679, section 2.3)."""
-    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
-    """What is done to the weights so that less is lost; by default nothing, as in the papers."""
-    offline: bool = False
-    """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    output: str = "runs/student_pruned"
-
-    def __post_init__(self) -> None:
-        require(self.rounds >= 1, f"prune.rounds={self.rounds} must be at least 1; 1 prunes in one shot.")
-        hindrances = {
-            "prune.plan is set, which says already what is kept": self.plan is not None,
-            "prune.offline=true never holds a model, and each round scores one": self.offline,
-            "prune.merge_heads=true changes heads, and the rounds are put together into one cut": self.merge_heads,
-            "prune.surgery.basis=rotation leaves no channels to score": self.surgery.turns,
-            "prune.surgery.norm_scale rescales norms for one cut of the stream": self.surgery.chosen("norm_scale")
-            != "none",
-        }
-        for hindrance, stands in hindrances.items():
-            works = self.rounds == 1 or not stands
-            require(works, f"prune.rounds={self.rounds}, but {hindrance}. Give up one of them.")
-        require(
-            not (self.merge_heads and self.surgery.chosen("compensate")),
-            "prune.surgery compensates for dropped heads, which prune.merge_heads=true merges into others. Set "
-            "prune.surgery.compensate=false, or prune.merge_heads=false.",
-        )
 
 
 def run(config: PruneConfig) -> Artifact:

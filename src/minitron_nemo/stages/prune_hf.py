@@ -6,31 +6,15 @@ that import-hf made of this checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.offline_hf import prune_hf
-from minitron_nemo.pruning import PruningPlan
-from minitron_nemo.stages.import_hf import EMBEDDED, embedded_teacher
+from minitron_nemo.config.stages import EMBEDDED, PruneHfConfig
+from minitron_nemo.hf.surgery import prune_hf
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.stages.import_hf import embedded_teacher
 from minitron_nemo.stages.training import config_dict
-
-
-@dataclass
-class PruneHfConfig:
-    model: str = ""
-    """Directory with config.json and safetensors."""
-    plan: str = ""
-    """Folder with plan.json and plan.safetensors: a prune artifact, or an edited copy of its plan."""
-    max_shard_gigabytes: float = 5.0
-    """Size of a file of the result."""
-    output: str = "runs/pruned_hf"
-
-    def __post_init__(self) -> None:
-        require(
-            self.max_shard_gigabytes > 0, f"prune_hf.max_shard_gigabytes={self.max_shard_gigabytes} must be above 0."
-        )
 
 
 def run(config: PruneHfConfig) -> Artifact:

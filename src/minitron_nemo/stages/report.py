@@ -6,29 +6,10 @@ Reads the manifests, histories, scores and plan that are there, says what is not
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.checks import require
+from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.report import read_run, write_report
-
-
-@dataclass
-class ReportConfig:  # conf/report.yaml
-    run_dir: Path
-    """Where the chain of stages wrote its artifacts."""
-    output: Path
-    """The artifact to write: holds report.html and summary.json."""
-
-    def __post_init__(self) -> None:
-        self.run_dir, self.output = Path(self.run_dir), Path(self.output)
-        output, run_dir = self.output.resolve(), self.run_dir.resolve()
-        require(
-            output != run_dir and output not in run_dir.parents,
-            f"output={self.output} would take the place of run_dir={self.run_dir} and all it holds. "
-            f"Set output={self.run_dir / 'report'}.",
-        )
 
 
 def run(cfg: ReportConfig) -> Artifact:

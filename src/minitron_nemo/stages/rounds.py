@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo.checks import require
-from minitron_nemo.engine.forward import new_core
-from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import PruningPlan, prune_into
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
+from minitron_nemo.runtime.forward import new_core
 from minitron_nemo.stages.scoring import Calibration
 
 if TYPE_CHECKING:
-    from minitron_nemo.stages.prune import PruneConfig
+    from minitron_nemo.config.stages import PruneConfig
 
 
 class Rounds:

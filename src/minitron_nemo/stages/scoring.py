@@ -18,13 +18,15 @@ from torch import Tensor
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
-from minitron_nemo.engine.calibration import calibration_batches
-from minitron_nemo.engine.data import TRAIN, DataConfig, batches, require_tokenizer_of, split_prefixes
-from minitron_nemo.engine.forward import estimate_importance
-from minitron_nemo.engine.tokenizer import load_tokenizer, tokenizer_digest
-from minitron_nemo.importance import Importance, ImportanceConfig
+from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import stream_sizes
+from minitron_nemo.runtime.forward import estimate_importance
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.calibration import calibration_batches
+from minitron_nemo.text.data import TRAIN, batches, open_blend, require_tokenizer_of, split_prefixes
+from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from nemo.collections.common.tokenizers import AutoTokenizer
@@ -74,7 +76,7 @@ class Calibration:
         """
         if self.config.calibration is not None:
             return []
-        blend = [artifact for artifact, _ in self.data.blend()]
+        blend = [artifact for artifact, _ in open_blend(self.data)]
         require_tokenizer_of(blend[0], self.tokenizer)
         return blend
 

@@ -15,7 +15,6 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +22,24 @@ import torch.distributed as dist
 
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import require
-from minitron_nemo.engine.checkpoint import open_model
-from minitron_nemo.engine.data import TRAIN, DataConfig, require_length, require_tokenizer_of
-from minitron_nemo.engine.distributed import is_rank_zero
-from minitron_nemo.engine.forward import open_core
-from minitron_nemo.engine.stored_samples import TeacherLogits, Windows, stored_sources
-from minitron_nemo.engine.teacher_logits import Shards, StoreFormat
-from minitron_nemo.engine.teacher_pass import write_missing
-from minitron_nemo.engine.tokenizer import load_tokenizer, tokenizer_digest
-from minitron_nemo.engine.training import TrainerConfig
+from minitron_nemo.config.stages import TeacherLogitsConfig
+from minitron_nemo.runtime.forward import open_core
+from minitron_nemo.runtime.layout import is_rank_zero
+from minitron_nemo.runtime.model_artifact import open_model
+from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.stages.training import changes, config_dict, prepare_layout
+from minitron_nemo.text.data import TRAIN, open_blend, require_length, require_tokenizer_of
+from minitron_nemo.text.stored_samples import TeacherLogits, Windows, stored_sources
+from minitron_nemo.text.teacher_store import Shards, StoreFormat
+from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest
 
 _STORE = "store.json"
-
-
-@dataclass
-class TeacherLogitsConfig:
-    model: str = ""
-    """Model artifact that teaches; the corrected teacher."""
-    k: int = 56
-    """Likeliest tokens kept of each token. With float16, 56 take 284 bytes a token at vocabularies above 65536, and 228
-    below."""
-    precision: str = "float16"
-    """Of their log-probabilities; float32 takes 2 bytes more each."""
-    temperature: float = 1.0
-    """Above 0; that of the distillation, as the tail's mass depends on it."""
-    softcap: float | None = None
-    """The distillation's divergence.teacher_softcap."""
-    logit_scale: float = 1.0
-    """The distillation's divergence.teacher_logit_scale."""
-    num_samples: int | None = None
-    """Samples of trainer.seq_length tokens, shared out by the sources' weights; null: all there are. A distillation
-    that needs more goes through them again."""
-    samples_per_shard: int = 64
-    """Samples of one file: what a data-parallel rank can lose to a kill."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/teacher_logits"
-
-    def __post_init__(self) -> None:
-        require(
-            self.num_samples is None or self.num_samples >= 1,
-            f"teacher_logits.num_samples={self.num_samples} must be at least 1, or null for all.",
-        )
-        require(
-            not self.data.reset_at_documents,
-            "data.reset_at_documents=true cannot be stored: a sample is a window whose documents see each other. Set "
-            "it to false, or distil with the teacher at hand (distill.teacher_logits=null).",
-        )
 
 
 def run(config: TeacherLogitsConfig) -> Artifact:
     teacher = open_model(config.model, key="teacher_logits.model", trust_checkpoint=config.trust_checkpoint)
     trainer, output = config.trainer, Path(config.output)
-    blend = config.data.blend()
+    blend = open_blend(config.data)
     require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
     for artifact, _ in blend:
         require_length(artifact, TRAIN, trainer.seq_length)

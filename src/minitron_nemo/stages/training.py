@@ -16,17 +16,20 @@ from torch.utils.data import Dataset
 from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import require, require_divisible
-from minitron_nemo.engine.checkpoint import read_shape, save_model
-from minitron_nemo.engine.data import DataConfig, build_data_module
-from minitron_nemo.engine.distributed import is_rank_zero, use_layout
-from minitron_nemo.engine.downstream import DownstreamConfig, best_kept
-from minitron_nemo.engine.models import EngineModel
-from minitron_nemo.engine.multiple_choice import Question, read_questions
-from minitron_nemo.engine.progress import HISTORY
-from minitron_nemo.engine.tokenizer import load_tokenizer, vocabulary_size
-from minitron_nemo.engine.training import OPTIMIZER, TrainerConfig, TrainingConfig, train
-from minitron_nemo.engine.weights_io import load_weights
+from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.training import DownstreamConfig, TrainingConfig
+from minitron_nemo.nemo.downstream import best_kept
+from minitron_nemo.nemo.history import HISTORY
+from minitron_nemo.nemo.models import EngineModel
+from minitron_nemo.nemo.trainer import OPTIMIZER, train
+from minitron_nemo.runtime.distributed_checkpoint import load_weights
+from minitron_nemo.runtime.layout import is_rank_zero, use_layout
+from minitron_nemo.runtime.model_artifact import read_shape, save_model
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.data import build_data_module
+from minitron_nemo.text.questions import Question, read_questions
+from minitron_nemo.text.tokenizer import load_tokenizer, vocabulary_size
 
 
 def config_dict(config: Any) -> dict[str, Any]:

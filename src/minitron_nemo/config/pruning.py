@@ -1,0 +1,216 @@
+"""How a model is cut, the papers' way or calibrated, and what the student may cost: conf's `prune` group."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
+
+COSTS = ("parameters", "non_embedding_parameters", "flops_per_token", "memory")
+SELECTIONS = ("scores", "compensated_error")
+DEPTH_CORRECTIONS = ("least_squares", "scale")
+METHODS: dict[str, dict[str, str | bool]] = {
+    "minitron": {"basis": "channels", "norm_scale": "none", "compensate": False, "correct_depth": False},
+    "calibrated": {"basis": "rotation", "norm_scale": "energy", "compensate": True, "correct_depth": True},
+}
+
+
+@dataclass
+class BudgetConfig:
+    """One of the four costs, and how to meet it."""
+
+    parameters: str | None = None
+    """All parameters, embeddings included: 4.5B, 800M or a number."""
+    non_embedding_parameters: str | None = None
+    """Parameters of layers and final norm, as the papers count them: 3.7B."""
+    flops_per_token: str | None = None
+    """Matrix-multiply FLOPs of one token's forward pass at seq_length: 9.1G."""
+    memory: str | None = None
+    """Bytes of all weights and of the key-value cache of batch_size sequences of seq_length: 16GiB."""
+    dims: dict[str, float] = field(default_factory=lambda: {"hidden_size": 1.0, "ffn_hidden_size": 1.0})
+    """Dims that shrink to meet it, and how fast: dim = source * r ** weight. Heads shrink inside their groups."""
+    tolerance: float = 0.01
+    """A count may exceed its budget by this fraction, as a "4.5B" model has 4.51B; memory may not."""
+    batch_size: int = 1
+    seq_length: int = 4096
+    bytes_per_value: int = 2
+    """Of a weight and of a cached key or value; 2 is bf16."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in COSTS if getattr(self, name) is not None]
+        require(
+            len(given) <= 1,
+            f"budget gives {' and '.join(given)}; one model cannot be fitted to two. Leave one of them.",
+        )
+        for dim, weight in self.dims.items():
+            require(
+                dim in PRUNABLE_DIMS, f"budget.dims.{dim} is not a prunable dim; {did_you_mean(dim, PRUNABLE_DIMS)}"
+            )
+            require(
+                dim != "num_query_groups",
+                "budget.dims.num_query_groups: a budget keeps the query groups, since heads must fit them. Set "
+                "target.num_query_groups, and let num_attention_heads shrink.",
+            )
+            require(weight > 0, f"budget.dims.{dim}={weight} must be above 0; leave a dim out that shall stay.")
+        require(0 <= self.tolerance < 1, f"budget.tolerance={self.tolerance} must be between 0 and 1; try 0.01.")
+
+    @property
+    def cost(self) -> str | None:
+        """Which of the costs is limited; None: there is no budget."""
+        return next((name for name in COSTS if getattr(self, name) is not None), None)
+
+
+@dataclass
+class DepthChoice:
+    """How the dropped layers are chosen, where the kept ones are not named."""
+
+    metric: str | None = None
+    """Depth scores to go by: block_influence, loss, kl, squared_error, accuracy or greedy, as far as they were
+    estimated."""
+    contiguous: bool = False
+    """Drop the one block of neighbouring layers with the lowest score, instead of the layers with the lowest scores."""
+    keep_first: int = 0
+    """Layers at the beginning that are never dropped."""
+    keep_last: int = 0
+    """Layers at the end that are never dropped."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_first", "keep_last"):
+            value = getattr(self, name)
+            require(value >= 0, f"depth.{name}={value} must be a number of layers, at least 0.")
+
+
+@dataclass
+class CompensationConfig:
+    """How the weights that read cut neurons and heads are refitted."""
+
+    layers_at_once: int = 1
+    """Layers refitted from one calibration pass. 1: each layer sees those before it already cut, at one pass a layer;
+    0: all from a single pass over the uncut model, which holds every layer's second moments at once."""
+    ridge: float = 1e-2
+    """What keeps a weight near its old value, as a fraction of its inputs' mean square; 0 or more. Large: plain
+    selection. 0 needs more calibration tokens than inputs. 1e-2 is GPTQ's (arXiv:2210.17323)."""
+    num_samples: int = 256
+    """Calibration samples of a pass, over all data-parallel ranks."""
+    selection: str = "compensated_error"
+    """Which neurons and heads stay: those of the plan (scores), or in the same numbers those whose loss the refitted
+    weight makes up for worst, found by dropping one at a time (compensated_error)."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.layers_at_once >= 0,
+            f"prune.surgery.compensation.layers_at_once={self.layers_at_once} must be at least 1, or 0 for all layers "
+            "in one pass.",
+        )
+        require(
+            math.isfinite(self.ridge) and self.ridge >= 0,
+            f"prune.surgery.compensation.ridge={self.ridge} must be 0 or a positive number; try 0.01.",
+        )
+        require(
+            self.num_samples >= 1,
+            f"prune.surgery.compensation.num_samples={self.num_samples} must be at least 1; try 256.",
+        )
+        require(
+            self.selection in SELECTIONS,
+            f"prune.surgery.compensation.selection={self.selection} is not known; "
+            f"{did_you_mean(self.selection, SELECTIONS)}",
+        )
+
+
+@dataclass
+class DepthCorrectionConfig:
+    """How the layer before dropped ones stands in for them."""
+
+    method: str = "least_squares"
+    """least_squares: a change of linear_fc2 of full rank; scale: one factor on it."""
+    ridge: float = 0.1
+    """What keeps least_squares small, as a fraction of the neurons' mean square; 0 or more."""
+    num_samples: int = 256
+    """Calibration samples, over all data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.method in DEPTH_CORRECTIONS,
+            f"prune.surgery.depth_correction.method={self.method} is not known; "
+            f"{did_you_mean(self.method, DEPTH_CORRECTIONS)}",
+        )
+        require(
+            math.isfinite(self.ridge) and self.ridge >= 0,
+            f"prune.surgery.depth_correction.ridge={self.ridge} must be 0 or a positive number; try 0.1.",
+        )
+        require(
+            self.num_samples >= 1,
+            f"prune.surgery.depth_correction.num_samples={self.num_samples} must be at least 1; try 256.",
+        )
+
+
+@dataclass
+class SurgeryConfig:
+    """What is done to the weights beside leaving some out; an option that is not set follows `method`."""
+
+    method: str = "minitron"
+    """minitron: nothing, as in arXiv:2407.14679; calibrated: rotation, norm_scale=energy, compensate, correct_depth."""
+    basis: str | None = None
+    """Hidden channels kept by their scores (channels), or the principal axes of the residual stream (rotation), which
+    parts tied embeddings."""
+    norm_scale: str | None = None
+    """What the gammas of norms over k of h channels are multiplied by: none, size (sqrt(h/k), as if all of the stream
+    were kept), or energy (that times the root of the kept share of the stream's energy, measured)."""
+    compensate: bool | None = None
+    """Refit the matrices that read neurons and heads to say what they said with all of them."""
+    compensation: CompensationConfig = field(default_factory=CompensationConfig)
+    correct_depth: bool | None = None
+    """Let the layer before dropped ones stand in for them; not a layer of experts."""
+    depth_correction: DepthCorrectionConfig = field(default_factory=DepthCorrectionConfig)
+
+    def __post_init__(self) -> None:
+        known: dict[str, tuple[str, ...]] = {
+            "method": tuple(METHODS),
+            "basis": ("channels", "rotation"),
+            "norm_scale": ("none", "size", "energy"),
+        }
+        for option, values in known.items():
+            value = getattr(self, option)
+            require(
+                value is None or value in values,
+                f"prune.surgery.{option}={value} is not known; {did_you_mean(str(value), values)}",
+            )
+
+    def chosen(self, option: str) -> str | bool:
+        """An option, or what the method says where it is not set."""
+        value: str | bool | None = getattr(self, option)
+        return METHODS[self.method][option] if value is None else value
+
+    @property
+    def turns(self) -> bool:
+        """Whether the residual stream is turned where it is cut."""
+        return self.chosen("basis") == "rotation"
+
+    def needs_stream(self, source: ModelShape, target: ModelShape) -> bool:
+        """Whether the importance has to hold second moments of the stream for this cut."""
+        measured = self.turns or self.chosen("norm_scale") == "energy"
+        return measured and target.hidden_size < source.hidden_size
+
+    def compensates(self, source: ModelShape, target: ModelShape) -> bool:
+        """Whether this cut leaves something to compensate for."""
+        fixed = ("hidden_size", "num_layers", "num_moe_experts")
+        cut = [dim for dim in source.prunable_dims if getattr(source, dim) != getattr(target, dim) and dim not in fixed]
+        return bool(self.chosen("compensate")) and bool(cut)
+
+    def corrects_depth(self, source: ModelShape, target: ModelShape) -> bool:
+        """Whether this cut drops layers that others stand in for."""
+        wanted = self.chosen("correct_depth")
+        if self.correct_depth is None and source.num_moe_experts is not None:
+            wanted = False  # experts' neurons see only the tokens routed to them
+        return bool(wanted) and target.num_layers < source.num_layers
+
+    def runs_model(self, source: ModelShape, target: ModelShape) -> bool:
+        """Whether this cut takes passes over calibration samples."""
+        return self.compensates(source, target) or self.corrects_depth(source, target)
+
+    def describe(self) -> str:
+        """For a plan's origin."""
+        options = ", ".join(f"{option}={self.chosen(option)}" for option in METHODS[self.method])
+        return f"{self.method} ({options})"

@@ -1,0 +1,78 @@
+"""What a stage asks of SLURM; the same for every stage of a chain: conf's `slurm` group."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field, fields
+
+from minitron_nemo.checks import require
+
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")  # man sbatch, --time
+_MEMORY = re.compile(r"\d+[KMGT]?")  # man sbatch, --mem
+
+
+@dataclass
+class SlurmConfig:  # conf/slurm/*.yaml
+    nodes: int = 1
+    """Nodes of each job, at least 1."""
+    processes_per_node: int = 1
+    """Ranks torchrun starts on a node, at least 1: one per GPU, or per model-parallel rank on CPU nodes."""
+    gpus_per_node: int | None = None
+    """GPUs asked for on each node; null on partitions without GPUs, or where whole nodes are handed out."""
+    cpus_per_task: int | None = None
+    """CPUs of a node's one task, which torchrun and all its ranks share; null leaves SLURM's default (often 1)."""
+    memory: str | None = None
+    """Memory per node as sbatch reads it, e.g. 64G (without a letter: MiB); null leaves the partition's default."""
+    time: str = "04:00:00"
+    """Limit of one job: minutes, H:M:S or D-H:M:S."""
+    partition: str | None = None
+    account: str | None = None
+    container_image: str | None = None
+    """Image the ranks run in, through srun's --container-image (pyxis); null runs them on the host."""
+    container_mounts: list[str] = field(default_factory=list)
+    """Mounts into it, each source:target or source:target:flags. The run directory must be visible inside."""
+    setup: list[str] = field(default_factory=list)
+    """Shell lines before srun, on the job's first node and outside the container, e.g. `module load cuda`."""
+    python: str = sys.executable
+    """Interpreter that has minitron_nemo, by default the one that submits; inside a container most often `python`."""
+    seconds_before_end: int = 120
+    """So long before its limit a job tells its training to save and stop, and queues itself again to go on; 0 to 65535,
+    0 never. Must be enough for a step and a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "processes_per_node", "gpus_per_node", "cpus_per_task"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"slurm.{name}={value} must be at least 1; try slurm.{name}=1.")
+        require(
+            self.gpus_per_node is None or self.processes_per_node <= self.gpus_per_node,
+            f"slurm.processes_per_node={self.processes_per_node} is more than "
+            f"slurm.gpus_per_node={self.gpus_per_node}: each rank needs a GPU of its own. "
+            f"Set slurm.processes_per_node={self.gpus_per_node} or less, or ask for more GPUs.",
+        )
+        require(
+            _TIME.fullmatch(str(self.time)) is not None,
+            f"slurm.time={self.time} is not a time limit. "
+            "Write minutes (90), hours:minutes:seconds (04:00:00) or days-hours:minutes:seconds (1-00:00:00).",
+        )
+        require(
+            self.memory is None or _MEMORY.fullmatch(str(self.memory)) is not None,
+            f"slurm.memory={self.memory} is not an amount of memory. Write a whole number and K, M, G or T, e.g. 64G.",
+        )
+        require(
+            0 <= self.seconds_before_end <= 65535,
+            f"slurm.seconds_before_end={self.seconds_before_end} must lie in 0 to 65535; try 120.",
+        )
+        require(
+            not self.container_mounts or self.container_image is not None,
+            f"slurm.container_mounts={list(self.container_mounts)} has no container to mount into. "
+            "Set slurm.container_image, or leave the mounts out.",
+        )
+        for one in fields(self):
+            value = getattr(self, one.name)
+            for text in value if isinstance(value, list) else [value]:
+                require(
+                    "\n" not in str(text),
+                    f"slurm.{one.name}={text!r} holds a line break, which would end its line in the sbatch script. "
+                    "Write it on one line; slurm.setup takes a list with one entry a line.",
+                )

@@ -1,0 +1,336 @@
+"""One dataclass a stage: the schema of its section in a recipe, and what its artifact's manifest keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron_nemo.checks import require
+from minitron_nemo.config.data import STDLIB, DataConfig
+from minitron_nemo.config.distillation import DistillationConfig
+from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
+from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
+from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.training import TrainingConfig
+
+EMBEDDED = "embedded"
+"""In place of a Hugging Face directory: the small teacher inside this package."""
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+EXPORT_DTYPES = ("bf16", "fp32")
+
+
+@dataclass
+class PrepareDataConfig:  # conf/prepare-data.yaml
+    """What `prepare-data` reads and how it splits."""
+
+    output: str = "runs/data"
+    """Directory of the artifact."""
+    corpus: Any = STDLIB
+    """`stdlib` (the interpreter's own standard library source), a path, or a list of paths or {path, weight}."""
+    text_key: str = "text"
+    """Key (JSONL) or column (Parquet) that holds the text."""
+    prompt_key: str | None = None
+    """That of a prompt, which the text answers, written as the model is to see it: the prompt is read, and only the
+    text is learned. Null: there are no prompts."""
+    tokenizer: str | None = None
+    """Local Hugging Face tokenizer directory, such as the teacher's; null trains one on the training split."""
+    vocab_size: int = 4096
+    """Tokens of the tokenizer that is trained, at least 257; not read when `tokenizer` is given."""
+    validation_fraction: float = 0.02
+    """Share of the documents that is held out, above 0 and at most 0.5."""
+    seed: int = 1234
+    """Order of the training documents, at least 0."""
+    licence: str | None = None
+    """Licence of the corpus, kept in the manifest; that of `stdlib` is known."""
+
+    def __post_init__(self) -> None:
+        require(self.seed >= 0, f"seed={self.seed} must be at least 0.")
+        require(
+            self.vocab_size >= SMALLEST_VOCABULARY,
+            f"vocab_size={self.vocab_size} must be at least {SMALLEST_VOCABULARY}: every byte and the end of text. Try "
+            "4096.",
+        )
+
+
+@dataclass
+class PretrainConfig:  # conf/recipe/*.yaml: pretrain, from_scratch, pruned_ce
+    shape: dict[str, Any] | None = None
+    """Fields of ModelShape for random weights; null with `initial` or `like`."""
+    like: str | None = None
+    """A model artifact whose shape random weights take."""
+    initial: str | None = None
+    """A model artifact whose weights training starts from."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/pretrained"
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("shape", "like", "initial") if getattr(self, name) is not None]
+        require(len(given) <= 1, f"pretrain: {' and '.join(given)} exclude each other; keep one of them.")
+
+
+@dataclass
+class ImportHfConfig:
+    model: str = EMBEDDED
+    """Directory with config.json, safetensors and tokenizer; `embedded` is the small teacher inside this package."""
+    make_vocab_size_divisible_by: int = 1
+    """Pads the embedding table with zero rows up to a multiple, so that it splits over tensor parallelism."""
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output: str = "runs/teacher"
+
+
+@dataclass
+class CorrectTeacherConfig:
+    model: str = ""
+    """Model artifact of the teacher as it came."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/corrected_teacher"
+
+
+@dataclass
+class EstimateImportanceConfig:
+    model: str = ""
+    """Model artifact to score; the corrected teacher."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    depth: DepthConfig = field(default_factory=DepthConfig)
+    """Scores of layers and blocks of layers; none unless it names metrics."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/importance"
+
+
+@dataclass
+class PruneConfig:
+    model: str = ""
+    """Model artifact to prune; the corrected teacher."""
+    importance: str = ""
+    """estimate-importance artifact of a model of the same shape."""
+    plan: str | None = None
+    """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target."""
+    target: dict[str, int] = field(default_factory=dict)
+    """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, and of
+    experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out stay as they
+    are."""
+    keep: dict[str, float] = field(default_factory=dict)
+    """The same dims as fractions of the model's."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """What the student may cost in all; resolves dims that target and keep leave open."""
+    multiple_of: dict[str, int] = field(default_factory=dict)
+    """Rounds these dims to multiples that hardware and tensor parallelism like."""
+    layers: list[int] | None = None
+    """Kept layers, from 0. Where fewer layers are kept, they or depth.metric say which."""
+    depth: DepthChoice = field(default_factory=DepthChoice)
+    """Which layers go, by their scores."""
+    batch_aggregation: str = "l2"
+    sequence_aggregation: str = "mean"
+    rounds: int = 1
+    """Cut the width to its target in so many equal steps, at least 1, and score what is left before each but the first,
+    as the importance was estimated; layers go in the last."""
+    merge_heads: bool = False
+    """Merge each dropped query head into a kept one of its group (arXiv:2407.14679, section 2.3)."""
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
+    """What is done to the weights so that less is lost; by default nothing, as in the papers."""
+    offline: bool = False
+    """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output: str = "runs/student_pruned"
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, f"prune.rounds={self.rounds} must be at least 1; 1 prunes in one shot.")
+        hindrances = {
+            "prune.plan is set, which says already what is kept": self.plan is not None,
+            "prune.offline=true never holds a model, and each round scores one": self.offline,
+            "prune.merge_heads=true changes heads, and the rounds are put together into one cut": self.merge_heads,
+            "prune.surgery.basis=rotation leaves no channels to score": self.surgery.turns,
+            "prune.surgery.norm_scale rescales norms for one cut of the stream": self.surgery.chosen("norm_scale")
+            != "none",
+        }
+        for hindrance, stands in hindrances.items():
+            works = self.rounds == 1 or not stands
+            require(works, f"prune.rounds={self.rounds}, but {hindrance}. Give up one of them.")
+        require(
+            not (self.merge_heads and self.surgery.chosen("compensate")),
+            "prune.surgery compensates for dropped heads, which prune.merge_heads=true merges into others. Set "
+            "prune.surgery.compensate=false, or prune.merge_heads=false.",
+        )
+
+
+@dataclass
+class PruneHfConfig:
+    model: str = ""
+    """Directory with config.json and safetensors."""
+    plan: str = ""
+    """Folder with plan.json and plan.safetensors: a prune artifact, or an edited copy of its plan."""
+    max_shard_gigabytes: float = 5.0
+    """Size of a file of the result."""
+    output: str = "runs/pruned_hf"
+
+    def __post_init__(self) -> None:
+        require(
+            self.max_shard_gigabytes > 0, f"prune_hf.max_shard_gigabytes={self.max_shard_gigabytes} must be above 0."
+        )
+
+
+@dataclass
+class TeacherLogitsConfig:
+    model: str = ""
+    """Model artifact that teaches; the corrected teacher."""
+    k: int = 56
+    """Likeliest tokens kept of each token. With float16, 56 take 284 bytes a token at vocabularies above 65536, and 228
+    below."""
+    precision: str = "float16"
+    """Of their log-probabilities; float32 takes 2 bytes more each."""
+    temperature: float = 1.0
+    """Above 0; that of the distillation, as the tail's mass depends on it."""
+    softcap: float | None = None
+    """The distillation's divergence.teacher_softcap."""
+    logit_scale: float = 1.0
+    """The distillation's divergence.teacher_logit_scale."""
+    num_samples: int | None = None
+    """Samples of trainer.seq_length tokens, shared out by the sources' weights; null: all there are. A distillation
+    that needs more goes through them again."""
+    samples_per_shard: int = 64
+    """Samples of one file: what a data-parallel rank can lose to a kill."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/teacher_logits"
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_samples is None or self.num_samples >= 1,
+            f"teacher_logits.num_samples={self.num_samples} must be at least 1, or null for all.",
+        )
+        require(
+            not self.data.reset_at_documents,
+            "data.reset_at_documents=true cannot be stored: a sample is a window whose documents see each other. Set "
+            "it to false, or distil with the teacher at hand (distill.teacher_logits=null).",
+        )
+
+
+@dataclass
+class DistillConfig:
+    teacher: str = ""
+    """Model artifact that teaches; the corrected teacher. With teacher_logits it is not opened."""
+    teacher_logits: str | None = None
+    """What it says of this data, made by teacher-logits; then no teacher is in memory, and the divergence is top_k."""
+    student: str = ""
+    """Model artifact that learns; the pruned student."""
+    plan: str | None = None
+    """Folder of the plan by which the student was cut from this teacher, for hidden losses that go by it; null: the
+    student's own, where prune made it."""
+    offload_teacher: bool = False
+    """Keep the teacher's layers in host memory; each visits the device when its turn comes."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    corrected_teacher: str | None = None
+    """With distillation.teacher_lr: where to write the teacher as it is in the end; null: it is not kept."""
+    output: str = "runs/distilled"
+
+    def __post_init__(self) -> None:
+        hidden = self.distillation.hidden_states
+        require(
+            not self.data.reset_at_documents or not (hidden.enabled and "relation" in hidden.places),
+            "distillation.hidden_states.places names relation, which compares tokens across the documents of a sample; "
+            "with data.reset_at_documents=true they do not see each other. Leave one of the two out.",
+        )
+        require(
+            not self.data.reset_at_documents or self.teacher_logits is None,
+            f"distill.teacher_logits={self.teacher_logits} are of samples whose documents see each other. Set "
+            "data.reset_at_documents=false, or distil with the teacher at hand.",
+        )
+        require(
+            self.corrected_teacher is None or self.distillation.teacher_lr > 0,
+            f"distill.corrected_teacher={self.corrected_teacher} is of a teacher that learns. Leave it out, or set "
+            "distillation.teacher_lr.",
+        )
+        require(
+            self.distillation.teacher_lr == 0 or (self.teacher_logits is None and not self.offload_teacher),
+            f"distillation.teacher_lr={self.distillation.teacher_lr} needs the teacher's weights on the device. Leave "
+            "out distill.teacher_logits and distill.offload_teacher, or set teacher_lr=0.",
+        )
+
+
+@dataclass
+class EvaluateConfig:
+    model: str = ""
+    """Model artifact to measure."""
+    num_samples: int | None = None
+    """Samples over all data-parallel ranks; null takes all of the held-out text."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = "runs/evaluation"
+
+
+@dataclass
+class ExportHfConfig:
+    model: str = ""
+    """Model artifact to export."""
+    dtype: str = "bf16"
+    """Of the tensors written: bf16 or fp32."""
+    verify: bool = True
+    """Load the checkpoint with transformers in float32 and compare its logits with Megatron's."""
+    tolerance: float = 1e-4
+    """Largest |logit difference| that passes, in float32."""
+    prompt: str | None = None
+    """Text the exported model continues, for a first look; null generates nothing."""
+    new_tokens: int = 64
+    """Tokens it adds."""
+    trust_checkpoint: bool = False
+    seed: int = 1234
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    output: str = "runs/export"
+
+    def __post_init__(self) -> None:
+        require(self.dtype in EXPORT_DTYPES, f"export_hf.dtype={self.dtype} is not known; use bf16 or fp32.")
+
+
+@dataclass
+class ReportConfig:  # conf/report.yaml
+    run_dir: Path
+    """Where the chain of stages wrote its artifacts."""
+    output: Path
+    """The artifact to write: holds report.html and summary.json."""
+
+    def __post_init__(self) -> None:
+        self.run_dir, self.output = Path(self.run_dir), Path(self.output)
+        output, run_dir = self.output.resolve(), self.run_dir.resolve()
+        require(
+            output != run_dir and output not in run_dir.parents,
+            f"output={self.output} would take the place of run_dir={self.run_dir} and all it holds. "
+            f"Set output={self.run_dir / 'report'}.",
+        )
+
+
+@dataclass
+class CompressConfig:
+    steps: list[str] = field(default_factory=list)
+    """Sections in the order they run."""
+    overwrite: bool = False
+    """Remake artifacts that stand there from another config or other inputs; otherwise that is an error."""
+
+
+@dataclass
+class SubmitConfig:
+    dry_run: bool = False
+    """Write the sbatch scripts without submitting them."""

@@ -1,0 +1,106 @@
+"""One training run: steps, schedule, checkpoints, a task that is watched: conf's `training` groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from minitron_nemo.checks import did_you_mean, require
+
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-4
+    """Peak learning rate. Minitron distils at 1e-4 (arXiv:2408.11796, table 4)."""
+    min_lr: float = 1e-5
+    """Floor of the schedule."""
+    warmup_steps: int = 40
+    """Steps of linear warm-up. 40 to 60 in arXiv:2408.11796."""
+    schedule: str = "cosine"
+    """cosine, wsd or constant."""
+    decay_steps: int = 0
+    """wsd only: length of the final linear decay, in steps."""
+    weight_decay: float = 0.1
+    """Not applied to biases and norms (Megatron's rule)."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr={self.lr} must be positive.")
+        require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
+        for name in ("warmup_steps", "decay_steps"):
+            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must be at least 0.")
+        require(
+            self.schedule in SCHEDULES,
+            f"optim.schedule={self.schedule} is not known; {did_you_mean(self.schedule, SCHEDULES)}",
+        )
+
+
+@dataclass
+class DownstreamConfig:
+    """A task that is watched, and what is done where the model gets worse at it."""
+
+    file: str | None = None
+    """JSONL file of multiple-choice questions, one a line: {"context", "options", "answer"} or Winogrande's own fields;
+    null: no task is watched."""
+    every: int = 1
+    """Validations per evaluation, at least 1."""
+    normalize: bool = False
+    """Divide an option's log-likelihood by its number of characters (acc_norm of lm-evaluation-harness; else acc)."""
+    patience: int = 3
+    """Evaluations in a row, at least 1, that are worse than the best before the run is said to over-fit."""
+    keep_best: bool = False
+    """Give the artifact the weights of the best evaluation, not the last step's. Writes them at each new best."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience"):
+            value = getattr(self, name)
+            require(value >= 1, f"training.downstream.{name}={value} must be at least 1.")
+        require(
+            self.file is not None or not self.keep_best,
+            "training.downstream.keep_best=true needs a task to be best at. Set training.downstream.file.",
+        )
+
+
+@dataclass
+class TrainingConfig:
+    """One training run."""
+
+    steps: int = 100
+    """Optimizer steps."""
+    validation_every: int = 0
+    """Steps between validations; 0 validates never."""
+    validation_batches: int = 8
+    """Global batches per validation."""
+    checkpoint_every: int = 100
+    """Steps between resumable checkpoints; 0 writes none but when the run is told to stop."""
+    continue_from: str | None = None
+    """Artifact of the phase before this one, made with keep_optimizer=true: its weights and its optimizer's moments go
+    on under this run's steps, schedule, data, batch, sequence length and layout."""
+    keep_optimizer: bool = False
+    """Leave the optimizer's state in the artifact, for a later phase."""
+    max_skipped_steps: int = 10
+    """Steps in a row with a gradient that is not finite, which change nothing, before the run ends."""
+    downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "max_skipped_steps"):
+            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
+        if self.downstream.file is not None:
+            steps = self.validation_every * self.downstream.every
+            require(
+                1 <= steps <= self.steps,
+                f"training.downstream.file={self.downstream.file} is evaluated every {self.downstream.every} "
+                f"validations, and training.validation_every={self.validation_every} makes this no step of "
+                f"training.steps={self.steps}. Set training.validation_every between 1 and training.steps.",
+            )
+        require(
+            not (self.downstream.keep_best and self.keep_optimizer),
+            "training.downstream.keep_best=true gives the artifact the weights of an earlier step, to which the "
+            "optimizer's state of training.keep_optimizer=true does not belong. Set one of them to false.",
+        )

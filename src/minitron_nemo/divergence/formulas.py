@@ -1,0 +1,287 @@
+"""What the divergences between student and teacher are: one formula per kind, on a chunk of tokens.
+
+Minitron distils by forward KL at temperature 1 (arXiv:2407.14679, Retraining: KL alone reached a lower loss than KL
+with cross-entropy, reverse KL, MSE or cosine); the others are here to be compared with it.
+
+    scores      softcap * tanh(scale * logits / softcap) / temperature, of student and teacher     [n, v/tp]
+    divergence  one value per token                                                                [n]
+    gradient    of the divergence with respect to the student's scores                             [n, v/tp]
+
+n tokens of a chunk; v real entries of the vocabulary, of which this rank holds a part. Arithmetic is in float32, or in
+float64 for float64 logits. A formula reads its chunk, agrees over tp on a few numbers per token, and returns the
+divergence and a function that forms the gradient from what the formula still holds. Where no gradient waits for the
+divergence (SUMMED_AT_THE_END, and the cross-entropy), it returns this rank's part.
+
+Communication: tp, in `Reductions` alone: [n] values or a few of them, in the forward pass only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from minitron_nemo.checks import require
+from minitron_nemo.parallel import all_gather_shards, all_reduce_max, all_reduce_sum, group_rank, group_size
+
+# ---- the vocabulary, split over tp -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The real entries, global and here; padding comes last and does not exist for a loss."""
+
+    size: int
+    first: int
+    """Global index of this rank's first column."""
+    columns: int
+    """Columns of every rank, padding included."""
+    local: int
+    """Real columns of this rank; 0 where it holds padding alone."""
+    group: ProcessGroup | None
+
+    @classmethod
+    def split(cls, local_columns: int, vocab_size: int | None, group: ProcessGroup | None) -> Vocabulary:
+        """Of logits with `local_columns` columns on each rank. Raises: ValueError: vocab_size is not within them."""
+        padded = local_columns * group_size(group)
+        size = padded if vocab_size is None else vocab_size
+        require(
+            0 < size <= padded,
+            f"vocab_size={vocab_size} must be between 1 and the logits' padded vocabulary of {padded}.",
+        )
+        first = group_rank(group) * local_columns
+        return cls(size, first, local_columns, min(max(size - first, 0), local_columns), group)
+
+    def local_columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of these global indices are here, and their columns; for those elsewhere, any column of this rank."""
+        here = (index >= self.first) & (index < self.first + self.local)
+        return here, torch.where(here, index - self.first, 0)
+
+    def entries(self, rows: Tensor, index: Tensor) -> Tensor:
+        """rows [n, v/tp] at the global `index` [n, k]; 0 where it is on another rank."""
+        here, columns = self.local_columns(index)
+        return torch.where(here, rows.gather(-1, columns), 0.0) if self.local > 0 else rows.new_zeros(index.shape)
+
+
+class Reductions:
+    """What the ranks agree on, chunk by chunk: reduced and kept in the forward pass, read again in the backward pass.
+
+    Values have the tokens in their last dimension. They are kept in one tensor for all chunks: many small ones, made
+    between the large temporaries, would leave the CPU's heap full of holes.
+    """
+
+    def __init__(self, group: ProcessGroup | None, num_tokens: int, kept: list[Tensor] | None = None) -> None:
+        self.group = group
+        self.kept: list[Tensor] = kept if kept is not None else []
+        """[..., num_tokens], in the order of the reductions"""
+        self._num_tokens, self._again = num_tokens, kept is not None
+        self._chunk, self._next = slice(None), 0
+
+    def at(self, chunk: slice) -> Reductions:
+        """The same, about to reduce for these tokens."""
+        self._chunk, self._next = chunk, 0
+        return self
+
+    def max(self, local: Callable[[], Tensor]) -> Tensor:
+        return self._agree(all_reduce_max, local)
+
+    def sum(self, local: Callable[[], Tensor]) -> Tensor:
+        return self._agree(all_reduce_sum, local)
+
+    def logsumexp(self, local: Callable[[], Tensor]) -> Tensor:
+        return self._agree(lambda value, group: torch.stack(all_gather_shards(value, group=group)).logsumexp(0), local)
+
+    def own(self, local: Callable[[], Tensor]) -> Tensor:
+        """This rank's, which is kept only."""
+        return self._agree(lambda value, group: value, local)
+
+    def _agree(self, reduce: Callable[..., Tensor], local: Callable[[], Tensor]) -> Tensor:
+        number, self._next = self._next, self._next + 1
+        if not self._again:
+            value = reduce(local(), group=self.group)
+            if number == len(self.kept):
+                self.kept.append(value.new_empty(*value.shape[:-1], self._num_tokens))
+            self.kept[number][..., self._chunk] = value
+        return self.kept[number][..., self._chunk]
+
+
+def row_max(rows: Tensor) -> Tensor:
+    """[n]; -inf where this rank holds padding alone."""
+    return rows.amax(-1) if rows.shape[1] > 0 else rows.new_full(rows.shape[:1], float("-inf"))
+
+
+def column(per_token: Tensor, like: Tensor) -> Tensor:
+    """[n] of any dtype as [n, 1] of the dtype of `like`."""
+    return per_token.to(like.dtype).unsqueeze(-1)
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def scores(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Capped and scaled logits in float32 or float64; the very logits where nothing is to be done."""
+    scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if scale != 1.0:
+        scores = scores * scale
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh_()
+    return scores
+
+
+def tempered(scores: Tensor, temperature: float) -> Tensor:
+    return scores if temperature == 1.0 else scores / temperature
+
+
+def gradient_of_logits(gradient: Tensor, scores: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """From the gradient of the (untempered) scores, which is overwritten."""
+    if softcap is not None:
+        gradient.mul_(1 - (scores / softcap).square_())
+    return gradient.mul_(scale) if scale != 1.0 else gradient
+
+
+# ---- softmax over the split vocabulary -------------------------------------------------------------------------------
+
+
+class Softmax(NamedTuple):
+    """p = exp(scores - log_sum) over the whole vocabulary.
+
+    `log_sum` is that of the very factor that multiplies exp(scores - maximum) on this rank to become p, and in float64,
+    so that no rounding of a sum over a large vocabulary enters a difference of two log p.
+    """
+
+    scores: Tensor
+    """[n, v/tp]"""
+    p: Tensor
+    """[n, v/tp]"""
+    log_sum: Tensor
+    """[n] float64: log of the sum of exp(scores), equal on every rank but for that rounding"""
+
+
+def softmaxes(all_scores: Sequence[Tensor], reduce: Reductions) -> list[Softmax]:
+    """Of several models' scores [n, v/tp] at once. Communicates: tp, one gather of [models, n]."""
+    # The exponentials are of the rank's own maximum, and do not wait for the others'.
+    maxima = reduce.own(lambda: torch.stack([row_max(scores) for scores in all_scores]))
+    exponentials = [(scores - maximum.unsqueeze(-1)).exp_() for scores, maximum in zip(all_scores, maxima, strict=True)]
+    log_sums = reduce.logsumexp(lambda: maxima.double() + torch.stack([e.sum(-1) for e in exponentials]).double().log())
+    factors = (maxima - log_sums).exp().to(maxima.dtype)
+    log_sums = torch.where(factors > 0, maxima - factors.double().log(), log_sums)
+    return [
+        Softmax(scores, e.mul_(factor.unsqueeze(-1)), log_sum)
+        for scores, e, factor, log_sum in zip(all_scores, exponentials, factors, log_sums, strict=True)
+    ]
+
+
+def log_ratio(teacher: Softmax, student: Softmax) -> Tensor:
+    """log p_T - log p_S [n, v/tp], exactly 0 where the models are equal."""
+    return (teacher.scores - student.scores).add_(column(student.log_sum - teacher.log_sum, student.p))
+
+
+Result: TypeAlias = tuple[Tensor, Callable[[], Tensor]]
+"""The divergence [n] or this rank's part of it, and this rank's part of its gradient, [n, v/tp], when called."""
+
+SUMMED_AT_THE_END = ("forward_kl", "mse")
+"""Kinds whose formulas return this rank's part of the divergence."""
+
+# ---- of probabilities: p_T, p_S and log(p_T / p_S), which may be overwritten -----------------------------------------
+# Where a sum of p_S - p_T or p_T - p_S is added to a divergence, it adds 0 over the vocabulary, but makes every term
+# non-negative, which keeps the small KL of a student near its teacher out of the rounding of large terms.
+
+
+def forward_kl_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, reduce: Reductions) -> Result:
+    """sum p_T log(p_T / p_S); gradient p_S - p_T."""
+    difference = p_s - p_t
+    # In place: what is allocated anew for every chunk costs more than the arithmetic.
+    divergence = reduce.own(lambda: log_ratio.mul_(p_t).add_(difference).sum(-1))
+    return divergence, lambda: difference
+
+
+def reverse_kl_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, reduce: Reductions) -> Result:
+    """R = sum p_S log(p_S / p_T); gradient p_S (log(p_S / p_T) - R)."""
+    divergence = reduce.sum(lambda: (p_t - p_s).addcmul_(p_s, log_ratio, value=-1).sum(-1))
+    return divergence, lambda: log_ratio.add_(column(divergence, p_s)).mul_(p_s).neg_()
+
+
+def symmetric_kl_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, reduce: Reductions) -> Result:
+    """sum (p_T - p_S) log(p_T / p_S) / 2; gradient half of (p_S - p_T) + p_S (log(p_S / p_T) - R), R the reverse KL."""
+    difference = p_s - p_t
+    both, reverse = reduce.sum(
+        lambda: torch.stack([-(difference * log_ratio).sum(-1), -(p_s * log_ratio + difference).sum(-1)])
+    )
+    return both / 2, lambda: (difference - p_s * (log_ratio + column(reverse, p_s))) / 2
+
+
+def jensen_shannon_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, reduce: Reductions) -> Result:
+    """m = beta p_T + (1 - beta) p_S;  beta sum p_T log(p_T / m) + (1 - beta) R,  R = sum p_S log(p_S / m);
+    gradient (1 - beta) p_S (log(p_S / m) - R).
+    """
+    # log(m / the larger of p_T, p_S), whose exponential cannot overflow; the other is further from m by |log_ratio|.
+    share_of_smaller = torch.where(log_ratio < 0, beta, 1 - beta)
+    m_over_larger = (share_of_smaller * (-log_ratio.abs()).expm1()).log1p()
+    m_over_s = m_over_larger + log_ratio.clamp_min(0)
+
+    def local_sums() -> Tensor:
+        student_terms = p_s * m_over_s
+        terms = beta * p_t * (m_over_larger - log_ratio.clamp_max(0)) + (1 - beta) * student_terms
+        return torch.stack([-terms.sum(-1), -student_terms.sum(-1)])
+
+    divergence, from_student = reduce.sum(local_sums)
+    return divergence, lambda: (beta - 1) * p_s * (m_over_s + column(from_student, p_s))
+
+
+OF_PROBABILITIES = {
+    "forward_kl": forward_kl_of,
+    "reverse_kl": reverse_kl_of,
+    "symmetric_kl": symmetric_kl_of,
+    "jensen_shannon": jensen_shannon_of,
+}
+
+# ---- of scores -------------------------------------------------------------------------------------------------------
+
+
+def cosine_of(teacher: Tensor, student: Tensor, vocab_size: int, reduce: Reductions) -> Result:
+    """D = 1 - cos(T, S) = |s - t|^2 / 2, s = S / |S|, t = T / |T|, which is 0 for equal scores; gradient
+    ((1 - D) s - t) / |S|.
+    """
+    squares = reduce.sum(lambda: torch.stack([student.square().sum(-1), teacher.square().sum(-1)]))
+    inverse_norms = squares.clamp_min(torch.finfo(squares.dtype).tiny).rsqrt()
+    unit_student = student * inverse_norms[0].unsqueeze(-1)
+    difference = unit_student - teacher * inverse_norms[1].unsqueeze(-1)
+    divergence = reduce.sum(lambda: difference.square().sum(-1) / 2)
+    return divergence, lambda: (difference - unit_student * divergence.unsqueeze(-1)) * inverse_norms[0].unsqueeze(-1)
+
+
+def mse_of(teacher: Tensor, student: Tensor, vocab_size: int, reduce: Reductions) -> Result:
+    """mean (S - T)^2 over the real vocabulary; gradient 2 (S - T) / v."""
+    difference = student - teacher
+    divergence = reduce.own(lambda: difference.square().sum(-1) / vocab_size)
+    return divergence, lambda: difference * (2 / vocab_size)
+
+
+OF_SCORES = {"cosine": cosine_of, "mse": mse_of}
+
+# ---- cross-entropy on the labels -------------------------------------------------------------------------------------
+
+
+def cross_entropy_of(student: Softmax, labels: Tensor, vocabulary: Vocabulary) -> Result:
+    """-log p_S(label), this rank's part; gradient p_S - 1[label], 0 for a label that is ignored."""
+    label_scores = vocabulary.entries(student.scores, labels.unsqueeze(-1)).squeeze(-1)
+
+    def gradient() -> Tensor:
+        here, columns = vocabulary.local_columns(labels.unsqueeze(-1))
+        gradient = student.p * column(labels >= 0, student.p)
+        return gradient.scatter_add_(-1, columns, -here.to(gradient.dtype)) if vocabulary.local > 0 else gradient
+
+    return cross_entropy(label_scores, student.log_sum, labels, vocabulary), gradient
+
+
+def cross_entropy(label_scores: Tensor, log_sum: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """[n], to be summed up over the ranks: -log p(label) where the label is here, 0 where it is elsewhere or negative
+    (ignored), infinite where it is not in the vocabulary.
+    """
+    here, _ = vocabulary.local_columns(labels)
+    value = torch.where(here, log_sum - label_scores, 0.0).to(label_scores.dtype)
+    return value.masked_fill(labels >= vocabulary.size, float("inf"))

@@ -1,0 +1,338 @@
+"""How far the student's next-token distribution is from the teacher's, over a vocabulary split across ranks.
+
+    logits      of student and teacher                       [s, b, v/tp]    bf16 or fp32
+    divergence  one value per token                          [s, b]          float32, equal on every tp rank
+
+The divergences are those of kinds.py and top_k.py. This module walks over chunks of tokens, and does so again in the
+backward pass: beyond the inputs and the student's gradient, only values per token and one chunk are alive. The inputs
+are never overwritten.
+
+Communication: tp, in the forward pass only: per chunk, one gather for the softmaxes, and a sum for the kinds whose
+gradient waits for it; after the last chunk, one sum of the losses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from minitron_nemo.checks import require
+from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
+from minitron_nemo.divergence.formulas import (
+    OF_PROBABILITIES,
+    OF_SCORES,
+    SUMMED_AT_THE_END,
+    Reductions,
+    Result,
+    Softmax,
+    Vocabulary,
+    cross_entropy_of,
+    gradient_of_logits,
+    log_ratio,
+    scores,
+    softmaxes,
+    tempered,
+)
+from minitron_nemo.divergence.top_k import TopKTeacher, top_k_of, top_k_of_chunk
+from minitron_nemo.parallel import all_reduce_sum, group_size
+
+CHUNK_ELEMENTS = 1 << 22  # logits of one chunk: 16 MiB in float32, large beside a kernel launch, small beside the whole
+CPU_CHUNK_ELEMENTS = 1 << 17  # what a chunk's temporaries leave in a core's cache, which they are read from ten times
+CPU_CHUNK_ELEMENTS_OF_RANKS = 1 << 19  # with smaller ones the chunks' reductions take more time than their arithmetic
+
+TeacherRows: TypeAlias = Tensor | TopKTeacher
+"""Logits [n, v/tp], or what is known of them."""
+
+
+class TokenLosses(NamedTuple):
+    """Values per token, in nats (but for cosine and mse), equal on every tp rank."""
+
+    divergence: Tensor
+    """[s, b]; exactly 0 where the logits are equal."""
+    cross_entropy: Tensor | None
+    """[s, b], of the student on the labels, at temperature 1; None without labels."""
+
+
+def divergence(
+    student_logits: Tensor,
+    teacher_logits: TeacherRows,
+    config: DivergenceConfig,
+    *,
+    tp_group: ProcessGroup | None,
+    vocab_size: int | None = None,
+    labels: Tensor | None = None,
+) -> TokenLosses:
+    """Divergence of each token, and the student's cross-entropy read off the same logits.
+
+    Args:
+        student_logits: [s, b, v/tp] (any order of s and b), bf16 or fp32; receives gradient.
+        teacher_logits: the same shape and padded vocabulary, or for kind=top_k a `TopKTeacher` of [s, b, k]; constant.
+        tp_group: None where the vocabulary is whole.
+        vocab_size: real entries of the whole vocabulary; columns from there on are padding and do not exist for the
+            loss. None: all are real.
+        labels: [s, b], global; a negative one has cross-entropy 0.
+    Returns:
+        float32 (float64 for float64 logits), both differentiable.
+    Communicates: tp, per chunk one to three collectives of a few values per token forward, and one of the losses; none
+        backward; top_k also gathers k values and indices.
+    Raises: ValueError: shapes differ, or vocab_size is not within the vocabulary.
+    """
+    tokens = student_logits.shape[:-1]
+    vocabulary = Vocabulary.split(student_logits.shape[-1], vocab_size, tp_group)
+    teacher = _teacher_rows(student_logits, teacher_logits, config, vocabulary)
+    require(
+        labels is None or labels.shape == tokens,
+        f"labels {list(labels.shape) if labels is not None else None} are not one a token {list(tokens)}.",
+    )
+    flat_labels = labels.reshape(-1) if labels is not None else None
+    losses = _Divergence.apply(student_logits, teacher, flat_labels, config, vocabulary)
+    return TokenLosses(losses[0].view(tokens), losses[1].view(tokens) if labels is not None else None)
+
+
+def forward_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    tp_group: ProcessGroup | None,
+    vocab_size: int | None = None,
+    scale_by_temperature_squared: bool = True,
+) -> Tensor:
+    """KL(teacher || student) of each token, in nats: `divergence` of the first kind, alone.
+
+    sum_v p_T(v) (log p_T(v) - log p_S(v)),  p = softmax(logits / temperature),
+    times temperature**2 so the gradient keeps its size (Hinton et al. 2015, section 2).
+    """
+    config = DivergenceConfig(temperature=temperature, scale_by_temperature_squared=scale_by_temperature_squared)
+    return divergence(student_logits, teacher_logits, config, tp_group=tp_group, vocab_size=vocab_size).divergence
+
+
+def top_k_of_teacher(
+    teacher_logits: Tensor, config: DivergenceConfig, *, tp_group: ProcessGroup | None, vocab_size: int | None = None
+) -> TopKTeacher:
+    """What kind=top_k needs of the teacher: k tokens of [s, b, v/tp], their log-probabilities and the mass of the rest.
+
+    Communicates: tp, per chunk, one gather of k values and indices, and three reductions.
+    """
+    vocabulary = Vocabulary.split(teacher_logits.shape[-1], vocab_size, tp_group)
+    rows = real_rows(teacher_logits, vocabulary)
+    return top_k_of_rows(rows, config, vocabulary).of_tokens(*teacher_logits.shape[:-1])
+
+
+def _teacher_rows(
+    student_logits: Tensor, teacher: TeacherRows, config: DivergenceConfig, vocabulary: Vocabulary
+) -> TeacherRows:
+    """The teacher in the form the formulas of this kind read. Communicates: tp, to choose the k largest."""
+    if isinstance(teacher, TopKTeacher):
+        require_kind_reads_top_k(config)
+        teacher.require_fits(student_logits.shape[:-1], config)
+        return teacher.of_tokens(-1)
+    require(
+        student_logits.shape == teacher.shape,
+        f"student logits {list(student_logits.shape)} and teacher logits {list(teacher.shape)} differ in shape; "
+        "distillation needs the same tokens, the same padded vocabulary and the same tensor_model_parallel_size.",
+    )
+    if config.kind == TOP_K:
+        vocab_size, group = vocabulary.size, vocabulary.group
+        return top_k_of_teacher(teacher.detach(), config, tp_group=group, vocab_size=vocab_size).of_tokens(-1)
+    return teacher
+
+
+def require_kind_reads_top_k(config: DivergenceConfig) -> None:
+    require(
+        config.kind == TOP_K,
+        f"the teacher is known by its likeliest tokens only, and divergence.kind={config.kind} needs all; use "
+        "divergence.kind=top_k.",
+    )
+
+
+class _Divergence(torch.autograd.Function):
+    """Values per token [2, n]; the backward pass forms the gradients again from the logits, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_logits: Tensor,
+        teacher: TeacherRows,
+        labels: Tensor | None,
+        config: DivergenceConfig,
+        vocabulary: Vocabulary,
+    ) -> Tensor:
+        student = real_rows(student_logits, vocabulary)
+        rows = real_rows(teacher, vocabulary) if isinstance(teacher, Tensor) else teacher
+        losses, ctx.kept = row_losses(student, rows, labels, config, vocabulary)
+        # Saved as autograd saves: logits that are overwritten before the backward pass raise an error there.
+        ctx.save_for_backward(student_logits, teacher if isinstance(teacher, Tensor) else None, labels)
+        ctx.top_k, ctx.config, ctx.vocabulary = teacher, config, vocabulary
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
+        student_logits, teacher_logits, labels = ctx.saved_tensors
+        vocabulary = ctx.vocabulary
+        student = real_rows(student_logits, vocabulary)
+        rows = real_rows(teacher_logits, vocabulary) if teacher_logits is not None else ctx.top_k
+        gradient = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
+        gradient_rows = gradient.view(-1, gradient.shape[-1])
+        gradient_rows[:, vocabulary.local :] = 0
+        out = gradient_rows[:, : vocabulary.local]
+        row_losses(student, rows, labels, ctx.config, vocabulary, kept=ctx.kept, weights=weights, out=out)
+        return gradient, None, None, None, None
+
+
+# ---- rows: tokens of a vocabulary's real columns ---------------------------------------------------------------------
+
+
+def real_rows(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """[n, real columns], a view of contiguous logits [s, b, v/tp]."""
+    return logits.detach().reshape(-1, logits.shape[-1])[:, : vocabulary.local]
+
+
+def chunks(rows: Tensor, vocabulary: Vocabulary) -> Iterator[slice]:
+    """The same on every rank, whatever it holds of the padding: each chunk has its reductions."""
+    on_cpu = CPU_CHUNK_ELEMENTS if group_size(vocabulary.group) == 1 else CPU_CHUNK_ELEMENTS_OF_RANKS
+    elements = CHUNK_ELEMENTS if rows.is_cuda else min(CHUNK_ELEMENTS, on_cpu)
+    step = max(1, elements // vocabulary.columns)
+    for start in range(0, rows.shape[0], step):
+        yield slice(start, start + step)
+
+
+def top_k_of_rows(teacher: Tensor, config: DivergenceConfig, vocabulary: Vocabulary) -> TopKTeacher:
+    """`top_k_of_teacher` of n tokens [n, real columns]. Communicates: tp."""
+    rows = teacher.shape[0]
+    dtype = torch.promote_types(teacher.dtype, torch.float32)
+    log_probs = torch.empty(rows, config.k, dtype=dtype, device=teacher.device)
+    tail = log_probs.new_empty(rows) if config.tail == "bucket" else None
+    answer = TopKTeacher(torch.empty_like(log_probs, dtype=torch.int64), log_probs, tail, config.temperature)
+    for chunk in chunks(teacher, vocabulary):
+        part = top_k_of_chunk(teacher[chunk], config, vocabulary)
+        answer.indices[chunk], log_probs[chunk] = part.indices, part.log_probs
+        if tail is not None and part.log_tail_mass is not None:
+            tail[chunk] = part.log_tail_mass
+    return answer
+
+
+Kept: TypeAlias = list[Tensor]
+"""What the ranks agreed on; see `Reductions`."""
+
+
+def row_losses(
+    student: Tensor,
+    teacher: TeacherRows,
+    labels: Tensor | None,
+    config: DivergenceConfig,
+    vocabulary: Vocabulary,
+    *,
+    kept: Kept | None = None,
+    weights: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Kept]:
+    """Divergence and cross-entropy of n tokens, and on request the gradient of their weighted sum.
+
+    Args:
+        student, teacher: [n, real columns]; for kind=top_k the teacher is a TopKTeacher.
+        labels: [n] or None.
+        kept: what the forward pass returned; nothing is communicated then.
+        weights: as the losses returned.
+        out: [n, real columns], gets the gradient with respect to the student's logits; may be `student` itself.
+    Returns: [1, n] divergence, or [2, n] with the cross-entropy on the labels, some of it this rank's part only where
+        `kept` is given; and what the ranks agreed on.
+    Communicates: tp, unless `kept` is given.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    losses = torch.empty(1 if labels is None else 2, student.shape[0], dtype=dtype, device=student.device)
+    kernels = _kernels(student, config)
+    reduce = Reductions(vocabulary.group, student.shape[0], kept)
+    for chunk in chunks(student, vocabulary) if kernels is None else [slice(None)]:
+        arguments = (
+            student[chunk],
+            teacher[chunk],
+            labels[chunk] if labels is not None else None,
+            config,
+            vocabulary,
+            reduce.at(chunk),
+            weights[:, chunk] if weights is not None else None,
+            out[chunk] if out is not None else None,
+        )
+        losses[:, chunk] = kernels.chunk_losses(*arguments) if kernels is not None else _chunk_losses(*arguments)
+    parts = losses if config.kind in SUMMED_AT_THE_END else losses[1:]
+    if kept is None and len(parts) > 0:
+        parts.copy_(all_reduce_sum(parts, group=vocabulary.group))
+    return losses, reduce.kept
+
+
+def _chunk_losses(
+    student: Tensor,
+    teacher: TeacherRows,
+    labels: Tensor | None,
+    config: DivergenceConfig,
+    vocabulary: Vocabulary,
+    reduce: Reductions,
+    weights: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """`row_losses` of one chunk; where they are summed up over the ranks at the end, this rank's part."""
+    student_scores = scores(student, config.student_logit_scale, config.student_softcap)
+    results = _chunk_results(student_scores, teacher, labels, config, vocabulary, reduce)
+    if weights is not None and out is not None:
+        of_scores = (config.factor / config.temperature, 1.0)  # cross-entropy is of the scores before the temperature
+        gradients = [
+            gradient().mul_((weight * factor).unsqueeze(-1))
+            for (_, gradient), weight, factor in zip(results, weights, of_scores, strict=False)
+        ]
+        gradient = gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
+        out.copy_(gradient_of_logits(gradient, student_scores, config.student_logit_scale, config.student_softcap))
+    values = [value for value, _ in results]
+    return torch.stack([values[0] * config.factor, *values[1:]])
+
+
+def _chunk_results(
+    student_scores: Tensor,
+    teacher: TeacherRows,
+    labels: Tensor | None,
+    config: DivergenceConfig,
+    vocabulary: Vocabulary,
+    reduce: Reductions,
+) -> list[Result]:
+    """Divergence of the tempered scores and, with labels, the cross-entropy of the student's own."""
+    student = tempered(student_scores, config.temperature)
+    own: list[Softmax] = []  # the student's softmax at temperature 1
+    if isinstance(teacher, TopKTeacher):
+        result = top_k_of(teacher, student, config, vocabulary, reduce)
+    else:
+        teacher_scores = scores(teacher, config.teacher_logit_scale, config.teacher_softcap)
+        teacher_scores = tempered(teacher_scores, config.temperature)
+        if config.kind in OF_SCORES:
+            result = OF_SCORES[config.kind](teacher_scores, student, vocabulary.size, reduce)
+        else:
+            more = [student_scores] if labels is not None and config.temperature != 1.0 else []
+            s, t, *own = softmaxes([student, teacher_scores, *more], reduce)
+            own = own or [s]
+            result = OF_PROBABILITIES[config.kind](t.p, s.p, log_ratio(t, s), config.beta, reduce)
+    if labels is None:
+        return [result]
+    (own_softmax,) = own or softmaxes([student_scores], reduce)
+    return [result, cross_entropy_of(own_softmax, labels, vocabulary)]
+
+
+def _kernels(student: Tensor, config: DivergenceConfig) -> ModuleType | None:
+    """The Triton kernels, where they are asked for and can take this; TRITON_INTERPRET=1 runs them on the CPU.
+
+    They have run through the interpreter only, so on a GPU MINITRON_TRITON=1 has to ask for them.
+    """
+    asked = (os.environ.get("MINITRON_TRITON") == "1" and student.is_cuda) or os.environ.get("TRITON_INTERPRET") == "1"
+    if not asked or config.kind != "forward_kl" or student.dtype == torch.float64:
+        return None
+    try:
+        from minitron_nemo.divergence import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels

@@ -1,1 +1,0 @@
-"""NeMo: model classes, trainer and strategy, data modules, checkpoints, HF import and export."""

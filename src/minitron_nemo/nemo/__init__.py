@@ -1,0 +1,1 @@
+"""NeMo 2.x: models, trainer, optimizer, callbacks, context. Nothing else imports nemo or lightning."""

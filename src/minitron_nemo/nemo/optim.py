@@ -1,0 +1,151 @@
+"""Adam and its learning-rate schedules, as NeMo optimizer modules.
+
+Schedules (steps counted from 0): linear warm-up to `lr`, then cosine to `min_lr`, or WSD (warm-up, stable, linear decay
+over the last `decay_steps`), or constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from nemo.lightning.pytorch.optim import MegatronOptimizerModule
+from nemo.lightning.pytorch.optim.base import LRSchedulerModule
+from torch.optim.lr_scheduler import LambdaLR
+
+from minitron_nemo import platform
+from minitron_nemo.config.training import OptimConfig
+
+
+def lr_multiplier(step: int, *, config: OptimConfig, steps: int) -> float:
+    """Fraction of the peak learning rate used by step `step` of `steps`."""
+    floor = config.min_lr / config.lr
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    length = config.decay_steps if config.schedule == "wsd" else steps - config.warmup_steps
+    begin = steps - length
+    progress = min(max(step - begin, 0) / max(length, 1), 1.0)
+    if config.schedule == "wsd":
+        return 1.0 - (1.0 - floor) * progress
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class WarmupDecay(LRSchedulerModule):
+    """`lr_multiplier` as a NeMo scheduler module."""
+
+    def __init__(self, config: OptimConfig, steps: int, teacher_factor: float = 1.0) -> None:
+        """
+        Args:
+            teacher_factor: the teacher's rate by the student's, where it learns too.
+        """
+        super().__init__()
+        self.config, self.teacher_factor = config, teacher_factor
+        self.max_steps = steps  # NeMo's strategy writes the trainer's max_steps here
+
+    def scheduler(self, model: Any, optimizers: Any) -> dict[str, Any]:
+        def scaled(factor: float) -> Callable[[int], float]:
+            return lambda step: factor * lr_multiplier(step, config=self.config, steps=self.max_steps)
+
+        factors = [self.teacher_factor if _is_teachers_group(group) else 1.0 for group in optimizers.param_groups]
+        schedule = LambdaLR(optimizers, [scaled(factor) for factor in factors])
+        return {"optimizer": optimizers, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SkippingOptimizer(MegatronOptimizerModule):
+    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment."""
+
+    skipped = False
+    """Whether the last step was skipped; the same on every rank, as they share the gradient's norm."""
+    clip_apart: float | None = None
+    """Beside a teacher that learns: the largest norm of either model's gradient, each clipped by its own, so that
+    neither's step depends on the other's. None: there is one model, which Megatron clips."""
+
+    def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
+        [optimizer] = super().optimizers(model)
+        megatron = optimizer.mcore_optimizer
+        prepare_grads, get_grad_norm = megatron.prepare_grads, megatron.get_grad_norm
+        norm = math.nan  # of the student
+
+        def prepare_finite_grads() -> bool:
+            nonlocal norm
+            self.skipped = prepare_grads()
+            if not self.skipped and self.clip_apart is None:
+                norm = get_grad_norm()
+                self.skipped = not math.isfinite(norm)
+            elif not self.skipped and self.clip_apart is not None:
+                of_teacher = _clip_by_its_norm(megatron, get_grad_norm, self.clip_apart, teachers=True)
+                norm = _clip_by_its_norm(megatron, get_grad_norm, self.clip_apart, teachers=False)
+                self.skipped = not math.isfinite(of_teacher + norm)
+            return self.skipped
+
+        megatron.prepare_grads = prepare_finite_grads
+        megatron.get_grad_norm = lambda: norm  # asked next, in the same step: it takes a reduction over all ranks
+        return [optimizer]
+
+
+_TEACHERS_MARK = math.nextafter(1.0, 0.0)
+"""Multiplier of the teacher's rate for Megatron, which makes groups of parameters by it and knows them again by it."""
+
+
+def _is_teachers(name: str, _: torch.nn.Parameter) -> bool:
+    return "teacher" in name.split(".")
+
+
+def _is_teachers_group(group: dict[str, Any]) -> bool:
+    return group["pre_lr_mult"] == _TEACHERS_MARK  # NeMo's name for it, once it is applied
+
+
+def _clip_by_its_norm(megatron: Any, norm_of: Callable[[], float], max_norm: float, *, teachers: bool) -> float:
+    """Clip the gradients of one of two models and return their norm before. Communicates: as Megatron's norm does."""
+    parts = megatron.chained_optimizers
+    for part in parts:
+        groups = (group for group in part.param_groups if _is_teachers_group(group) == teachers)
+        chosen = [parameter for group in groups for parameter in group["params"]]
+        part.get_parameters = lambda chosen=chosen: chosen  # what norm and clipping go by
+    try:
+        norm = norm_of()
+        for part in parts:
+            if max_norm > 0 and (parameters := part.get_parameters()):
+                precise = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, max_norm, norm, precise)
+    finally:
+        for part in parts:
+            del part.get_parameters
+    return norm
+
+
+def build_optimizer(
+    config: OptimConfig, *, steps: int, dtype: torch.dtype, teacher_lr: float = 0.0
+) -> SkippingOptimizer:
+    """Megatron's Adam: float32 master weights under bf16, sharded over data-parallel ranks where that is supported.
+
+    Args:
+        teacher_lr: peak rate of a teacher that learns beside the student, under the same schedule; 0: it does not.
+    """
+    teacher_learns = teacher_lr > 0
+    optimizer = SkippingOptimizer(
+        config=OptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            min_lr=config.min_lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.adam_beta1,
+            adam_beta2=config.adam_beta2,
+            adam_eps=config.adam_eps,
+            clip_grad=0.0 if teacher_learns else config.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            use_distributed_optimizer=platform.supports_distributed_optimizer(),
+        ),
+        lr_scheduler=WarmupDecay(config, steps, teacher_lr / config.lr),
+        scale_lr_cond=_is_teachers if teacher_learns else None,
+        lr_mult=_TEACHERS_MARK,
+    )
+    if teacher_learns:
+        optimizer.clip_apart = config.clip_grad
+    return optimizer

@@ -1,0 +1,154 @@
+"""What a training run survives: being killed, being told to stop, and steps whose gradient is not finite.
+
+    killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
+    SIGTERM, SIGUSR1, or the   ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
+    file $MINITRON_STOP_FILE   exit code 75 (`StopWhenAsked`); the same command continues it
+    a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `engine.optim`)
+
+Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from minitron_nemo.checks import Interrupted
+from minitron_nemo.nemo.optim import SkippingOptimizer
+from minitron_nemo.parallel import all_reduce_max
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_FILE = "MINITRON_STOP_FILE"
+"""Environment variable that names a file; when it appears, the run stops as after a signal. Signals do not reach ranks
+on other nodes, or reach torchrun first, which gives its ranks 30 seconds; a file on a shared disk does."""
+
+
+class ResumableCheckpoints(pl.Callback):
+    """Every `every` steps a complete checkpoint (weights, optimizer, data position) in `directory/step-N`.
+
+    Written under a temporary name and renamed, so that the newest `step-N` is always whole; older ones are removed.
+    """
+
+    def __init__(self, directory: Path, every: int, *, also_the_last: bool = False) -> None:
+        self.directory, self.every, self.also_the_last = directory, every, also_the_last
+
+    def newest(self) -> Path | None:
+        found = sorted(self.directory.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+        return found[-1] if found else None
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        step = trainer.global_step
+        last = step == trainer.max_steps
+        if self.also_the_last if last else self.every and step % self.every == 0:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write the checkpoint of the step that has just ended, unless it is there. Communicates: every rank."""
+        step = trainer.global_step
+        whole, writing = self.directory / f"step-{step}", self.directory / f"step-{step}.partial"
+        previous = self.newest()
+        if previous == whole:
+            return
+        trainer.save_checkpoint(writing)
+        if trainer.is_global_zero:
+            writing.rename(whole)
+            if previous is not None:
+                shutil.rmtree(previous)
+        trainer.strategy.barrier()
+
+
+class StopWhenAsked(pl.Callback):
+    """Ends the run after the step in which any rank was asked to stop; saves it then."""
+
+    def __init__(self, checkpoints: ResumableCheckpoints) -> None:
+        self.checkpoints = checkpoints
+        self.stopped_after: int | None = None
+        """Steps done when the run was stopped; None while it was not."""
+        self._asked = False
+        self._stop_file = os.environ.get(STOP_FILE)
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {each: signal.signal(each, self._ask) for each in STOP_SIGNALS}
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Communicates: every rank, a maximum of one number."""
+        asked = self._asked or (
+            trainer.is_global_zero and self._stop_file is not None and Path(self._stop_file).exists()
+        )
+        anyone = all_reduce_max(
+            torch.tensor(float(asked), device=pl_module.device), group=torch.distributed.group.WORLD
+        )
+        if bool(anyone) and trainer.global_step < trainer.max_steps:
+            self.checkpoints.save(trainer)
+            self.stopped_after = trainer.global_step
+            trainer.limit_val_batches = 0  # else Lightning validates on the way out
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
+        self._handlers = {}
+
+    def require_finished(self, steps: int) -> None:
+        """Raises: Interrupted: the run was stopped."""
+        if self.stopped_after is not None:
+            raise Interrupted(
+                f"stopped after step {self.stopped_after} of {steps}, as it was asked to; everything is saved. "
+                "The same command continues there."
+            )
+
+
+class SkippedSteps(pl.Callback):
+    """Says which steps were skipped for a gradient that is not finite, and ends a run that only skips."""
+
+    def __init__(self, optimizer: SkippingOptimizer, checkpoints: ResumableCheckpoints, limit: int, batch: int) -> None:
+        """
+        Args:
+            limit: skipped steps in a row that end the run.
+            batch: samples of a step over all ranks.
+        """
+        self.optimizer, self.checkpoints, self.limit, self.batch = optimizer, checkpoints, limit, batch
+        self.in_a_row = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Raises: ValueError, on every rank: `limit` steps in a row were skipped."""
+        if not self.optimizer.skipped:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        step = trainer.global_step
+        first = (step - 1) * self.batch
+        if trainer.is_global_zero:
+            print(
+                f"Step {step} changed nothing: its gradient is not finite. Its samples are {first} to "
+                f"{first + self.batch - 1}, counted from the start of training.",
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.in_a_row >= self.limit:
+            newest = self.checkpoints.newest()
+            raise ValueError(
+                f"{self.in_a_row} steps in a row, up to step {step}, had gradients that are not finite (NaN or "
+                f"infinity); training.max_skipped_steps={self.limit}. Lower training.optim.lr, or look at samples "
+                f"{first - (self.in_a_row - 1) * self.batch} to {first + self.batch - 1}. "
+                + (f"The newest whole checkpoint is {newest}." if newest else "No checkpoint was written before.")
+            )

@@ -1,0 +1,87 @@
+"""Processes and groups: one start-up for torchrun, SLURM's srun + torchrun and a plain `python`.
+
+A run starts torch.distributed once; each stage then asks for its layout. A chain of stages in one process keeps the
+process group and only rebuilds Megatron's groups when the layout changes.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from minitron_nemo import platform
+from minitron_nemo.checks import require
+from minitron_nemo.config.trainer import PARALLEL_SIZES, LayoutConfig
+
+
+def start() -> None:
+    """Join the process group: from torchrun's environment, or alone. Idempotent."""
+    platform.activate()
+    if dist.is_initialized():
+        return
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(platform.backend())
+    else:
+        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+
+
+def stop() -> None:
+    """Leave the process group, so that a process can start another one (tests do)."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def use_layout(layout: LayoutConfig, *, seed: int) -> None:
+    """Build Megatron's groups for `layout` and seed its random-number trackers.
+
+    Raises: ValueError where the world cannot hold the layout.
+    """
+    start()
+    world = dist.get_world_size()
+    require(
+        world % layout.model_parallel_size == 0,
+        f"{world} processes cannot hold tensor_model_parallel_size={layout.tensor_model_parallel_size} x "
+        f"pipeline_model_parallel_size={layout.pipeline_model_parallel_size} x "
+        f"context_parallel_size={layout.context_parallel_size} = {layout.model_parallel_size}. "
+        f"Start a multiple of {layout.model_parallel_size}: "
+        f"torchrun --nproc-per-node {layout.model_parallel_size} ...",
+    )
+    data_parallel = world // layout.model_parallel_size * layout.context_parallel_size
+    require(
+        data_parallel % layout.expert_model_parallel_size == 0,
+        f"trainer.expert_model_parallel_size={layout.expert_model_parallel_size} does not divide the {data_parallel} "
+        f"ranks that {world} processes leave it beside tensor and pipeline parallelism. Start "
+        f"{layout.model_parallel_size * layout.expert_model_parallel_size} processes, or lower it.",
+    )
+    if not _stands(layout):
+        # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
+        # a thread that wakes a hundred times a second.
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_model_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+            context_parallel_size=layout.context_parallel_size,
+            expert_model_parallel_size=layout.expert_model_parallel_size,
+        )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _stands(layout: LayoutConfig) -> bool:
+    """Whether Megatron's groups are those of `layout` already."""
+    return parallel_state.model_parallel_is_initialized() and (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    ) == tuple(getattr(layout, size) for size in PARALLEL_SIZES)
+
+
+def is_rank_zero() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0

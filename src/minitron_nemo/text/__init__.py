@@ -1,0 +1,1 @@
+"""Text in, tokens out: corpora, token files, documents, tokenizers, calibration, questions, stored samples."""

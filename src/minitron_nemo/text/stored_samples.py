@@ -1,0 +1,222 @@
+"""Training samples whose teacher's answers are stored: the windows of a `teacher_logits` store, in any order.
+
+The order is drawn from the data's seed: sources take turns by their weights, each going through its stored windows in a
+new order every time. Sample i of a run is the same on every layout and at every batch size.
+
+    tokens, labels, position_ids           [s]      int64
+    loss_mask                              [s]      float32
+    teacher_log_probs, teacher_indices     [s, k]   as stored
+    teacher_tail_mass                      [s]      float32
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets import helpers
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
+from minitron_nemo.checks import require
+from minitron_nemo.config.distillation import DivergenceConfig
+from minitron_nemo.text.data import TRAIN, TokenStream, weighted_sources
+from minitron_nemo.text.documents import unmark
+from minitron_nemo.text.teacher_store import Shards, StoreFormat
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """The first windows of a source's training file; samples first to first + samples - 1 of a store."""
+
+    data: str
+    """Digest of the prepared data."""
+    file: str
+    """Its training file there, without ending."""
+    first: int
+    samples: int
+
+
+def stored_sources(
+    blend: list[tuple[Artifact, float]], seq_length: int, num_samples: int | None
+) -> tuple[list[StoredSource], list[TokenStream]]:
+    """What a store of this blend holds, and where its tokens are; sources without a whole window are left out.
+
+    Args:
+        num_samples: shared out by the sources' weights and rounded up, none getting more than it has; None: all.
+    """
+    shares = weighted_sources(blend)
+    total = sum(weight for *_, weight in shares)
+    sources, streams, first = [], [], 0
+    for artifact, source, weight in shares:
+        if source[f"{TRAIN}_tokens"] <= seq_length:
+            continue
+        stream = TokenStream(os.path.abspath(artifact.path / source[TRAIN]))
+        samples = stream.windows(seq_length)
+        if num_samples is not None:
+            samples = min(samples, int(np.ceil(num_samples * weight / total)))
+        sources.append(StoredSource(artifact.digest, source[TRAIN], first, samples))
+        streams.append(stream)
+        first += samples
+    return sources, streams
+
+
+class Windows:
+    """The text of a store's samples."""
+
+    def __init__(self, sources: Sequence[StoredSource], streams: Sequence[TokenStream], seq_length: int) -> None:
+        self.streams, self.seq_length = streams, seq_length
+        self.ends = np.cumsum([source.samples for source in sources])
+
+    def read(self, sample: int) -> dict[str, Tensor]:
+        """tokens, labels, position_ids and loss_mask [s]."""
+        source = int(np.searchsorted(self.ends, sample, side="right"))
+        window = sample - (int(self.ends[source - 1]) if source else 0)
+        stored = self.streams[source].read(window * self.seq_length, self.seq_length + 1)
+        text, supervised = unmark(torch.from_numpy(stored))
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": supervised[1:],
+            "position_ids": torch.arange(self.seq_length),
+        }
+
+
+class StoredSamples(Dataset):
+    """`num_samples` samples of a store, sources mixed by weight."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        sources: Sequence[StoredSource],
+        streams: Sequence[TokenStream],
+        weights: Sequence[float],
+        num_samples: int,
+        *,
+        seed: int,
+        with_teacher: bool = True,
+    ) -> None:
+        """
+        Args:
+            sources, streams: those to train on, with a relative weight each.
+            with_teacher: read the teacher's answers too; only the last pipeline stage needs them.
+        """
+        self.shards, self.sources, self.seed, self.with_teacher = shards, sources, seed, with_teacher
+        self.windows = Windows(sources, streams, shards.format.seq_length)
+        self.source_of = np.empty(num_samples, np.int16)
+        self.turn_of = np.empty(num_samples, np.int64)
+        shares = np.asarray(weights, np.float64) / sum(weights)
+        helpers.build_blending_indices(self.source_of, self.turn_of, shares, len(shares), num_samples, False)
+        self._order = lru_cache(maxsize=2 * len(sources))(self._permutation)
+
+    def __len__(self) -> int:
+        return len(self.source_of)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = int(self.source_of[index])
+        source = self.sources[number]
+        epoch, turn = divmod(int(self.turn_of[index]), source.samples)
+        window = int(self._order(number, epoch)[turn])
+        text = self.windows.read(window + int(self.windows.ends[number]) - source.samples)
+        return text | (self.shards.read(source.first + window) if self.with_teacher else {})
+
+    def _permutation(self, number: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, number, epoch]).permutation(self.sources[number].samples)
+
+
+# ---- the artifact ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """A finished store."""
+
+    artifact: Artifact
+    format: StoreFormat
+    sources: list[StoredSource]
+
+    @classmethod
+    def open(cls, path: Path | str, *, key: str) -> TeacherLogits:
+        """Raises: as `open_artifact`; ValueError: a shard is gone or cut short."""
+        artifact = open_artifact(path, made_by=["teacher-logits"], key=key)
+        facts = artifact.facts
+        sources = [StoredSource(**source) for source in facts["sources"]]
+        store = cls(artifact, StoreFormat(**facts["format"]), sources)
+        store.shards.require_whole(key=key)
+        return store
+
+    @staticmethod
+    def facts(format: StoreFormat, sources: list[StoredSource]) -> dict[str, Any]:
+        """What `open` reads in the manifest."""
+        return {"format": asdict(format), "sources": [asdict(source) for source in sources]}
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(self.artifact.path, self.format, sum(source.samples for source in self.sources))
+
+    def require_fits(self, divergence: DivergenceConfig, *, seq_length: int, vocab_size: int, tokenizer: str) -> None:
+        """Raises: ValueError: the student would be compared with something else than what is stored.
+
+        Args:
+            vocab_size, tokenizer: the student's, the latter as a digest.
+        """
+        path, stored = self.artifact.path, self.format
+        require(
+            tokenizer == self.artifact.facts["tokenizer_digest"] and vocab_size == stored.vocab_size,
+            f"distill.teacher_logits={path} is of a teacher with another tokenizer: a vocabulary of "
+            f"{stored.vocab_size} tokens, the student's has {vocab_size}. Use a student pruned from that teacher, or "
+            "run teacher-logits with the teacher of this one.",
+        )
+        ours = self.format.divergence
+        asked = {"trainer.seq_length": (seq_length, stored.seq_length)} | {
+            f"distill.distillation.divergence.{name}": (getattr(divergence, name), getattr(ours, name))
+            for name in ("kind", "k", "teacher_softcap", "teacher_logit_scale")
+        }
+        if divergence.tail == "bucket":
+            name = "distill.distillation.divergence.temperature"
+            asked[name] = (divergence.temperature, stored.temperature)
+        for name, (value, has) in asked.items():
+            require(
+                value == has,
+                f"{name}={value}, but distill.teacher_logits={path} was made with {has}. Set {name}={has}, or run "
+                "teacher-logits again with the other value.",
+            )
+
+    def require_of_teacher(self, path: str) -> None:
+        """Raises: ValueError: the model at `path` is not that which was asked; one that is gone is not missed."""
+        asked = self.artifact.facts["teacher"]
+        require(
+            asked["digest"] is None or not is_artifact(path) or open_artifact(path).digest == asked["digest"],
+            f"distill.teacher={path} is not the teacher of distill.teacher_logits={self.artifact.path}, which is "
+            f"{asked['path']} as it was then. Set distill.teacher to that, or run teacher-logits again.",
+        )
+
+    def samples_of(
+        self, blend: list[tuple[Artifact, float]], *, seed: int, with_teacher: bool
+    ) -> Callable[[int], StoredSamples]:
+        """As many samples as one asks for, of the sources in `blend`, which may leave out some that are stored.
+
+        Raises: ValueError: the store has nothing of one of the artifacts.
+        """
+        path = self.artifact.path
+        stored = {(source.data, source.file): source for source in self.sources}
+        here = {source.data for source in self.sources}
+        sources, streams, weights = [], [], []
+        for artifact, source, weight in weighted_sources(blend):
+            require(
+                artifact.digest in here,
+                f"data.prepared={artifact.path} is not the data that distill.teacher_logits={path} was made from. "
+                "Set data.prepared to that, or run teacher-logits on this.",
+            )
+            if (artifact.digest, source[TRAIN]) in stored:
+                sources.append(stored[artifact.digest, source[TRAIN]])
+                streams.append(TokenStream(os.path.abspath(artifact.path / source[TRAIN])))
+                weights.append(weight)
+        return partial(StoredSamples, self.shards, sources, streams, weights, seed=seed, with_teacher=with_teacher)

@@ -1,0 +1,178 @@
+"""From a shape to NeMo's model of its family, which trains, is scored and is pruned."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from nemo.collections import llm
+
+from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.nemo.models import PrunableGPTModel, build_core, nemo_config, plain_nemo_model
+from minitron_nemo.parallel import Groups
+from minitron_nemo.pruning import plan_from_importance
+from minitron_nemo.shape import ModelShape
+from minitron_nemo.weights import load_full_parameters, stream_full_parameters
+from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
+SHAPES = {
+    "llama": TINY,
+    "llama tied": smaller(TINY, share_embeddings_and_output_weights=True),
+    "llama biases": smaller(TINY, add_bias_linear=True, add_qkv_bias=True),
+    "llama scaled": smaller(
+        TINY,
+        rope_scaling={
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.5,
+            "high_freq_factor": 3.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "mistral": smaller(TINY, family="mistral", layernorm_epsilon=1e-3),
+    "nemotron": smaller(
+        TINY,
+        family="nemotron",
+        normalization="LayerNorm1p",
+        activation="squared_relu",
+        gated_linear_unit=False,
+        rotary_percent=0.5,
+    ),
+    "qwen2": smaller(TINY, family="qwen2", add_qkv_bias=True, rotary_base=1e6),
+    "qwen3": smaller(TINY, family="qwen3", qk_layernorm=True, rotary_base=1e6),
+    "mixtral": smaller(
+        TINY, family="mixtral", num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=20, moe_router_topk=2
+    ),
+    "qwen3_moe": smaller(TINY_EXPERTS, qk_layernorm=True, moe_router_pre_softmax=True),
+}
+LLAMA_31_8B = ModelShape(
+    family="llama",
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    padded_vocab_size=128256,
+)
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> None:
+    start_alone()
+
+
+def built(shape: ModelShape) -> PrunableGPTModel:
+    """A prunable model with the weights that `build_gpt` gives this shape."""
+    model = PrunableGPTModel(shape)
+    model.configure_model()
+    load_full_parameters(model.core, shape, Groups.from_megatron(), lambda name: random_parameter(name, shape))
+    return model
+
+
+def calibration(batches: int = 3) -> Iterator[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(batches):
+        tokens = torch.randint(0, 66, (2, 9), generator=generator)
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": torch.ones(2, 8),
+            "position_ids": torch.arange(8).repeat(2, 1),
+        }
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_nemo_builds_as_many_parameters_as_the_shape_counts(name: str) -> None:
+    model = built(SHAPES[name])
+    assert sum(parameter.numel() for parameter in model.module.parameters()) == SHAPES[name].num_parameters
+
+
+def test_a_published_size_is_built_without_memory_on_the_meta_device() -> None:
+    core = nemo_config(LLAMA_31_8B, init_model_with_meta_device=True).configure_model(None)
+    assert {parameter.device.type for parameter in core.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in core.parameters()) == LLAMA_31_8B.num_parameters == 8_030_261_248
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_nemos_config_of_the_family_computes_what_the_shape_says(name: str) -> None:
+    """Reference: Megatron-core's GPTModel from the shape's own fields, with the same weights."""
+    with torch.no_grad():
+        found, expected = run_gpt(built(SHAPES[name]).core.eval(), TOKENS), run_gpt(build_gpt(SHAPES[name]), TOKENS)
+    assert found is not None and expected is not None
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class"),
+    [
+        ("llama", llm.LlamaModel),
+        ("mistral", llm.MistralModel),
+        ("nemotron", llm.NemotronModel),
+        ("qwen2", llm.Qwen2Model),
+        ("qwen3", llm.Qwen3Model),
+        ("mixtral", llm.MixtralModel),
+        ("qwen3_moe", llm.Qwen3Model),
+    ],
+)
+def test_a_checkpoint_names_nemos_own_class(family: str, model_class: type) -> None:
+    assert type(plain_nemo_model(SHAPES[family], tokenizer=None)) is model_class
+
+
+@pytest.mark.parametrize("name", ["llama tied", "nemotron", "qwen2", "qwen3"])
+def test_a_model_is_scored_and_pruned_to_the_planned_shape(name: str) -> None:
+    shape = SHAPES[name]
+    model = built(shape)
+    before = {n: tensor.clone() for n, tensor in stream_full_parameters(model.core, shape, Groups.from_megatron())}
+    importance = model.estimate_importance(calibration(), ImportanceConfig(num_samples=6))
+    assert importance.num_samples == 6
+    target = shape.pruned_to(hidden_size=16, ffn_hidden_size=26, num_attention_heads=4)
+    plan = plan_from_importance(importance, shape, target)
+
+    student = model.prune(plan)
+
+    assert student.shape == target
+    assert sum(parameter.numel() for parameter in student.module.parameters()) == target.num_parameters
+    kept = plan.hidden
+    embedding = before["embedding.word_embeddings.weight"][:, kept]
+    assert torch.equal(student.core.embedding.word_embeddings.weight.detach(), embedding)
+    for n, tensor in stream_full_parameters(model.core, shape, Groups.from_megatron()):
+        assert torch.equal(tensor, before[n]), f"pruning changed the teacher's {n}"
+    with torch.no_grad():
+        logits = run_gpt(student.core.eval(), TOKENS)
+    assert logits is not None and logits.isfinite().all()
+
+
+def test_a_pruned_model_can_be_pruned_again() -> None:
+    first = built(TINY)
+    half = TINY.pruned_to(ffn_hidden_size=20)
+    config = ImportanceConfig(num_samples=6)
+    second = first.prune(plan_from_importance(first.estimate_importance(calibration(), config), TINY, half))
+    quarter = half.pruned_to(ffn_hidden_size=10, hidden_size=12)
+    third = second.prune(plan_from_importance(second.estimate_importance(calibration(), config), half, quarter))
+    assert third.shape == quarter
+    assert sum(parameter.numel() for parameter in third.module.parameters()) == quarter.num_parameters
+
+
+def test_an_unknown_family_lists_the_known_ones() -> None:
+    shape = dataclasses.replace(TINY, family="gpt2")
+    with pytest.raises(ValueError, match="family=gpt2 has no NeMo model class here; supported: llama, mistral"):
+        nemo_config(shape)
+
+
+def test_weights_of_an_artifact_are_there_after_configuring(tmp_path: Path) -> None:
+    from minitron_nemo.runtime.distributed_checkpoint import save_weights
+
+    source = built(TINY)
+    save_weights(source.core, tmp_path)
+    loaded = PrunableGPTModel(TINY, initial=tmp_path)
+    loaded.configure_model()
+    for (name, parameter), (_, expected) in zip(
+        loaded.core.named_parameters(), source.core.named_parameters(), strict=True
+    ):
+        assert torch.equal(parameter, expected), name
+    assert build_core(nemo_config(TINY), TINY).state_dict().keys() == source.core.state_dict().keys()
