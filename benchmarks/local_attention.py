@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from minitron_nemo import platform
 from minitron_nemo.attention import FusedCausalAttention
-from minitron_nemo.config.trainer import LayoutConfig
+from minitron_nemo.config.trainer import Layout
 from minitron_nemo.nemo.models import causal_mask
 from minitron_nemo.runtime.layout import use_layout
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--save", action="store_true")
     save = parser.parse_args().save
-    use_layout(LayoutConfig(), seed=0)
+    use_layout(Layout(), seed=0)
     rows = []
     for shape in CASES:
         for dtype in (torch.bfloat16, torch.float32):

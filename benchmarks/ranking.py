@@ -26,7 +26,7 @@ from megatron.core.models.gpt import GPTModel
 from minitron_nemo.cli import quieten
 from minitron_nemo.config.importance import DepthConfig, GreedyConfig, ImportanceConfig
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
-from minitron_nemo.config.trainer import LayoutConfig, TrainerConfig
+from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.doors import hush
 from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf
 from minitron_nemo.importance import Aggregation, Importance
@@ -73,7 +73,7 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         teacher = embedded_teacher()
         self.shape = shape_from_hf(teacher)
-        use_layout(LayoutConfig(), seed=0)
+        use_layout(Layout(), seed=0)
         self.core = new_core(self.shape, TRAINER)
         load_hf(self.core, teacher, self.shape, Groups.from_megatron())
         config = prepare_data.PrepareDataConfig(corpus="stdlib", tokenizer=str(teacher), output=str(folder / "data"))

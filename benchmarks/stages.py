@@ -6,12 +6,12 @@ import json
 import time
 from pathlib import Path
 
-import hydra
-
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.cli import conf_dir, quieten
-from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
+from minitron_nemo.cli import quieten
+from minitron_nemo.config.identity import differences
+from minitron_nemo.quiet import hush
+from minitron_nemo.recipe import compose, config_of, stage_module
 
 HELD_OUT = 256
 """Samples of the validation split."""
@@ -20,8 +20,6 @@ HELD_OUT = 256
 def begin() -> float:
     """Make this process ready for stages; returns the time by the monotonic clock."""
     quieten()
-    register_schema()
-    from minitron_nemo.doors import hush
     from minitron_nemo.runtime.layout import start
 
     hush()
@@ -42,15 +40,12 @@ class Stages:
 
     def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
         own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
-        with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            config = hydra.compose("compress", [*self.shared, *overrides, *own])
-        values = typed_section(section, config)
+        config, steps = compose([*self.shared, *overrides, *own])
+        values = config_of(steps[section], config)
         if not is_artifact(values.output):
-            return stage_module(SECTIONS[section][0]).run(values)
-        from minitron_nemo.stages.training import changes, config_dict
-
+            return stage_module(steps[section].stage).run(values)
         artifact = open_artifact(values.output)
-        for key, then, now in changes(artifact.manifest["config"], config_dict(values)):
+        for key, then, now in differences(artifact.manifest["config"], values):
             require(False, f"{values.output} was made with {key}={then}, not {now}. Choose another --run-dir.")
         return artifact
 
@@ -72,7 +67,7 @@ def held_out_losses(model: Artifact, data: Path) -> list[float]:
 
     source = open_model(model.path, key="model")
     trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)
-    prepare_layout(trainer, source.shape, seed=0)
+    prepare_layout(trainer, source.shape)
     held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
     sums = run_forward(open_core(source, trainer), held_out, label="held out", total=len(held_out))
     return [float(loss / tokens) for loss, tokens in sums]

@@ -57,7 +57,7 @@ def make(folder: Path) -> dict[str, Any]:
     import torch
 
     from minitron_nemo.axes import parameter_names
-    from minitron_nemo.config.trainer import LayoutConfig
+    from minitron_nemo.config.trainer import Layout
     from minitron_nemo.hf.checkpoint import hf_tensors, load_hf
     from minitron_nemo.hf.families import family_of, hf_config
     from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter
@@ -79,7 +79,7 @@ def make(folder: Path) -> dict[str, Any]:
     writer.finish()
     (folder / "hf" / "config.json").write_text(json.dumps(hf_config(shape)))
 
-    use_layout(LayoutConfig(), seed=0)
+    use_layout(Layout(), seed=0)
     config = nemo_config(shape, params_dtype=torch.bfloat16, bf16=True, perform_initialization=False)
     core = build_core(config, shape).bfloat16()
     load_hf(core, folder / "hf", shape, Groups.from_megatron())

@@ -4,66 +4,80 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
-import hydra
 import pytest
 from hydra.errors import HydraException
-from omegaconf import DictConfig
 
-from minitron_nemo.cli import DOORS, conf_dir, recipes
+from minitron_nemo.conf_tree import conf_dir, recipes
+from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.stages import CompressConfig
-from minitron_nemo.recipe import SECTIONS, register_schema, typed_section
+from minitron_nemo.recipe import compose, config_of, names_of, steps_of
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 
-def compose(door: str, *overrides: str, directory: Path | None = None) -> DictConfig:
-    register_schema()
-    with hydra.initialize_config_dir(str(directory or conf_dir()), version_base="1.3"):
-        return hydra.compose(door, list(overrides))
+def typed(name: str, *overrides: str) -> Any:
+    """A step's config as its stage gets it."""
+    config, steps = compose(overrides)
+    return config_of(steps[name], config)
 
 
-def test_every_file_is_a_door_a_recipe_or_the_wiring() -> None:
+def test_every_file_is_a_recipe_or_the_wiring() -> None:
     files = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_file()}
-    assert files == {"wiring.yaml", *(f"{door}.yaml" for door in DOORS), *(f"recipe/{name}.yaml" for name in recipes())}
+    assert files == {"wiring.yaml", *(f"recipe/{name}.yaml" for name in recipes())}
 
 
 @pytest.mark.parametrize("recipe", recipes())
-@pytest.mark.parametrize("door", DOORS)
-def test_every_door_composes_every_recipe(door: str, recipe: str) -> None:
-    config = compose(door, f"recipe={recipe}")
+def test_every_step_of_every_recipe_is_what_its_stage_takes_and_writes_to_a_place_of_its_own(recipe: str) -> None:
+    config, steps = compose([f"recipe={recipe}"])
     assert config.name == recipe
-    for section in SECTIONS:
-        values = typed_section(section, config)
-        assert str(values.output).startswith(f"runs/{recipe}/"), section
+    outputs = [str(config_of(step, config).output) for step in steps.values()]
+    assert all(output.startswith(f"runs/{recipe}/") for output in outputs)
+    assert len(set(outputs)) == len(outputs)
 
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_names_steps_and_dims_that_exist(recipe: str) -> None:
-    config = compose("compress", f"recipe={recipe}")
-    assert set(config.compress.steps) <= SECTIONS.keys()
+    config, steps = compose([f"recipe={recipe}"])
+    assert set(names_of(config.compress.steps)) <= steps.keys()
     assert set(config.prune.target) <= set(PRUNABLE_DIMS)
     if config.pretrain.shape is not None:
         assert ModelShape.from_dict(dict(config.pretrain.shape)).num_parameters > 0
 
 
-@pytest.mark.parametrize("recipe", recipes())
-def test_no_two_sections_write_to_one_place(recipe: str) -> None:
-    config = compose("compress", f"recipe={recipe}")
-    outputs = [str(typed_section(section, config).output) for section in SECTIONS]
-    assert len(set(outputs)) == len(outputs)
-
-
 def test_what_stands_at_the_top_reaches_every_section_that_has_it() -> None:
-    config = compose("compress", "recipe=quickstart", "seed=7", "trainer.seq_length=128", "trust_checkpoint=true")
-    distill, scores = typed_section("distill", config), typed_section("estimate_importance", config)
+    top = ("recipe=quickstart", "seed=7", "trainer.seq_length=128", "trust_checkpoint=true")
+    distill, scores = typed("distill", *top), typed("estimate_importance", *top)
     assert distill.seed == scores.seed == distill.data.seed == 7 and distill.trust_checkpoint
     assert distill.trainer.seq_length == scores.trainer.seq_length == 128
 
 
+def test_a_stage_keeps_of_the_top_what_it_reads_and_no_more() -> None:
+    kept = {name: as_dict(typed(name, "recipe=quickstart")) for name in ("import_hf", "prune", "evaluate", "distill")}
+    assert "seq_length" not in kept["import_hf"]["trainer"] and "global_batch_size" not in kept["evaluate"]["trainer"]
+    assert set(kept["evaluate"]["data"]) == {"prepared"} and "seed" not in kept["prune"]
+    assert kept["distill"]["trainer"]["global_batch_size"] == 16
+
+
+@pytest.mark.parametrize("step", ["import_hf", "prepare_data", "estimate_importance", "prune", "evaluate", "export_hf"])
+def test_another_global_batch_remakes_no_step_that_does_not_train(step: str) -> None:
+    before = as_dict(typed(step, "recipe=quickstart"))
+    assert list(differences(before, typed(step, "recipe=quickstart", "trainer.global_batch_size=64"))) == []
+
+
+def test_the_layout_remakes_nothing() -> None:
+    layout = ("trainer.tensor_model_parallel_size=2", "trainer.sequence_parallel=true", "trainer.micro_batch_size=1")
+    for step in steps_of(["recipe=quickstart"]):
+        before = as_dict(typed(step, "recipe=quickstart"))
+        assert list(differences(before, typed(step, "recipe=quickstart", *layout))) == [], step
+
+
 def test_the_controls_train_as_the_distillation_they_are_measured_against() -> None:
-    config = compose("compress", "recipe=quickstart", "distill.training.steps=77", "distill.training.optim.lr=0.5")
-    for control in ("from_scratch", "pruned_ce"):
-        assert typed_section(control, config).training == typed_section("distill", config).training
+    values = ("recipe=quickstart", "distill.training.steps=77", "distill.training.optim.lr=0.5")
+    for control in ("from_scratch", "pruned_ce", "distill_calibrated"):
+        assert typed(control, *values).training == typed("distill", *values).training
+    alone = typed("from_scratch", *values, "from_scratch.training.steps=5")
+    assert (alone.training.steps, alone.training.optim.lr) == (5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +87,7 @@ def test_the_controls_train_as_the_distillation_they_are_measured_against() -> N
         ("recipe/quickstart.yaml", "warmup_steps"),
         ("recipe/quickstart.yaml", "steps"),
         ("recipe/embedded_teacher.yaml", "decay_steps"),
-        ("wiring.yaml", "like"),
+        ("wiring.yaml", "student"),
         ("wiring.yaml", "prepared"),
     ],
 )
@@ -84,10 +98,10 @@ def test_a_renamed_field_fails_while_composing(tmp_path: Path, file: str, field:
     (conf / file).write_text(text.replace(f" {field}:", f" once_{field}:", 1))
     recipe = Path(file).stem if file.startswith("recipe/") else "quickstart"
     with pytest.raises(HydraException, match=f"once_{field}") as failure:
-        compose("compress", f"recipe={recipe}", directory=conf)
+        compose([f"recipe={recipe}"], directory=conf)
     assert f"once_{field}" in str(failure.value)
 
 
 def test_remaking_finished_artifacts_has_to_be_asked_for() -> None:
     assert not CompressConfig().overwrite
-    assert not compose("compress", "recipe=quickstart").compress.overwrite
+    assert not compose(["recipe=quickstart"])[0].compress.overwrite

@@ -32,10 +32,6 @@ MISTYPED = {
         ["distill", "recipe=quickstart", "slurm.zzz=64"],
         "slurm.zzz is not a key of this recipe; known below slurm: ",
     ),
-    "a key of a group that follows another": (
-        ["compress", "recipe=quickstart", "from_scratch.training.steps=5"],
-        "from_scratch.training is that of distill.training, whole. Set distill.training.steps",
-    ),
     "a dim with a typing error": (
         ["prune", "recipe=quickstart", "prune.target.hiden_size=64"],
         "prune.target.hiden_size is not in this recipe; did you mean prune.target.hidden_size?",
@@ -72,6 +68,34 @@ MISTYPED = {
     "an unknown step": (
         ["compress", "recipe=quickstart", "compress.steps=[prune,distil]"],
         "distil is not a section of a recipe; did you mean distill?",
+    ),
+    "a step of no stage": (
+        ["compress", "recipe=quickstart", "compress.steps=[{stage: distil, name: again}]"],
+        "compress.steps: distil is not a stage; did you mean distill?",
+    ),
+    "a step that takes its values from nowhere": (
+        ["compress", "recipe=quickstart", "compress.steps=[{stage: distill, name: again, from: distil}]"],
+        "compress.steps: again takes its values from distil, which is no step; did you mean distill?",
+    ),
+    "a step named as another is": (
+        ["compress", "recipe=quickstart", "compress.steps=[{stage: evaluate, name: distill}]"],
+        "compress.steps: distill is a step of stage distill already. Choose another name.",
+    ),
+    "a step with a key of its own": (
+        ["compress", "recipe=quickstart", "compress.steps=[{stage: distill, name: again, steps: 3}]"],
+        "with its values in a section of that name; not known: steps.",
+    ),
+    "steps that take their values from one another": (
+        [
+            "compress",
+            "recipe=quickstart",
+            "compress.steps=[{stage: prune, name: a, from: b}, {stage: prune, name: b, from: a}]",
+        ],
+        "a takes its values from b takes its values from a, without an end.",
+    ),
+    "a key of a group that a step takes whole": (
+        ["compress", "recipe=quickstart", "prune_calibrated.target.hidden_size=96"],
+        "prune_calibrated.target is that of prune.target, whole. Set prune.target.hidden_size",
     ),
     "a recipe without steps": (
         ["compress", "recipe=embedded_teacher"],

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from minitron_nemo.cli import DOORS, conf_dir
+from minitron_nemo.cli import DOORS
+from minitron_nemo.conf_tree import recipes
+from minitron_nemo.recipe import compose
 from support.door import ROOT, environment
 
 README = ROOT / "README.md"
@@ -71,25 +73,19 @@ def test_a_command_that_fails_ends_the_session_and_stands_last(tmp_path: Path) -
 
 
 def test_commands_that_are_only_shown_name_keys_that_exist() -> None:
-    from hydra import compose, initialize_config_dir
-
-    from minitron_nemo.recipe import register_schema
-
-    register_schema()
-    recipes = {path.stem for path in (conf_dir() / "recipe").glob("*.yaml")}
-    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        for command in shown_commands(README.read_text()):
-            program, *words = shlex.split(command)
-            if program == "torchrun":
-                (script,) = (word for word in words if word.startswith("launch/"))
-                words = [Path(script).stem.replace("_", "-"), *words[words.index(script) + 1 :]]
-            elif program != "minitron":
-                continue
-            door, *overrides = words
-            assert door in DOORS, command
-            # a reader's own recipe is not here: the quickstart's keys are every recipe's
-            own = [word for word in overrides if word.startswith("recipe=") and word[7:] not in recipes]
-            compose(door, ["recipe=quickstart" if word in own else word for word in overrides])
+    known = set(recipes())
+    for command in shown_commands(README.read_text()):
+        program, *words = shlex.split(command)
+        if program == "torchrun":
+            (script,) = (word for word in words if word.startswith("launch/"))
+            words = [Path(script).stem.replace("_", "-"), *words[words.index(script) + 1 :]]
+        elif program != "minitron":
+            continue
+        door, *overrides = words
+        assert door in DOORS, command
+        # a reader's own recipe is not here: the quickstart's keys are every recipe's
+        own = [word for word in overrides if word.startswith("recipe=") and word[7:] not in known]
+        compose(["recipe=quickstart" if word in own else word for word in overrides])
 
 
 def test_no_command_stands_outside_the_blocks_that_are_run_or_shown() -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import CannotWrite, require
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("minitron-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
@@ -148,7 +148,7 @@ def _make(partial: Path, output: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise OSError(
+        raise CannotWrite(
             error.errno,
             f"{output} cannot be made there ({error.strerror}). Set run_dir or this step's output to a place where you "
             "may write.",
@@ -183,7 +183,7 @@ def saying_when_full(output: Path) -> Iterator[None]:
     except BaseException as error:  # torch's CheckpointException is no Exception
         if not any(words in text for text in _chain(error) for words in _FULL_DISK):
             raise
-        raise OSError(
+        raise CannotWrite(
             errno.ENOSPC,
             f"No space left while writing {output}; what stood there before is intact. "
             "Free disk space or set run_dir to a larger disk, then run the same command again.",

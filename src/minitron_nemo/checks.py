@@ -6,12 +6,28 @@ import difflib
 from collections.abc import Iterable
 
 
+class Mistake(ValueError):
+    """What a person asked for cannot be done, in words with the value, the limit and the mend; no traceback helps."""
+
+
+class NothingThere(Mistake, FileNotFoundError):
+    """A `Mistake` about a path where nothing, or something unfinished, stands."""
+
+
+class CannotWrite(Mistake, OSError):
+    """A `Mistake` about a place that cannot be written to, or that is full."""
+
+
 class Interrupted(Exception):
     """A run was told to stop and has saved what it did; the same command continues it."""
 
 
-def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
-    """Raise `error(message)` unless `condition` holds; for what a person typed, never for our own invariants."""
+def require(condition: bool, message: str, error: type[Exception] = Mistake) -> None:
+    """Raise `error(message)` unless `condition` holds; for what a person typed, never for our own invariants.
+
+    Args:
+        error: a kind of `Mistake`; another one keeps its traceback.
+    """
     if not condition:
         raise error(message)
 

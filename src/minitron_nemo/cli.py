@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from minitron_nemo.conf_tree import recipes
+
 DOORS = (
     "compress",
     "prepare-data",
@@ -67,20 +69,11 @@ def quieten() -> None:
         os.environ.setdefault(name, value)
 
 
-def conf_dir() -> Path:
-    """The Hydra tree: inside the installed package, or at the root of a source checkout."""
-    package = Path(__file__).parent
-    return package / "conf" if (package / "conf").is_dir() else package.parents[1] / "conf"
-
-
-def recipes() -> list[str]:
-    return sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml"))
-
-
 def _about(door: str) -> str:
     """What the stage's module says about itself, read without importing it and NeMo."""
     package = Path(__file__).parent
-    file = package / "cluster/submit.py" if door == "submit" else package / "stages" / f"{door.replace('-', '_')}.py"
+    elsewhere = {"submit": "cluster/submit.py", "compress": "compress.py"}
+    file = package / elsewhere.get(door, f"stages/{door.replace('-', '_')}.py")
     return ast.get_docstring(ast.parse(file.read_text())) or door
 
 

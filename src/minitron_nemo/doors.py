@@ -9,22 +9,29 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import hydra
-import torch.distributed as dist
 from omegaconf import DictConfig
 
-from minitron_nemo.checks import Interrupted, require
-from minitron_nemo.cli import conf_dir
+from minitron_nemo.checks import Interrupted, Mistake, require
+from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.mistakes import MISTAKES, explain
-from minitron_nemo.recipe import SECTIONS, register_schema, stage_module, typed_section
+from minitron_nemo.quiet import hush
+from minitron_nemo.recipe import (
+    OWN_STEPS,
+    Step,
+    compose,
+    config_of,
+    find_step,
+    names_of,
+    register_schema,
+    stage_module,
+    steps_of,
+)
 
 INTERRUPTED = 75
 """Exit code of a run that was told to stop and saved (EX_TEMPFAIL of sysexits.h): start it again."""
@@ -34,8 +41,6 @@ _RANK_ZERO_SPEAKS_FIRST = timedelta(seconds=30)  # torchrun ends the other ranks
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
     """Run `door` (a stage, `compress` or `submit`) with Hydra `overrides`; returns the exit code: 0, 2 or 75."""
-    with _import_noise_held_back():
-        register_schema()
     hush()
     if "--info" in overrides:
         logging.disable(logging.NOTSET)  # Hydra answers through its log
@@ -46,7 +51,7 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
 
     def run(config: DictConfig) -> None:
         try:
-            _run(door, config, overrides)
+            _run(door, config, overrides, steps)
         except MISTAKES as error:
             mistakes.append(error)
         except RuntimeError as error:
@@ -55,7 +60,13 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
             mistakes.append(_Left())
 
     try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=door)(run)()
+        if any(override.startswith("-") for override in overrides):  # Hydra's own options, --cfg and --multirun say
+            steps = steps_of(overrides)
+            register_schema(steps)
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=WIRING)(run)()
+        else:  # composed once, where hydra.main composes to find its mode and again to run
+            config, steps = compose(overrides)
+            run(config)
         if mistakes:
             raise mistakes[0]
     except Interrupted as stopped:
@@ -71,7 +82,7 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-class _Left(ValueError):
+class _Left(Mistake):
     """Another rank has ended the run and says why."""
 
 
@@ -83,7 +94,7 @@ def _another_rank_left(error: RuntimeError) -> bool:
 def _say_once(message: str) -> None:
     """Print the message on rank 0; on another rank only if rank 0, which ends the run, did not meet the mistake too."""
     rank = int(os.environ.get("RANK", 0))
-    store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+    store = _default_store()
     if rank > 0:
         if _rank_zero_has_spoken(store):
             return
@@ -104,61 +115,47 @@ def _rank_zero_has_spoken(store: Any) -> bool:
     return True
 
 
-def hush() -> None:
-    """Silence what the libraries below say that no user of ours can act on; errors stay."""
-    from nemo.utils import logging as nemo_logging
+def _default_store() -> Any:
+    """Through which the ranks met; None where they have not, and torch may not even be imported."""
+    if "torch.distributed" not in sys.modules:
+        return None
+    from minitron_nemo.parallel import default_store
 
-    warnings.filterwarnings("ignore")
-    nemo_logging.setLevel(logging.ERROR)
-    logging.getLogger("megatron").setLevel(logging.ERROR)
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # it raises what it logs
-    logging.disable(logging.INFO)  # several set their own loggers back to INFO; ours reports through `Reporter`
+    return default_store()
 
 
-@contextmanager
-def _import_noise_held_back() -> Iterator[None]:
-    """Keep what libraries print while they are imported (file descriptors 1 and 2); show it if importing fails."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as held:
-        saved = [os.dup(1), os.dup(2)]
-        for descriptor in (1, 2):
-            os.dup2(held.fileno(), descriptor)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(saved[1], held.read())
-            raise
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            for descriptor, original in zip((1, 2), saved, strict=True):
-                os.dup2(original, descriptor)
-                os.close(original)
-
-
-def _run(door: str, config: DictConfig, overrides: Sequence[str]) -> None:
+def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping[str, Step]) -> None:
+    chosen = [find_step(name, steps) for name in names_of(config.compress.steps)]
     if door == "submit":
         from minitron_nemo.cluster import submit
 
-        for step in config.compress.steps:
-            typed_section(step, config)  # what is wrong is said now, not by a job hours later
-        submit.run(config, overrides)
+        for step in chosen:
+            config_of(step, config)  # what is wrong is said now, not by a job hours later
+        submit.run(config, [_job(step, overrides) for step in chosen])
         return
-    from minitron_nemo.runtime.layout import is_rank_zero, start
-
-    if door == "compress":
-        from minitron_nemo.stages import compress
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # alone, a stage starts what it needs
+        from minitron_nemo.runtime.layout import start
 
         start()
-        compress.run(config)
+    if door == "compress":
+        from minitron_nemo import compress
+
+        compress.run(config, chosen)
         return
-    section = config.section or door.replace("-", "_")
-    values = typed_section(section, config)
-    stage = SECTIONS[section][0]
-    require(stage == door, f"section={section} is run by another stage: minitron {stage} section={section} ...")
-    start()
-    artifact = stage_module(stage).run(values)
-    if is_rank_zero():
+    step = find_step(config.section or door.replace("-", "_"), steps)
+    values = config_of(step, config)
+    require(
+        step.stage == door,
+        f"section={step.name} is run by another stage: minitron {step.stage} section={step.name} ...",
+    )
+    artifact = stage_module(step.stage).run(values)
+    if int(os.environ.get("RANK", 0)) == 0:
         print(artifact.path)
+
+
+def _job(step: Step, overrides: Sequence[str]) -> Any:
+    """The job of one step: its stage, told which section of the recipe to read where that is not its namesake."""
+    from minitron_nemo.cluster import StageJob, stage_overrides
+
+    section = () if step.name in OWN_STEPS else (f"section={step.name}",)
+    return StageJob(step.stage, (*stage_overrides(overrides), *section), name=step.name)

@@ -15,10 +15,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from minitron_nemo.checks import did_you_mean
-from minitron_nemo.cli import conf_dir, recipes
+from minitron_nemo.checks import CannotWrite, Mistake, did_you_mean
+from minitron_nemo.conf_tree import WIRING, conf_dir, recipes
 
-MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)
+MISTAKES = (Mistake, HydraException, OmegaConfBaseException)
 """Errors that are a user's to mend; any other keeps its traceback."""
 
 
@@ -41,8 +41,8 @@ def explain(error: Exception, door: str, overrides: Sequence[str]) -> str:
         return f"{text.removeprefix('Error merging override ')}: {_first_line(cause)}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {_first_line(error)}"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}." if error.filename else error.strerror
+    if isinstance(error, CannotWrite) and error.strerror:
+        return error.strerror
     return text
 
 
@@ -58,7 +58,7 @@ def _first_line(error: Exception) -> str:
 def _unknown_key(key: str, door: str, overrides: Sequence[str]) -> str:
     chosen = [override for override in overrides if override.startswith("recipe=")]
     with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        config = hydra.compose(door, chosen)
+        config = hydra.compose(WIRING, chosen)
     path, _, name = key.rpartition(".")
     parent = OmegaConf.select(config, path, throw_on_resolution_failure=False) if path else config
     every = f"All keys: minitron {door} {' '.join(chosen)} --cfg job"

@@ -95,3 +95,13 @@ def gather_objects(local: T, *, group: ProcessGroup | None) -> list[T]:
     everyone: list[Any] = [None] * group_size(group)
     dist.all_gather_object(everyone, local, group=group)
     return everyone
+
+
+def default_store() -> Any:
+    """The key-value store through which the ranks met; None where they have not."""
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the process that works for all; a process alone is."""
+    return not dist.is_initialized() or dist.get_rank() == 0

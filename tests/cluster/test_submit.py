@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from minitron_nemo.cluster import StageJob, render_chain, submit_chain
 from minitron_nemo.cluster.submit import run
 from minitron_nemo.config.slurm import SlurmConfig
+from support.door import Door
 from support.slurm import SingleNodeSlurm
 
 SECONDS = 300.0  # two ranks import torch in about 5 s; the rest is for a busy machine
@@ -137,36 +138,28 @@ def test_without_sbatch_the_error_says_how_to_render_only(tmp_path: Path, monkey
 
 
 def test_without_sbatch_a_submission_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = OmegaConf.create(
-        {"run_dir": str(tmp_path / "run"), "compress": {"steps": ["prune"]}, "submit": {"dry_run": False}}
-    )
+    config = OmegaConf.create({"run_dir": str(tmp_path / "run"), "submit": {"dry_run": False}})
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="sbatch was not found"):
-        run(config, [])
+        run(config, [StageJob("prune")])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    steps = ["prune", "from_scratch"]
-    config = OmegaConf.create(
-        {"run_dir": str(tmp_path), "compress": {"steps": steps}, "slurm": {"nodes": 2}, "submit": {"dry_run": True}}
-    )
-    run(config, ["recipe=quickstart", "slurm.nodes=2", "+slurm=site", "submit.dry_run=true", "prune.seed=7"])
+def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(door: Door, tmp_path: Path) -> None:
+    overrides = ["recipe=quickstart", f"run_dir={tmp_path}", "slurm.nodes=2", "submit.dry_run=true", "seed=7"]
+    done = door("submit", *overrides, "compress.steps=[prune,from_scratch]")
+    assert done.code == 0, done.err
     first, second = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
-    assert "-m minitron_nemo.cli prune recipe=quickstart prune.seed=7 &\n" in first
-    assert "-m minitron_nemo.cli pretrain recipe=quickstart prune.seed=7 section=from_scratch &\n" in second
+    of_both = f"recipe=quickstart run_dir={tmp_path} seed=7 'compress.steps=[prune,from_scratch]'"
+    assert f"-m minitron_nemo.cli prune {of_both} &\n" in first
+    assert f"-m minitron_nemo.cli pretrain {of_both} section=from_scratch &\n" in second
     assert "#SBATCH --nodes=2\n" in first
-    assert "Nothing was submitted" in capsys.readouterr().out
+    assert "Nothing was submitted" in done.out
 
 
-def test_an_unknown_step_names_the_nearest_section(tmp_path: Path) -> None:
-    config = OmegaConf.create(
-        {"run_dir": str(tmp_path), "compress": {"steps": ["distil"]}, "submit": {"dry_run": True}}
-    )
-    with pytest.raises(ValueError, match=r"compress\.steps names distil, which is no section; did you mean distill\?"):
-        run(config, [])
+def test_an_unknown_step_names_the_nearest_section(door: Door, tmp_path: Path) -> None:
+    done = door("submit", "recipe=quickstart", f"run_dir={tmp_path}", "compress.steps=[distil]", "submit.dry_run=true")
+    assert "distil is not a section of a recipe; did you mean distill?" in done.mistake
     assert not (tmp_path / "slurm").exists()
 
 

@@ -8,7 +8,6 @@
 """
 
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
-from minitron_nemo.cluster.submit import SubmittedJob, submit_chain
-from minitron_nemo.config.slurm import SlurmConfig
+from minitron_nemo.cluster.submit import SubmittedJob, stage_overrides, submit_chain
 
-__all__ = ["SlurmConfig", "StageJob", "StageScript", "SubmittedJob", "render_chain", "submit_chain"]
+__all__ = ["StageJob", "StageScript", "SubmittedJob", "render_chain", "stage_overrides", "submit_chain"]

@@ -9,13 +9,11 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import require
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.config.slurm import SlurmConfig
-from minitron_nemo.recipe import SECTIONS
 
 JOBS = "jobs.json"
 
@@ -30,19 +28,17 @@ class SubmittedJob:
     after: int | None
 
 
-def run(config: DictConfig, overrides: Sequence[str] | None = None) -> None:
-    """Render every step of the recipe as a job and submit them; with submit.dry_run=true, only render.
+def run(config: DictConfig, jobs: Sequence[StageJob]) -> None:
+    """Render the jobs of a chain, in its order, and submit them; with submit.dry_run=true, only render.
 
     Args:
-        config: a composed recipe: `run_dir`, `compress.steps`, `slurm`, `submit`.
-        overrides: the command line's, which each job repeats; by default those Hydra was started with.
+        config: a composed recipe: `run_dir`, `slurm`, `submit`.
     """
     slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SlurmConfig), config.get("slurm") or {}))
     assert isinstance(slurm, SlurmConfig)
     if not config.submit.dry_run:
         require_sbatch()
-    repeated = stage_overrides(HydraConfig.get().overrides.task if overrides is None else overrides)
-    scripts = render_chain(config.run_dir, [step_job(step, repeated) for step in config.compress.steps], slurm)
+    scripts = render_chain(config.run_dir, jobs, slurm)
     if config.submit.dry_run:
         for script in scripts:
             print(f"rendered {script.path}")
@@ -51,16 +47,8 @@ def run(config: DictConfig, overrides: Sequence[str] | None = None) -> None:
     submit_chain(scripts)
 
 
-def step_job(step: str, overrides: Sequence[str]) -> StageJob:
-    """The job of one step: its stage, told which section of the recipe to read where that is not its namesake."""
-    require(step in SECTIONS, f"compress.steps names {step}, which is no section; {did_you_mean(step, SECTIONS)}")
-    stage, _ = SECTIONS[step]
-    section = () if step.replace("_", "-") == stage else (f"section={step}",)
-    return StageJob(stage, (*overrides, *section), name=step)
-
-
 def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The overrides a stage understands: all but those of the submission itself."""
+    """The overrides of a command line that a stage understands: all but those of the submission itself."""
     own = re.compile(r"[+~]*(slurm|submit)([.=@].*)?")
     return tuple(override for override in overrides if not own.fullmatch(override))
 

@@ -1,4 +1,4 @@
-"""What a training stage reads: conf's `data` group."""
+"""Which prepared text a stage reads, and how: conf's `data` group."""
 
 from __future__ import annotations
 
@@ -6,26 +6,39 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_nemo.checks import require
+from minitron_nemo.config.identity import how
 
 STDLIB = "stdlib"
 """The corpus of this interpreter's own standard library."""
 
 
 @dataclass
-class DataConfig:  # conf/data/*.yaml
-    """What a training stage reads."""
+class Prepared:
+    """What a stage reads that takes windows of the text as they come."""
 
     prepared: Any = None
     """A prepare-data artifact, or a list of {path, weight} to blend several made with one tokenizer."""
-    seed: int = 1234
-    """Order of the training samples."""
+
+
+@dataclass
+class Documents(Prepared):
+    """What a stage reads that may tell the documents of a window apart."""
+
     reset_at_documents: bool = False
     """Attention and positions begin anew at every document of a sample, whose last token is not supervised, as what
     follows it is another text. Needs trainer.micro_batch_size=1."""
+
+
+@dataclass
+class DataConfig(Documents):
+    """What a training stage reads; the whole of a recipe's `data`."""
+
+    seed: int = 1234
+    """Order of the training samples."""
     pad_documents_to: int = 1
     """With reset_at_documents: fill each document up to a multiple of this many tokens, and leave out what no longer
     fits. Context parallelism needs a multiple of 2 x trainer.context_parallel_size."""
-    num_workers: int = 0
+    num_workers: int = how(0)
     """Loader processes per rank, at least 0; 0 loads in the training process, best without an accelerator."""
 
     def __post_init__(self) -> None:

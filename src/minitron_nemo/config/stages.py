@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.data import STDLIB, DataConfig
+from minitron_nemo.config.data import STDLIB, DataConfig, Documents, Prepared
 from minitron_nemo.config.distillation import DistillationConfig
+from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
 from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
-from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.trainer import Calibrating, Layout, Loading, Passing, TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 
 EMBEDDED = "embedded"
@@ -24,7 +25,7 @@ EXPORT_DTYPES = ("bf16", "fp32")
 class PrepareDataConfig:  # conf/prepare-data.yaml
     """What `prepare-data` reads and how it splits."""
 
-    output: str = "runs/data"
+    output: str = how("runs/data")
     """Directory of the artifact."""
     corpus: Any = STDLIB
     """`stdlib` (the interpreter's own standard library source), a path, or a list of paths or {path, weight}."""
@@ -54,19 +55,19 @@ class PrepareDataConfig:  # conf/prepare-data.yaml
 
 
 @dataclass
-class PretrainConfig:  # conf/recipe/*.yaml: pretrain, from_scratch, pruned_ce
+class PretrainConfig:
     shape: dict[str, Any] | None = None
     """Fields of ModelShape for random weights; null with `initial` or `like`."""
     like: str | None = None
     """A model artifact whose shape random weights take."""
     initial: str | None = None
     """A model artifact whose weights training starts from."""
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/pretrained"
+    output: str = how("runs/pretrained")
 
     def __post_init__(self) -> None:
         given = [name for name in ("shape", "like", "initial") if getattr(self, name) is not None]
@@ -79,21 +80,20 @@ class ImportHfConfig:
     """Directory with config.json, safetensors and tokenizer; `embedded` is the small teacher inside this package."""
     make_vocab_size_divisible_by: int = 1
     """Pads the embedding table with zero rows up to a multiple, so that it splits over tensor parallelism."""
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    output: str = "runs/teacher"
+    trainer: Loading = field(default_factory=Loading)
+    output: str = how("runs/teacher")
 
 
 @dataclass
 class CorrectTeacherConfig:
     model: str = ""
     """Model artifact of the teacher as it came."""
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/corrected_teacher"
+    output: str = how("runs/corrected_teacher")
 
 
 @dataclass
@@ -103,11 +103,11 @@ class EstimateImportanceConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     """Scores of layers and blocks of layers; none unless it names metrics."""
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = how(False)
     seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/importance"
+    trainer: Passing = field(default_factory=Passing)
+    data: Prepared = field(default_factory=Prepared)
+    output: str = how("runs/importance")
 
 
 @dataclass
@@ -143,10 +143,9 @@ class PruneConfig:
     """What is done to the weights so that less is lost; by default nothing, as in the papers."""
     offline: bool = False
     """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    output: str = "runs/student_pruned"
+    trust_checkpoint: bool = how(False)
+    trainer: Calibrating = field(default_factory=Calibrating)
+    output: str = how("runs/student_pruned")
 
     def __post_init__(self) -> None:
         require(self.rounds >= 1, f"prune.rounds={self.rounds} must be at least 1; 1 prunes in one shot.")
@@ -176,7 +175,7 @@ class PruneHfConfig:
     """Folder with plan.json and plan.safetensors: a prune artifact, or an edited copy of its plan."""
     max_shard_gigabytes: float = 5.0
     """Size of a file of the result."""
-    output: str = "runs/pruned_hf"
+    output: str = how("runs/pruned_hf")
 
     def __post_init__(self) -> None:
         require(
@@ -204,11 +203,10 @@ class TeacherLogitsConfig:
     that needs more goes through them again."""
     samples_per_shard: int = 64
     """Samples of one file: what a data-parallel rank can lose to a kill."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/teacher_logits"
+    trust_checkpoint: bool = how(False)
+    trainer: Passing = field(default_factory=Passing)
+    data: Documents = field(default_factory=Documents)
+    output: str = how("runs/teacher_logits")
 
     def __post_init__(self) -> None:
         require(
@@ -233,17 +231,17 @@ class DistillConfig:
     plan: str | None = None
     """Folder of the plan by which the student was cut from this teacher, for hidden losses that go by it; null: the
     student's own, where prune made it."""
-    offload_teacher: bool = False
+    offload_teacher: bool = how(False)
     """Keep the teacher's layers in host memory; each visits the device when its turn comes."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     corrected_teacher: str | None = None
     """With distillation.teacher_lr: where to write the teacher as it is in the end; null: it is not kept."""
-    output: str = "runs/distilled"
+    output: str = how("runs/distilled")
 
     def __post_init__(self) -> None:
         hidden = self.distillation.hidden_states
@@ -275,11 +273,10 @@ class EvaluateConfig:
     """Model artifact to measure."""
     num_samples: int | None = None
     """Samples over all data-parallel ranks; null takes all of the held-out text."""
-    trust_checkpoint: bool = False
-    seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = "runs/evaluation"
+    trust_checkpoint: bool = how(False)
+    trainer: Passing = field(default_factory=Passing)
+    data: Prepared = field(default_factory=Prepared)
+    output: str = how("runs/evaluation")
 
 
 @dataclass
@@ -296,10 +293,10 @@ class ExportHfConfig:
     """Text the exported model continues, for a first look; null generates nothing."""
     new_tokens: int = 64
     """Tokens it adds."""
-    trust_checkpoint: bool = False
+    trust_checkpoint: bool = how(False)
     seed: int = 1234
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    output: str = "runs/export"
+    trainer: Layout = field(default_factory=Layout)
+    output: str = how("runs/export")
 
     def __post_init__(self) -> None:
         require(self.dtype in EXPORT_DTYPES, f"export_hf.dtype={self.dtype} is not known; use bf16 or fp32.")
@@ -324,8 +321,8 @@ class ReportConfig:  # conf/report.yaml
 
 @dataclass
 class CompressConfig:
-    steps: list[str] = field(default_factory=list)
-    """Sections in the order they run."""
+    steps: list[Any] = field(default_factory=list)
+    """Steps in the order they run: the name of a section, or {stage, name, from} of one more (recipe.py)."""
     overwrite: bool = False
     """Remake artifacts that stand there from another config or other inputs; otherwise that is an error."""
 

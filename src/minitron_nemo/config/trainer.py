@@ -1,4 +1,16 @@
-"""How a model is spread over the ranks, in which precision and batches it runs: conf's `trainer` group."""
+"""How a model is spread over the ranks, in which precision and batches it runs: conf's `trainer` group.
+
+A person writes one flat group, as in NeMo. A stage takes of it what it reads, and its manifest keeps no more:
+
+    Layout   Precision   Batch (MicroBatch)   Recomputation   Logging
+
+                     import-hf  estimate  prune  teacher-logits, evaluate  export-hf  training
+    Layout           x          x         x      x                         x          x
+    Precision        x          x         x      x                                    x
+    micro_batch_size            x         x      x                                    x
+    seq_length                  x                x                                    x
+    the rest                                                                          x
+"""
 
 from __future__ import annotations
 
@@ -6,13 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.identity import HOW, how
 
-PARALLEL_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-)
 PRECISIONS = ("auto", "bf16", "fp32")
 _RECOMPUTATION = {
     "recompute_granularity": ("full", "selective"),
@@ -21,22 +28,25 @@ _RECOMPUTATION = {
 }
 
 
+def _at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        require(getattr(config, name) >= 1, f"trainer.{name}={getattr(config, name)} must be at least 1.")
+
+
 @dataclass
-class LayoutConfig:
+class Layout:
     """How one model is spread over the ranks; the rest of the world is data-parallel."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = how(1)
+    pipeline_model_parallel_size: int = how(1)
+    context_parallel_size: int = how(1)
+    expert_model_parallel_size: int = how(1)
     """Ranks the experts of a mixture are shared out among, within the data-parallel ones; each expert is split over the
     tensor-parallel ranks as everything else is."""
-    sequence_parallel: bool = False
+    sequence_parallel: bool = how(False)
 
     def __post_init__(self) -> None:
-        for name in PARALLEL_SIZES:
-            value = getattr(self, name)
-            require(value >= 1, f"trainer.{name}={value} must be at least 1.")
+        _at_least_one(self, *PARALLEL_SIZES)
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "trainer.sequence_parallel=true splits what tensor parallelism leaves whole; it needs "
@@ -45,53 +55,82 @@ class LayoutConfig:
 
     @property
     def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model and one sample."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The parallel sizes, by the names Megatron-core's `initialize_model_parallel` knows them by."""
+        return {name: getattr(self, name) for name in PARALLEL_SIZES}
+
+    @property
+    def of_model(self) -> dict[str, Any]:
+        """Fields of a model's TransformerConfig, and of NeMo's strategy, that say how it is spread."""
+        experts = {"expert_tensor_parallel_size": self.tensor_model_parallel_size}
+        return {**self.sizes, **experts, "sequence_parallel": self.sequence_parallel}
+
+
+PARALLEL_SIZES = tuple(name for name in Layout.__dataclass_fields__ if name.endswith("_parallel_size"))
+"""Names of Layout's sizes; a new one is a field there and nothing else."""
 
 
 @dataclass
-class TrainerConfig(LayoutConfig):
-    """What every stage of a recipe shares: layout, precision, batch, logging."""
+class Precision:
+    """In which numbers a model runs."""
 
     precision: str = "auto"
     """bf16 (float32 master weights), fp32, or auto: bf16 where the machine multiplies faster in it."""
-    seq_length: int = 4096
-    """Tokens per sample."""
-    micro_batch_size: int = 1
-    """Samples per rank and forward pass."""
-    global_batch_size: int = 768
-    """Samples per optimizer step over all ranks. 768 in arXiv:2408.11796."""
-    num_nodes: int = 1
-    recompute_granularity: str | None = None
-    """Activations of the trained model that backward forms again instead of keeping them: full (whole layers),
-    selective (recompute_modules of each layer), or null. A frozen teacher keeps none in any case."""
-    recompute_method: str = "uniform"
-    """Of full: uniform (each recompute_num_layers layers keep their input only) or block (the first
-    recompute_num_layers of each pipeline stage do)."""
-    recompute_num_layers: int = 1
-    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    """Of selective: core_attn, mlp, layernorm, moe, shared_experts, as in Megatron-core."""
-    tensorboard: bool = True
-    wandb_project: str | None = None
-    """Weights & Biases project; null logs nothing there."""
-    peak_tflops: float | None = None
-    """Of one device in the run's precision, above 0, for model FLOPs utilisation; null: what is known of its name."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require(
             self.precision in PRECISIONS,
             f"trainer.precision={self.precision} is not known; use one of {', '.join(PRECISIONS)}.",
         )
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass reads of a rank's samples."""
+
+    micro_batch_size: int = how(1)
+    """Samples per rank and forward pass."""
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "micro_batch_size")
+
+
+@dataclass
+class Batch(MicroBatch):
+    """What one forward pass reads."""
+
+    seq_length: int = 4096
+    """Tokens per sample."""
+
+    def __post_init__(self) -> None:
+        MicroBatch.__post_init__(self)
+        _at_least_one(self, "seq_length")
+
+
+@dataclass
+class Recomputation:
+    """Activations of the trained model that backward forms again instead of keeping them."""
+
+    recompute_granularity: str | None = how(None)
+    """full (whole layers), selective (recompute_modules of each layer), or null. A frozen teacher keeps none in any
+    case."""
+    recompute_method: str = how("uniform")
+    """Of full: uniform (each recompute_num_layers layers keep their input only) or block (the first
+    recompute_num_layers of each pipeline stage do)."""
+    recompute_num_layers: int = how(1)
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"], metadata=HOW)
+    """Of selective: core_attn, mlp, layernorm, moe, shared_experts, as in Megatron-core."""
+
+    def __post_init__(self) -> None:
         for name, known in _RECOMPUTATION.items():
             value = getattr(self, name)
             for each in value if isinstance(value, list) else [] if value is None else [value]:
                 require(each in known, f"trainer.{name}={each} is not known; {did_you_mean(each, known)}")
-        for name in ("seq_length", "micro_batch_size", "global_batch_size", "num_nodes", "recompute_num_layers"):
-            require(getattr(self, name) >= 1, f"trainer.{name}={getattr(self, name)} must be at least 1.")
-        require(
-            self.peak_tflops is None or self.peak_tflops > 0,
-            f"trainer.peak_tflops={self.peak_tflops} must be above 0, e.g. 989 for an H100 in bf16; null if not known.",
-        )
+        _at_least_one(self, "recompute_num_layers")
 
     @property
     def recomputation(self) -> dict[str, Any]:
@@ -101,6 +140,65 @@ class TrainerConfig(LayoutConfig):
         full = self.recompute_granularity == "full"
         names = ["recompute_method", "recompute_num_layers"] if full else ["recompute_modules"]
         return {name: getattr(self, name) for name in ["recompute_granularity", *names]}
+
+
+@dataclass
+class Logging:
+    """Where a training run's numbers go."""
+
+    tensorboard: bool = how(True)
+    wandb_project: str | None = how(None)
+    """Weights & Biases project; null logs nothing there."""
+    peak_tflops: float | None = how(None)
+    """Of one device in the run's precision, above 0, for model FLOPs utilisation; null: what is known of its name."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.peak_tflops is None or self.peak_tflops > 0,
+            f"trainer.peak_tflops={self.peak_tflops} must be above 0, e.g. 989 for an H100 in bf16; null if not known.",
+        )
+
+
+@dataclass
+class Loading(Layout, Precision):
+    """What a stage reads that loads a model and runs no samples through it."""
+
+    def __post_init__(self) -> None:
+        Layout.__post_init__(self)
+        Precision.__post_init__(self)
+
+
+@dataclass
+class Calibrating(Loading, MicroBatch):
+    """What a stage reads that runs samples of a length that is already said."""
+
+    def __post_init__(self) -> None:
+        Loading.__post_init__(self)
+        MicroBatch.__post_init__(self)
+
+
+@dataclass
+class Passing(Loading, Batch):
+    """What a stage reads that runs samples through a model."""
+
+    def __post_init__(self) -> None:
+        Loading.__post_init__(self)
+        Batch.__post_init__(self)
+
+
+@dataclass
+class TrainerConfig(Passing, Recomputation, Logging):
+    """What a stage reads that trains; the whole of a recipe's `trainer`."""
+
+    global_batch_size: int = 768
+    """Samples per optimizer step over all ranks. 768 in arXiv:2408.11796."""
+    num_nodes: int = how(1)
+
+    def __post_init__(self) -> None:
+        Passing.__post_init__(self)
+        Recomputation.__post_init__(self)
+        Logging.__post_init__(self)
+        _at_least_one(self, "global_batch_size", "num_nodes")
 
     @property
     def tokens_per_step(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.identity import how
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
@@ -76,7 +77,7 @@ class TrainingConfig:
     """Steps between validations; 0 validates never."""
     validation_batches: int = 8
     """Global batches per validation."""
-    checkpoint_every: int = 100
+    checkpoint_every: int = how(100)
     """Steps between resumable checkpoints; 0 writes none but when the run is told to stop."""
     continue_from: str | None = None
     """Artifact of the phase before this one, made with keep_optimizer=true: its weights and its optimizer's moments go

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from minitron_nemo.axes import Axis, Kept, local_name, parameter_axes, part_axes
 from minitron_nemo.checks import require
-from minitron_nemo.config.trainer import LayoutConfig
+from minitron_nemo.config.trainer import Layout
 from minitron_nemo.hf.checkpoint import require_same_shape
 from minitron_nemo.nemo.models import nemo_config
 from minitron_nemo.plan import PruningPlan
@@ -64,7 +64,7 @@ def prune_checkpoint(
     """
     mend = "Prune the model that the plan was made for, or make a plan for this one."
     require_same_shape(source.shape, plan.source, source.path, mend=mend)
-    use_layout(LayoutConfig(), seed=0)
+    use_layout(Layout(), seed=0)
     require(
         dist.get_world_size() == 1,
         f"Offline surgery runs in one process, not in {dist.get_world_size()}. Start it without torchrun, or prune "

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from minitron_nemo import platform
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.trainer import Loading
 from minitron_nemo.importance import Importance, ImportanceEstimator
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.nemo.models import build_core, data_step, forward_step, nemo_config
@@ -24,7 +24,7 @@ from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.shape import ModelShape
 
 
-def new_core(shape: ModelShape, trainer: TrainerConfig, *, dtype: torch.dtype | None = None) -> MCoreGPTModel:
+def new_core(shape: ModelShape, trainer: Loading, *, dtype: torch.dtype | None = None) -> MCoreGPTModel:
     """This rank's part of a model of `shape` on the trainer's layout: random weights in `dtype` (the trainer's)."""
     dtype = dtype or platform.dtype_of(trainer.precision)
     config = nemo_config(
@@ -42,7 +42,7 @@ def new_core(shape: ModelShape, trainer: TrainerConfig, *, dtype: torch.dtype | 
     return build_core(config, shape).to(device=platform.device(), dtype=dtype).eval()
 
 
-def open_core(source: ModelInput, trainer: TrainerConfig, *, dtype: torch.dtype | None = None) -> MCoreGPTModel:
+def open_core(source: ModelInput, trainer: Loading, *, dtype: torch.dtype | None = None) -> MCoreGPTModel:
     """This rank's part of the model at `source`, ready for forward passes."""
     core = new_core(source.shape, trainer, dtype=dtype)
     load_weights(core, source.path)

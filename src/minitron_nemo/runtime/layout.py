@@ -14,7 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require
-from minitron_nemo.config.trainer import PARALLEL_SIZES, LayoutConfig
+from minitron_nemo.config.trainer import PARALLEL_SIZES, Layout
 
 
 def start() -> None:
@@ -37,7 +37,7 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def use_layout(layout: LayoutConfig, *, seed: int) -> None:
+def use_layout(layout: Layout, *, seed: int) -> None:
     """Build Megatron's groups for `layout` and seed its random-number trackers.
 
     Raises: ValueError where the world cannot hold the layout.
@@ -73,7 +73,7 @@ def use_layout(layout: LayoutConfig, *, seed: int) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def _stands(layout: LayoutConfig) -> bool:
+def _stands(layout: Layout) -> bool:
     """Whether Megatron's groups are those of `layout` already."""
     return parallel_state.model_parallel_is_initialized() and (
         parallel_state.get_tensor_model_parallel_world_size(),

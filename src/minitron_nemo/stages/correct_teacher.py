@@ -14,14 +14,14 @@ from minitron_nemo.config.stages import CorrectTeacherConfig
 from minitron_nemo.nemo.models import PrunableGPTModel
 from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.runtime.model_artifact import open_model
-from minitron_nemo.stages.training import config_dict, prepare_layout, run_training
+from minitron_nemo.stages.training import prepare_layout, run_training
 from minitron_nemo.text.data import open_blend
 
 
 def run(config: CorrectTeacherConfig) -> Artifact:
     source = open_model(config.model, key="correct_teacher.model", trust_checkpoint=config.trust_checkpoint)
     inputs = [*source.artifacts, *(artifact for artifact, _ in open_blend(config.data))]
-    prepare_layout(config.trainer, source.shape, seed=config.seed)
+    prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     optimizer = build_optimizer(
         config.training.optim, steps=config.training.steps, dtype=platform.dtype_of(config.trainer.precision)
     )
@@ -35,6 +35,6 @@ def run(config: CorrectTeacherConfig) -> Artifact:
         training=config.training,
         data=config.data,
         output=Path(config.output),
-        config=config_dict(config),
+        config=config,
         inputs=inputs,
     )

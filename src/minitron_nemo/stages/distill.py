@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import DistillConfig
 from minitron_nemo.distillation.stored_teacher import require_stored_is_enough
 from minitron_nemo.nemo.models import DistillationGPTModel, EngineModel, StoredDistillationGPTModel
 from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
-from minitron_nemo.stages.training import config_dict, prepare_layout, run_training
+from minitron_nemo.stages.training import prepare_layout, run_training
 from minitron_nemo.text.data import open_blend
 from minitron_nemo.text.stored_samples import TeacherLogits
 from minitron_nemo.text.tokenizer import tokenizer_digest
@@ -42,7 +43,7 @@ def run(config: DistillConfig) -> Artifact:
         training=config.training,
         data=config.data,
         output=Path(config.output),
-        config=config_dict(config),
+        config=config,
         inputs=[*lesson.teacher, *student.artifacts, *(artifact for artifact, _ in blend)],
         train_dataset=lesson.samples,
         trained=partial(_keep_teacher, config, lesson),
@@ -56,7 +57,7 @@ def _keep_teacher(config: DistillConfig, lesson: _Lesson) -> None:
     assert isinstance(lesson.model, DistillationGPTModel)
     before = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     with writing(
-        config.corrected_teacher, stage="correct-teacher", config=config_dict(config), inputs=lesson.teacher
+        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.teacher
     ) as draft:
         save_model(lesson.model.teacher_core, before.shape, before.tokenizer, draft.path)
         draft.facts["vocab_size"] = before.vocab_size
@@ -78,7 +79,7 @@ def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
         f"({teacher.shape.padded_vocab_size} and {student.shape.padded_vocab_size} rows); their logits cannot be "
         "compared. Use a student pruned from a model with the teacher's tokenizer.",
     )
-    prepare_layout(config.trainer, student.shape, seed=config.seed)
+    prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     teacher.shape.require_splits_over(
         config.trainer.tensor_model_parallel_size,
         config.trainer.pipeline_model_parallel_size,
@@ -112,7 +113,7 @@ def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifa
         vocab_size=student.vocab_size,
         tokenizer=tokenizer_digest(student.tokenizer),
     )
-    prepare_layout(config.trainer, student.shape, seed=config.seed)
+    prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     samples = store.samples_of(blend, seed=config.data.seed, with_teacher=parallel_state.is_pipeline_last_stage())
     model = StoredDistillationGPTModel(
         student.shape,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.importance import ACCURACY
 from minitron_nemo.config.stages import EstimateImportanceConfig
 from minitron_nemo.importance.depth import require_depth_fits
@@ -15,7 +16,7 @@ from minitron_nemo.runtime.forward import open_core
 from minitron_nemo.runtime.layout import is_rank_zero
 from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.stages.scoring import Calibration
-from minitron_nemo.stages.training import config_dict, prepare_layout
+from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.questions import read_questions
 
 
@@ -39,7 +40,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
             end_of_text=calibration.tokenizer.tokenizer.eos_token_id,
             seq_length=source.shape.seq_length,
         )
-    prepare_layout(trainer, source.shape, seed=config.seed)
+    prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=config.seed)
     width_samples = calibration.samples(samples)
     depth_samples = calibration.samples(depth.num_samples) if depth.reads_samples else []
     core = open_core(source, trainer)
@@ -63,7 +64,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
         depth_seconds = time.time() - started
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
-    with writing(output, stage="estimate-importance", config=config_dict(config), inputs=inputs) as draft:
+    with writing(output, stage="estimate-importance", config=as_dict(config), inputs=inputs) as draft:
         if is_rank_zero():
             importance.save(draft.path)
         draft.metrics.update(samples=samples, tokens=samples * trainer.seq_length, estimation_seconds=round(seconds, 1))

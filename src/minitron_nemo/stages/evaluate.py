@@ -8,10 +8,11 @@ from pathlib import Path
 from megatron.core import parallel_state
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.runtime.forward import mean_loss, open_core, run_forward
 from minitron_nemo.runtime.model_artifact import open_model
-from minitron_nemo.stages.training import config_dict, prepare_layout
+from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.data import VALIDATION, batches, open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.tokenizer import load_tokenizer
 
@@ -20,7 +21,7 @@ def run(config: EvaluateConfig) -> Artifact:
     source = open_model(config.model, key="evaluate.model", trust_checkpoint=config.trust_checkpoint)
     blend = [artifact for artifact, _ in open_blend(config.data)]
     require_tokenizer_of(blend[0], load_tokenizer(source.tokenizer))
-    prepare_layout(config.trainer, source.shape, seed=config.seed)
+    prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length)
     held_out = list(
         batches(
             [prefix for artifact in blend for prefix in split_prefixes(artifact, VALIDATION)],
@@ -36,7 +37,7 @@ def run(config: EvaluateConfig) -> Artifact:
     loss, tokens = mean_loss(run_forward(core, held_out, label=name, total=len(held_out)))
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
-    with writing(output, stage="evaluate", config=config_dict(config), inputs=inputs) as draft:
+    with writing(output, stage="evaluate", config=as_dict(config), inputs=inputs) as draft:
         draft.facts["model"] = str(source.path)
         draft.metrics.update(
             held_out_loss=loss, perplexity=math.exp(loss), tokens=tokens, parameters=source.shape.num_parameters

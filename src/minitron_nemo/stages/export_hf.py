@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ExportHfConfig
 from minitron_nemo.hf.check import require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import save_hf
@@ -22,7 +23,7 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.runtime.forward import last_logits, open_core
 from minitron_nemo.runtime.layout import is_rank_zero
 from minitron_nemo.runtime.model_artifact import open_model
-from minitron_nemo.stages.training import config_dict, prepare_layout
+from minitron_nemo.stages.training import prepare_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -34,7 +35,7 @@ def run(config: ExportHfConfig) -> Artifact:
     prepare_layout(config.trainer, source.shape, seed=config.seed)
     core = open_core(source, config.trainer, dtype=DTYPES[config.dtype])
     output = Path(config.output)
-    with writing(output, stage="export-hf", config=config_dict(config), inputs=source.artifacts) as draft:
+    with writing(output, stage="export-hf", config=as_dict(config), inputs=source.artifacts) as draft:
         save_hf(
             core,
             draft.path,
@@ -48,7 +49,7 @@ def run(config: ExportHfConfig) -> Artifact:
         require_as_transformers_builds(draft.path)  # headers only, so every rank looks and all stop together
         draft.metrics.update(parameters=source.shape.num_parameters)
         if config.verify:
-            difference = _largest_difference(core.float(), source.vocab_size, draft.path, config.trainer.seq_length)
+            difference = _largest_difference(core.float(), source.vocab_size, draft.path, source.shape.seq_length)
             require(
                 difference <= config.tolerance,
                 f"The exported model's logits differ from Megatron's by up to {difference:.2e}, more than "

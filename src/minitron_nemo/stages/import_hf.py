@@ -6,12 +6,13 @@ from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.runtime.forward import new_core
 from minitron_nemo.runtime.model_artifact import save_model
-from minitron_nemo.stages.training import config_dict, prepare_layout, require_vocabulary
+from minitron_nemo.stages.training import prepare_layout, require_vocabulary
 from minitron_nemo.text.tokenizer import require_tokenizer_files
 
 EMBEDDED = "embedded"
@@ -34,11 +35,11 @@ def run(config: ImportHfConfig) -> Artifact:
     shape = shape_from_hf(source, make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
     require_tokenizer_files(source, key="import_hf.model")
     require_vocabulary(shape, source)
-    prepare_layout(config.trainer, shape, seed=config.seed)
+    prepare_layout(config.trainer, shape)
     core = new_core(shape, config.trainer)
     load_hf(core, source, shape, Groups.from_megatron())
     output = Path(config.output)
-    with writing(output, stage="import-hf", config=config_dict(config)) as draft:
+    with writing(output, stage="import-hf", config=as_dict(config)) as draft:
         save_model(core, shape, source, draft.path)
         draft.facts["vocab_size"] = vocab_size_from_hf(source)
         draft.metrics.update(

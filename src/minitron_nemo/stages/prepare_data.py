@@ -11,8 +11,6 @@ One process does the work; under several ranks the first, while the others wait.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.progress import Reporter
 from minitron_nemo.text.corpus import STDLIB_LICENCE, Document, Source, Splitter, read_corpus
@@ -58,8 +57,7 @@ def run(cfg: PrepareDataConfig) -> Artifact:
     if cfg.tokenizer is not None:
         require_tokenizer_files(cfg.tokenizer)
     sizes = survey(sources, splitter) if _first_rank() else []
-    config = json.loads(json.dumps(dataclasses.asdict(cfg), default=str))  # paths as strings
-    with writing(cfg.output, stage="prepare-data", config=config) as draft:
+    with writing(cfg.output, stage="prepare-data", config=as_dict(cfg)) as draft:
         if _first_rank():
             _write(cfg, sources, splitter, sizes, draft)
     return open_artifact(cfg.output)

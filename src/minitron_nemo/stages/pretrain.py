@@ -16,7 +16,7 @@ from minitron_nemo.nemo.models import PrunableGPTModel
 from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.stages.training import config_dict, prepare_layout, require_vocabulary, run_training
+from minitron_nemo.stages.training import prepare_layout, require_vocabulary, run_training
 from minitron_nemo.text.data import open_blend
 
 
@@ -35,7 +35,7 @@ def run(config: PretrainConfig) -> Artifact:
         source = open_model(config.like or config.initial, key=key, trust_checkpoint=config.trust_checkpoint)
         shape, tokenizer, vocab_size = source.shape, source.tokenizer, source.vocab_size
         inputs += source.artifacts
-    prepare_layout(config.trainer, shape, seed=config.seed)
+    prepare_layout(config.trainer, shape, seq_length=config.trainer.seq_length, seed=config.seed)
 
     optimizer = build_optimizer(
         config.training.optim, steps=config.training.steps, dtype=platform.dtype_of(config.trainer.precision)
@@ -52,6 +52,6 @@ def run(config: PretrainConfig) -> Artifact:
         training=config.training,
         data=config.data,
         output=Path(config.output),
-        config=config_dict(config),
+        config=config,
         inputs=inputs,
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
+from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import STREAM
@@ -33,7 +34,7 @@ from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_mo
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
 from minitron_nemo.stages.scoring import Calibration
-from minitron_nemo.stages.training import config_dict, prepare_layout
+from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.tokenizer import tokenizer_digest
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,13 @@ def run(config: PruneConfig) -> Artifact:
     student, plan = None, job.plan
     facts: dict[str, Any] = {}
     if not config.offline:
-        prepare_layout(config.trainer, source.shape, seed=config.seed)
+        prepare_layout(config.trainer, source.shape)
         job.draw_samples()
         teacher = open_core(source, config.trainer)
         plan = job.plan_for(teacher)
         student, plan, facts = job.cut(teacher, plan)
     assert plan is not None
-    with writing(config.output, stage="prune", config=config_dict(config), inputs=job.inputs) as draft:
+    with writing(config.output, stage="prune", config=as_dict(config), inputs=job.inputs) as draft:
         if student is None:
             prune_checkpoint(source, plan, draft.path)
         else:

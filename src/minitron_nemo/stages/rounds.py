@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.trainer import Loading
 from minitron_nemo.importance import Importance
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
@@ -70,7 +70,7 @@ class Rounds:
         return replace(plan, origin={**plan.origin, "depth": origin["depth"]})
 
 
-def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: TrainerConfig) -> MCoreGPTModel:
+def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: Loading) -> MCoreGPTModel:
     """This rank's part of the student. Communicates: see `prune_into`."""
     student = new_core(plan.target, trainer)
     prune_into(teacher, student, plan, Groups.from_megatron())

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
-from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.data import Prepared
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import stream_sizes
@@ -37,7 +37,7 @@ class Calibration:
     """Which samples are read, and what is measured on them."""
 
     config: ImportanceConfig
-    data: DataConfig
+    data: Prepared
     tokenizer_path: Path
     """HF tokenizer of the model to score."""
     seq_length: int
@@ -53,7 +53,7 @@ class Calibration:
         made_with = scores.manifest["config"]
         calibration = cls(
             ImportanceConfig(**made_with["importance"]),
-            DataConfig(**made_with["data"]),
+            Prepared(**made_with["data"]),
             tokenizer_path,
             made_with["trainer"]["seq_length"],
             micro_batch_size,
@@ -72,7 +72,7 @@ class Calibration:
     def blend(self) -> list[Artifact]:
         """Prepared data that the samples come from; none where a file holds them.
 
-        Raises: as `DataConfig.blend`; ValueError: made with another tokenizer than the model's.
+        Raises: as `Prepared.blend`; ValueError: made with another tokenizer than the model's.
         """
         if self.config.calibration is not None:
             return []

@@ -22,12 +22,13 @@ import torch.distributed as dist
 
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import require
+from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.stages import TeacherLogitsConfig
 from minitron_nemo.runtime.forward import open_core
 from minitron_nemo.runtime.layout import is_rank_zero
 from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.runtime.teacher_pass import write_missing
-from minitron_nemo.stages.training import changes, config_dict, prepare_layout
+from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.data import TRAIN, open_blend, require_length, require_tokenizer_of
 from minitron_nemo.text.stored_samples import TeacherLogits, Windows, stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
@@ -53,7 +54,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
         logit_scale=config.logit_scale,
         samples_per_shard=config.samples_per_shard,
     )
-    prepare_layout(trainer, teacher.shape, seed=config.seed)
+    prepare_layout(trainer, teacher.shape, seq_length=trainer.seq_length)
     sources, streams = stored_sources(blend, trainer.seq_length, config.num_samples)
     facts = TeacherLogits.facts(format, sources) | {
         "tokenizer_digest": tokenizer_digest(teacher.tokenizer),
@@ -75,7 +76,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
         windows = Windows(sources, streams, trainer.seq_length)
         write_missing(core, windows, shards, micro_batch_size=trainer.micro_batch_size)
     inputs = [*teacher.artifacts, *(artifact for artifact, _ in blend)]
-    with writing(output, stage="teacher-logits", config=config_dict(config), inputs=inputs) as draft:
+    with writing(output, stage="teacher-logits", config=as_dict(config), inputs=inputs) as draft:
         if is_rank_zero():
             for shard in range(len(shards)):
                 link_or_copy(shards.path(shard), draft.path / shards.path(shard).name)
@@ -95,7 +96,7 @@ def _require_same(directory: Path, facts: dict[str, Any]) -> None:
     """Raises: ValueError: the shards of a run that was cut off are of something else."""
     kept = directory / _STORE
     if kept.is_file():
-        for key, then, now in changes(json.loads(kept.read_text()), facts):
+        for key, then, now in differences(json.loads(kept.read_text()), facts):
             raise ValueError(
                 f"{directory} holds shards of a run that was cut off and had {key}={then}, not {now}. Continue it with "
                 f"what it was started with, or remove {directory} to start over."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +14,10 @@ from torch.utils.data import Dataset
 
 from minitron_nemo import platform
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
-from minitron_nemo.checks import require, require_divisible
+from minitron_nemo.checks import Mistake, require, require_divisible
 from minitron_nemo.config.data import DataConfig
-from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.identity import as_dict, differences
+from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig
 from minitron_nemo.nemo.downstream import best_kept
 from minitron_nemo.nemo.history import HISTORY
@@ -30,49 +30,6 @@ from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.data import build_data_module
 from minitron_nemo.text.questions import Question, read_questions
 from minitron_nemo.text.tokenizer import load_tokenizer, vocabulary_size
-
-
-def config_dict(config: Any) -> dict[str, Any]:
-    """A stage's config as the plain data its manifest keeps."""
-    return dataclasses.asdict(config)
-
-
-NOT_THE_RESULT = (
-    "trainer.tensor_model_parallel_size",
-    "trainer.pipeline_model_parallel_size",
-    "trainer.context_parallel_size",
-    "trainer.expert_model_parallel_size",
-    "trainer.sequence_parallel",
-    "trainer.micro_batch_size",
-    "trainer.num_nodes",
-    "trainer.recompute_granularity",
-    "trainer.recompute_method",
-    "trainer.recompute_num_layers",
-    "trainer.recompute_modules",
-    "trainer.tensorboard",
-    "trainer.wandb_project",
-    "trainer.peak_tflops",
-    "data.num_workers",
-    "offload_teacher",
-    "training.checkpoint_every",
-)
-"""Keys that say how a step ran, not what it made: another layout gives the same numbers."""
-
-
-def changes(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, then, now) of what differs between two configs of a stage and changes what it makes."""
-    old, new = (_flat(json.loads(json.dumps(config, default=str))) for config in (then, now))
-    for key in sorted(old.keys() | new.keys()):
-        if key not in NOT_THE_RESULT and old.get(key) != new.get(key):
-            yield key, old.get(key), new.get(key)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
 
 TRAINING_STAGES = ("pretrain", "correct-teacher", "distill")
 
@@ -100,7 +57,7 @@ def run_training(
     training: TrainingConfig,
     data: DataConfig,
     output: Path,
-    config: dict[str, Any],
+    config: Any,
     inputs: Sequence[Artifact],
     train_dataset: Callable[[int], Dataset] | None = None,
     trained: Callable[[], None] = lambda: None,
@@ -138,7 +95,7 @@ def run_training(
     best = best_kept(directory) if training.downstream.keep_best else None
     if best is not None:
         load_weights(model.core, best[0])
-    with writing(output, stage=stage, config=config, inputs=inputs) as draft:
+    with writing(output, stage=stage, config=as_dict(config), inputs=inputs) as draft:
         save_model(model.core, model.shape, tokenizer_path, draft.path)
         if (directory / HISTORY).is_file() and history:
             shutil.copyfile(directory / HISTORY, draft.path / HISTORY)
@@ -175,7 +132,7 @@ def _questions(config: DownstreamConfig, tokenizer: Any, seq_length: int) -> lis
     return read_questions(config.file, encode, end_of_text=end_of_text, seq_length=seq_length, key=key)
 
 
-def _phase_before(path: str, shape: ModelShape, config: dict[str, Any]) -> Artifact:
+def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:
     """The artifact that a run continues. Raises: ValueError, FileNotFoundError: it cannot."""
     before = open_artifact(path, made_by=TRAINING_STAGES, key="training.continue_from")
     require(
@@ -193,7 +150,7 @@ def _phase_before(path: str, shape: ModelShape, config: dict[str, Any]) -> Artif
     def hidden_states(of: dict[str, Any]) -> Any:
         return (of.get("distillation") or {}).get("hidden_states") or {"enabled": False}
 
-    then, now = hidden_states(before.manifest["config"]), hidden_states(config)
+    then, now = hidden_states(before.manifest["config"]), hidden_states(as_dict(config))
     learned = ("enabled", "projection", "places", "mapping", "pairs", "k")
     for key in learned:
         require(
@@ -204,7 +161,7 @@ def _phase_before(path: str, shape: ModelShape, config: dict[str, Any]) -> Artif
     return before
 
 
-def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:
+def _continue_only_the_same(directory: Path, config: Any) -> None:
     """A run that was cut off continues with the values it was started with; they are kept beside its checkpoints.
 
     Raises: ValueError: other values. `training.steps` may change, to end a run sooner or later, and
@@ -212,7 +169,7 @@ def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:
     """
     kept = directory / "config.json"
     if kept.is_file():
-        for key, then, now in changes(json.loads(kept.read_text()), config):
+        for key, then, now in differences(json.loads(kept.read_text()), config):
             require(
                 key in ("training.steps", "training.keep_optimizer"),
                 f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
@@ -221,7 +178,7 @@ def _continue_only_the_same(directory: Path, config: dict[str, Any]) -> None:
     dist.barrier()  # all have read it
     if is_rank_zero():
         directory.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(config, default=str))
+        kept.write_text(json.dumps(as_dict(config)))
 
 
 @contextmanager
@@ -230,36 +187,41 @@ def _leaving_nothing_of_a_mistake(directory: Path) -> Iterator[None]:
     stood = directory.exists()
     try:
         yield
-    except ValueError:
+    except Mistake:
         if is_rank_zero() and not stood and not any((directory / "checkpoints").glob("step-*")):
             shutil.rmtree(directory, ignore_errors=True)
         raise
 
 
-def _require_tokens_split(trainer: TrainerConfig, shape: ModelShape) -> None:
+def _require_tokens_split(layout: Layout, shape: ModelShape) -> None:
     """What Megatron-core asks to train a mixture of experts on tensor-parallel ranks, or to spread its experts."""
     require(
-        shape.num_moe_experts is None or trainer.tensor_model_parallel_size == 1 or trainer.sequence_parallel,
-        f"trainer.tensor_model_parallel_size={trainer.tensor_model_parallel_size} of a model with experts needs "
+        shape.num_moe_experts is None or layout.tensor_model_parallel_size == 1 or layout.sequence_parallel,
+        f"trainer.tensor_model_parallel_size={layout.tensor_model_parallel_size} of a model with experts needs "
         "sequence parallelism, as every rank would route every token. Set trainer.sequence_parallel=true.",
     )
 
 
-def prepare_layout(trainer: TrainerConfig, shape: ModelShape, *, seed: int) -> None:
-    """Build the groups of `trainer`'s layout after checking that the model's dims split over it."""
+def prepare_layout(layout: Layout, shape: ModelShape, *, seq_length: int = 1, seed: int = 0) -> None:
+    """Build the groups of a layout after checking that the model's dims split over it.
+
+    Args:
+        seq_length: of the samples that will run through the model.
+        seed: of what is drawn: new weights, dropout, generation.
+    """
     shape.require_splits_over(
-        trainer.tensor_model_parallel_size, trainer.pipeline_model_parallel_size, trainer.expert_model_parallel_size
+        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
     )
-    if trainer.expert_model_parallel_size > 1:
-        _require_tokens_split(trainer, shape)
+    if layout.expert_model_parallel_size > 1:
+        _require_tokens_split(layout, shape)
     require(
-        trainer.seq_length <= shape.seq_length,
-        f"trainer.seq_length={trainer.seq_length} is longer than the model's context of {shape.seq_length} tokens. "
+        seq_length <= shape.seq_length,
+        f"trainer.seq_length={seq_length} is longer than the model's context of {shape.seq_length} tokens. "
         f"Set trainer.seq_length to at most {shape.seq_length}.",
     )
     require(
-        trainer.context_parallel_size == 1 or platform.has_transformer_engine(),
-        f"trainer.context_parallel_size={trainer.context_parallel_size} needs transformer-engine, whose attention "
+        layout.context_parallel_size == 1 or platform.has_transformer_engine(),
+        f"trainer.context_parallel_size={layout.context_parallel_size} needs transformer-engine, whose attention "
         "passes keys and values between ranks; this machine has none. Set trainer.context_parallel_size=1.",
     )
-    use_layout(trainer, seed=seed)
+    use_layout(layout, seed=seed)

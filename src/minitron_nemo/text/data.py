@@ -33,7 +33,7 @@ from torch.utils.data import Dataset
 
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import require, require_divisible
-from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.data import DataConfig, Prepared
 from minitron_nemo.text.corpus import Document
 from minitron_nemo.text.documents import DOCUMENT_STARTS, mark, pad_documents, unmark
 from minitron_nemo.text.tokenizer import tokenizer_digest, vocabulary_size
@@ -46,7 +46,7 @@ _BATCH_CHARACTERS = 2_000_000  # texts handed to the tokenizer at once: enough f
 _NO_PADDING = -(1 << 31)  # no token has this id, nor the mark of one
 
 
-def open_blend(config: DataConfig) -> list[tuple[Artifact, float]]:
+def open_blend(config: Prepared) -> list[tuple[Artifact, float]]:
     """The prepared artifacts, each with its weight.
 
     Raises: as `open_artifact`; ValueError: missing, unweighted or mixed.

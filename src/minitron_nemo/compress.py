@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,29 @@ from rich.console import Console
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.recipe import SECTIONS, stage_module, typed_section
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.stages.training import changes, config_dict
+from minitron_nemo.config.identity import differences
+from minitron_nemo.parallel import is_rank_zero
+from minitron_nemo.recipe import Step, config_of, stage_module
 
 
-def run(config: DictConfig) -> None:
-    steps = list(config.compress.steps)
+def run(config: DictConfig, steps: Sequence[Step]) -> None:
+    """Run the steps of a composed recipe. Raises: Mistake: a config or an input that cannot be; before the first runs
+    where that can be seen."""
     require(bool(steps), f"recipe {config.name} has no compress.steps; list the sections to run in order.")
-    sections = {step: typed_section(step, config) for step in steps}
+    configs = {step.name: config_of(step, config) for step in steps}
+    for step in steps:
+        if check := getattr(stage_module(step.stage), "check", None):
+            check(configs[step.name])
     started = time.monotonic()
-    made: set[str] = set()
-    for number, (step, values) in enumerate(sections.items(), start=1):
-        say(f"[{number}/{len(steps)}] {step}")
+    for number, step in enumerate(steps, start=1):
+        values = configs[step.name]
+        say(f"[{number}/{len(steps)}] {step.name}")
         if is_artifact(values.output) and _is_current(values, config.compress.overwrite):
             say(f"    complete: {values.output}")
             continue
-        stage_module(SECTIONS[step][0]).run(values)
-        made.add(step)
+        stage_module(step.stage).run(values)
     if is_rank_zero():
-        _close(config, sections, time.monotonic() - started)
+        _close(config, [configs[step.name] for step in steps], time.monotonic() - started)
 
 
 def say(text: str) -> None:
@@ -58,7 +62,7 @@ def _is_current(values: Any, overwrite: bool) -> bool:
 
 def _difference(artifact: Artifact, values: Any) -> str | None:
     """What about a finished artifact no longer fits, in words; None where all does."""
-    for key, then, now in changes(artifact.manifest["config"], config_dict(values)):
+    for key, then, now in differences(artifact.manifest["config"], values):
         return f"was made with {key}={then}, not {now}"
     for given in artifact.manifest["inputs"]:
         if is_artifact(given["path"]) and open_artifact(given["path"]).digest != given["digest"]:
@@ -66,17 +70,17 @@ def _difference(artifact: Artifact, values: Any) -> str | None:
     return None
 
 
-def _close(config: DictConfig, sections: dict[str, Any], seconds: float) -> None:
+def _close(config: DictConfig, configs: Sequence[Any], seconds: float) -> None:
+    """What the chain came to: its table, a sample of what was exported, and where things are."""
     from minitron_nemo.report import summary_table
 
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(summary_table(Path(config.run_dir)))
-    for step in ("export_hf", "report"):
-        if step in sections:
-            artifact = open_artifact(sections[step].output)
-            if artifact.facts.get("sample"):
-                console.print(f"\nThe exported model continues a prompt:\n{artifact.facts['sample']}\n", markup=False)
-            name = "Hugging Face model" if step == "export_hf" else "Report"
-            target = artifact.path if step == "export_hf" else artifact.path / "report.html"
-            print(f"{name}: {target}")
+    for made in (open_artifact(values.output) for values in configs):
+        if made.facts.get("sample"):
+            console.print(f"\nThe exported model continues a prompt:\n{made.facts['sample']}\n", markup=False)
+        if made.stage == "export-hf":
+            print(f"Hugging Face model: {made.path}")
+        elif made.stage == "report":
+            print(f"Report: {made.path / 'report.html'}")
     print(f"Took {seconds / 60:.1f} minutes.")
