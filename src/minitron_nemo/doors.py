@@ -29,6 +29,7 @@ from minitron_nemo.recipe import (
     find_step,
     names_of,
     register_schema,
+    require_own_keys,
     stage_module,
     steps_of,
 )
@@ -125,6 +126,7 @@ def _default_store() -> Any:
 
 
 def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping[str, Step]) -> None:
+    require_own_keys(config, overrides)
     chosen = [find_step(name, steps) for name in names_of(config.compress.steps)]
     if door == "submit":
         from minitron_nemo.cluster import submit

@@ -68,8 +68,6 @@ def _unknown_key(key: str, door: str, overrides: Sequence[str]) -> str:
         return f"{key} is not in this recipe{hint} A new entry of {path} is written with a plus: +{key}=..."
     written = OmegaConf.to_container(config, resolve=False)
     known = list(_keys(written))
-    if follows := _follows(key, written):
-        return follows
     found = [each for each in known if each.endswith(f".{key}")] or difflib.get_close_matches(
         key, known, n=1, cutoff=0.8
     )
@@ -81,20 +79,6 @@ def _unknown_key(key: str, door: str, overrides: Sequence[str]) -> str:
     below = OmegaConf.select(config, path, throw_on_resolution_failure=False) if path else config
     where = f"known below {path}" if path else "known"
     return f"{key} is not a key of this recipe; {where}: {', '.join(sorted(map(str, below)))}. {every}"
-
-
-def _follows(key: str, written: Any) -> str | None:
-    """The message for a key inside a group that is wholly another one, such as `training: ${distill.training}`."""
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        if isinstance(written, str) and written.startswith("${"):
-            group, followed = ".".join(parts[:depth]), written[2:-1]
-            rest = ".".join(parts[depth:])
-            return f"{group} is that of {followed}, whole. Set {followed}.{rest}, or another {group} in the recipe."
-        if not isinstance(written, dict) or part not in written:
-            return None
-        written = written[part]
-    return None
 
 
 def _keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -14,13 +15,14 @@ _LIBRARIES = (
     "nemo", "lightning", "pytorch_lightning", "megatron", "torch", "transformers", "transformer_engine", "modelopt",
     "numba", "hydra", "omegaconf", "fiddle", "webdataset", "pydantic", "google", "tensorboard", "wandb", "zarr",
     "importlib", "jupyter_client", "matplotlib", "threading", "multiprocessing",
+    "minitron_nemo.platform.cpu",  # stands between torch and whoever calls it, and is taken for the caller
 )  # fmt: skip
 """Those whose warnings are about one another."""
 
 
 def hush() -> None:
     """Silence the libraries' warnings and news. A warning that comes from anywhere else is shown."""
-    warnings.filterwarnings("ignore", module=rf"({'|'.join(_LIBRARIES)})(\.|$)")
+    warnings.filterwarnings("ignore", module=rf"({'|'.join(map(re.escape, _LIBRARIES))})(\.|$)")
     logging.getLogger("megatron").setLevel(logging.ERROR)
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)  # it raises what it logs
     logging.disable(logging.INFO)  # several set their own loggers back to INFO; ours reports through `Reporter`

@@ -191,6 +191,26 @@ def compose(overrides: Sequence[str], *, directory: Path | None = None) -> tuple
         return hydra.compose(WIRING, list(overrides)), steps
 
 
+def require_own_keys(config: DictConfig, overrides: Sequence[str]) -> None:
+    """No override reaches into a group that is wholly another one, such as `target: ${prune.target}`: OmegaConf would
+    change that one, and with it every step that takes it.
+
+    Raises: Mistake: one does.
+    """
+    written = OmegaConf.to_container(config, resolve=False)
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        node: Any = written
+        parts = key.split(".")
+        for depth, part in enumerate(parts):
+            if isinstance(node, str) and node.startswith("${"):
+                group, followed, rest = ".".join(parts[:depth]), node[2:-1], ".".join(parts[depth:])
+                raise Mistake(
+                    f"{group} is that of {followed}, whole. Set {followed}.{rest}, or another {group} in the recipe."
+                )
+            node = node.get(part) if isinstance(node, dict) else None
+
+
 # ---- the schema that Hydra composes against --------------------------------------------------------------------------
 
 
