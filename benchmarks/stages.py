@@ -6,12 +6,11 @@ import json
 import time
 from pathlib import Path
 
-from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from minitron_nemo.checks import require
+from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.cli import quieten
-from minitron_nemo.config.identity import differences
 from minitron_nemo.quiet import hush
 from minitron_nemo.recipe import compose, config_of, stage_module
+from minitron_nemo.standing import serves
 
 HELD_OUT = 256
 """Samples of the validation split."""
@@ -42,12 +41,7 @@ class Stages:
         own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
         config, steps = compose([*self.shared, *overrides, *own])
         values = config_of(steps[section], config)
-        if not is_artifact(values.output):
-            return stage_module(steps[section].stage).run(values)
-        artifact = open_artifact(values.output)
-        for key, then, now in differences(artifact.manifest["config"], values):
-            require(False, f"{values.output} was made with {key}={then}, not {now}. Choose another --run-dir.")
-        return artifact
+        return open_artifact(values.output) if serves(values) else stage_module(steps[section].stage).run(values)
 
     def held_out(self, model: Artifact, data: str = "data") -> list[float]:
         """Held-out loss of every micro-batch, nats per token, kept beside the model."""

@@ -15,11 +15,11 @@ from typing import Any
 from omegaconf import DictConfig
 from rich.console import Console
 
-from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
+from minitron_nemo.artifact import open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import differences
 from minitron_nemo.parallel import is_rank_zero
 from minitron_nemo.recipe import Step, config_of, stage_module
+from minitron_nemo.standing import serves
 
 
 def run(config: DictConfig, steps: Sequence[Step]) -> None:
@@ -34,7 +34,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     for number, step in enumerate(steps, start=1):
         values = configs[step.name]
         say(f"[{number}/{len(steps)}] {step.name}")
-        if is_artifact(values.output) and _is_current(values, config.compress.overwrite):
+        if serves(values, overwrite=config.compress.overwrite):
             say(f"    complete: {values.output}")
             continue
         stage_module(step.stage).run(values)
@@ -45,29 +45,6 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
 def say(text: str) -> None:
     if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
-
-
-def _is_current(values: Any, overwrite: bool) -> bool:
-    """Whether a finished artifact may stand. False: remake it. Raises: ValueError: it differs and overwrite is off."""
-    artifact = open_artifact(values.output)
-    reason = _difference(artifact, values)
-    if reason is None:
-        return True
-    require(
-        overwrite,
-        f"{values.output} is complete but {reason}. Remove it, choose another run_dir, or set compress.overwrite=true.",
-    )
-    return False
-
-
-def _difference(artifact: Artifact, values: Any) -> str | None:
-    """What about a finished artifact no longer fits, in words; None where all does."""
-    for key, then, now in differences(artifact.manifest["config"], values):
-        return f"was made with {key}={then}, not {now}"
-    for given in artifact.manifest["inputs"]:
-        if is_artifact(given["path"]) and open_artifact(given["path"]).digest != given["digest"]:
-            return f"was made from an earlier {given['path']}"
-    return None
 
 
 def _close(config: DictConfig, configs: Sequence[Any], seconds: float) -> None:
