@@ -42,7 +42,9 @@ from minitron_nemo.runtime.layout import use_layout
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prepare_data
 from minitron_nemo.stages.import_hf import embedded_teacher
-from minitron_nemo.text.data import TRAIN, VALIDATION, batches, split_prefixes
+from minitron_nemo.text.blend import split_prefixes
+from minitron_nemo.text.corpus import TRAIN, VALIDATION
+from minitron_nemo.text.windows import batches
 
 SAMPLES, HELD_OUT, SEEDS = 256, 64, 5
 TRAINER = TrainerConfig(precision="fp32", seq_length=256, micro_batch_size=8, tensorboard=False)

@@ -20,7 +20,7 @@ END_OF_TEXT = 0
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXTS, vocab_size=280, output=path)
-    return load_tokenizer(path).tokenizer
+    return load_tokenizer(path)
 
 
 def write(path: Path, *records: Any) -> Path:

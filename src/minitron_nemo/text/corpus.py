@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.data import STDLIB
 
-STDLIB = "stdlib"
+TRAIN, VALIDATION = "train", "validation"
+"""The splits."""
 STDLIB_LICENCE = "PSF-2.0 (Python Software Foundation License); some modules add their own compatible notice"
 _STDLIB_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 _STDLIB_BROKEN_ON_PURPOSE = ("lib2to3/tests/data/", "test/test_lib2to3/data/")

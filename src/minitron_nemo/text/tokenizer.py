@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
-    from nemo.collections.common.tokenizers import AutoTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
@@ -68,33 +68,54 @@ def require_vocab_size(vocab_size: int) -> None:
     )
 
 
-def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> AutoTokenizer:
-    """NeMo's wrapper around the Hugging Face tokenizer in a local directory.
+def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The Hugging Face tokenizer in a local directory, the fast one where there is one.
+
+    Where no end-of-text token is set, the separator stands for it, as in NeMo's tokenizers.
 
     Args:
         key: the user's config key that named the path, for the message.
     Raises: FileNotFoundError: no such directory. ValueError: no tokenizer in it, or one without an end-of-text token.
     """
     path = require_tokenizer_files(path, key=key)
-    from nemo.collections.common.tokenizers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer(str(path), use_fast=True)
+        tokenizer = _from_pretrained(path)
     except Exception as error:  # transformers raises whatever its file readers do
         raise ValueError(
             f"{key}={path} holds no tokenizer that transformers can load ({error}). "
             "Save one there with tokenizer.save_pretrained(...)."
         ) from error
+    if tokenizer.eos_token is None and tokenizer.sep_token:
+        tokenizer.eos_token = tokenizer.sep_token
     require(
-        tokenizer.tokenizer.eos_token_id is not None,
+        tokenizer.eos_token_id is not None,
         f"{key}={path} has no eos_token, which separates documents. Set eos_token in its tokenizer_config.json.",
     )
     return tokenizer
 
 
-def vocabulary_size(tokenizer: AutoTokenizer) -> int:
+def _from_pretrained(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False, local_files_only=True)
+    except Exception:
+        return AutoTokenizer.from_pretrained(str(path), use_fast=False, trust_remote_code=False, local_files_only=True)
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """text -> token ids, no special token added."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    return encode
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows an embedding needs for this tokenizer: its highest id plus one, before any padding."""
-    return max(tokenizer.tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def copy_tokenizer(source: Path | str, target: Path | str, *, key: str = "tokenizer") -> None:
