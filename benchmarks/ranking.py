@@ -28,7 +28,8 @@ from minitron_nemo.config.importance import DepthConfig, GreedyConfig, Importanc
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.doors import hush
-from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf
+from minitron_nemo.hf.checkpoint import load_hf
+from minitron_nemo.hf.config import shape_from_hf
 from minitron_nemo.importance import Aggregation, Importance
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan

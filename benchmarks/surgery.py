@@ -59,7 +59,8 @@ def make(folder: Path) -> dict[str, Any]:
     from minitron_nemo.axes import parameter_names
     from minitron_nemo.config.trainer import Layout
     from minitron_nemo.hf.checkpoint import hf_tensors, load_hf
-    from minitron_nemo.hf.families import family_of, hf_config
+    from minitron_nemo.hf.config import hf_config
+    from minitron_nemo.hf.families import family_of
     from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter
     from minitron_nemo.nemo.models import build_core, nemo_config
     from minitron_nemo.parallel import Groups

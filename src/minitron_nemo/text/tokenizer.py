@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
-_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_FILES = (
+    *_VOCABULARY_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+)
+"""All that a Hugging Face tokenizer is made of; a model's directory holds weights and more beside them."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path | str) -> None:
@@ -119,10 +123,10 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def copy_tokenizer(source: Path | str, target: Path | str, *, key: str = "tokenizer") -> None:
-    """Copy the tokenizer's files, and no others (a model's directory holds weights too)."""
+    """Copy the tokenizer's files, and no others."""
     source = require_tokenizer_files(source, key=key)
     Path(target).mkdir(parents=True, exist_ok=True)
-    for name in (*_VOCABULARY_FILES, *_OTHER_FILES):
+    for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, Path(target) / name)
 
@@ -141,6 +145,25 @@ def tokenizer_digest(path: Path | str, *, key: str = "tokenizer") -> str:
         parts = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     parts["eos_token"] = _eos_token(path)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def special_token_ids(path: Path | str, *, key: str = "tokenizer") -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id as far as the tokenizer's own files say."""
+    path = require_tokenizer_files(path, key=key)
+    settings, ids = {}, {}
+    if (path / "tokenizer_config.json").is_file():
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        ids = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    if (path / "tokenizer.json").is_file():
+        tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    found = {}
+    for role in ("bos", "eos", "pad"):
+        token = settings.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            found[f"{role}_token_id"] = ids[content]
+    return found
 
 
 def require_tokenizer_files(path: Path | str, *, key: str = "tokenizer") -> Path:
