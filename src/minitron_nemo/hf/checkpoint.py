@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_nemo.axes import Named, full_shape, parameter_axes, parameter_names
-from minitron_nemo.checks import require
+from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, read_json, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import Config, Family, family_of
 from minitron_nemo.hf.safetensors_stream import INDEX, SINGLE, Planned, ShardWriter, StoredTensor, read_header
@@ -91,7 +91,7 @@ class Checkpoint:
                 "are never read here. Convert it once to safetensors: AutoModelForCausalLM.from_pretrained(path)"
                 ".save_pretrained(new_path, safe_serialization=True) with transformers.",
             )
-            raise FileNotFoundError(
+            raise NothingThere(
                 f"{path} has neither {SINGLE} nor {INDEX}. Point at a checkpoint directory with its weights."
             )
 
@@ -119,7 +119,7 @@ class Checkpoint:
         require(
             (self.path / file).is_file(),
             f"{self.path} lacks the shard {file} that its index names. Fetch the missing file.",
-            FileNotFoundError,
+            NothingThere,
         )
         return read_header(self.path / file)
 

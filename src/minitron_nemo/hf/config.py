@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.hf.families import Config, family_of
 from minitron_nemo.rope import require_known_scaling
 from minitron_nemo.shape import ModelShape
@@ -59,11 +59,11 @@ def vocab_size_from_hf(path: Path | str) -> int:
 
 def read_config(path: Path | str) -> dict[str, Any]:
     path = Path(path)
-    require(path.is_dir(), f"{path} is not a directory. Give the directory of a HF checkpoint.", FileNotFoundError)
+    require(path.is_dir(), f"{path} is not a directory. Give the directory of a HF checkpoint.", NothingThere)
     require(
         (path / CONFIG).is_file(),
         f"{path} has no {CONFIG}, so it is no HF checkpoint. Give the directory that holds it and *.safetensors.",
-        FileNotFoundError,
+        NothingThere,
     )
     return read_json(path / CONFIG)
 
@@ -72,7 +72,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Fetch it again.") from error
+        raise Mistake(f"{file} is not valid JSON ({error}). Fetch it again.") from error
 
 
 def shape_from_config(config: Config, *, make_vocab_size_divisible_by: int = 1) -> ModelShape:
@@ -190,7 +190,7 @@ def hf_config(
         "use_cache": True,
     } | family.write(shape)
     for field, theirs, ours in weight_differences(shape_from_config(config), shape):
-        raise ValueError(
+        raise Mistake(
             f"{field}={ours} has no place in a HF {family.model_type} checkpoint, which has {field}={theirs}. "
             "Export it as a family that has it."
         )

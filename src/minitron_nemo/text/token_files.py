@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.text.corpus import Document
 from minitron_nemo.text.documents import mark
 
@@ -98,7 +98,7 @@ class TokenStream:
         require(
             IndexedDataset.exists(prefix),
             f"{prefix}.bin and {prefix}.idx are not both there. Run prepare-data, or correct the path.",
-            FileNotFoundError,
+            NothingThere,
         )
         self.dataset = IndexedDataset(prefix)
         self.ends = np.cumsum(self.dataset.sequence_lengths, dtype=np.int64)

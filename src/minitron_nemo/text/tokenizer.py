@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.config.stages import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> PreTrainedTok
     try:
         tokenizer = _from_pretrained(path)
     except Exception as error:  # transformers raises whatever its file readers do
-        raise ValueError(
+        raise Mistake(
             f"{key}={path} holds no tokenizer that transformers can load ({error}). "
             "Save one there with tokenizer.save_pretrained(...)."
         ) from error
@@ -173,7 +173,7 @@ def require_tokenizer_files(path: Path | str, *, key: str = "tokenizer") -> Path
         path.is_dir(),
         f"{key}={path} is not a directory on this machine. Give the path of a Hugging Face tokenizer directory; "
         "names of models on a hub are not looked up.",
-        FileNotFoundError,
+        NothingThere,
     )
     require(
         any((path / name).is_file() for name in _VOCABULARY_FILES),
