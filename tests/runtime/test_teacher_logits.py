@@ -24,9 +24,8 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.distillation.stored_teacher import INDICES, LOG_PROBS, TAIL_MASS
 from minitron_nemo.distillation.teacher_student import TeacherStudent
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
 from minitron_nemo.nemo.models import causal_mask
 from minitron_nemo.runtime.forward import open_core
 from minitron_nemo.runtime.model_artifact import open_model

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
-from minitron_nemo.distillation.stored_teacher import INDICES, LOG_PROBS, TAIL_MASS
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
 
 PRECISIONS = ("float16", "float32")
 
