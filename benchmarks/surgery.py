@@ -1,4 +1,4 @@
-"""What does offline surgery need beside copying the same bytes: how much longer, and how much memory?
+"""What does surgery on disk need beside copying the same bytes: how much longer, and how much memory?
 
 A Llama-shaped model of 1.2 billion parameters with random bf16 weights, as a HF folder and as a model artifact, pruned
 to a width and to a depth target. Copies and prunings alternate, each in a process of its own, with the source in the

@@ -1,4 +1,4 @@
-"""Offline surgery: a Hugging Face folder in, the pruned Hugging Face folder out, and no model in between.
+"""Surgery on disk: a Hugging Face folder in, the pruned Hugging Face folder out, and no model in between.
 
     header of every shard  ->  checked against config.json and the plan  ->  headers of the new shards
     a tensor               ->  its kept rows, a block at a time, cut along its other axes  ->  appended to its shard
