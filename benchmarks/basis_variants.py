@@ -45,7 +45,7 @@ from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
 from minitron_nemo.runtime.forward import run_forward
-from minitron_nemo.text.data import TRAIN
+from minitron_nemo.text.corpus import TRAIN
 
 SIZES = (168, 144, 112)
 """Hidden sizes kept of 224: three quarters, nearly two thirds, half."""

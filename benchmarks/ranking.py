@@ -28,7 +28,8 @@ from minitron_nemo.config.importance import DepthConfig, GreedyConfig, Importanc
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.doors import hush
-from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf
+from minitron_nemo.hf.checkpoint import load_hf
+from minitron_nemo.hf.config import shape_from_hf
 from minitron_nemo.importance import Aggregation, Importance
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
@@ -42,7 +43,9 @@ from minitron_nemo.runtime.layout import use_layout
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prepare_data
 from minitron_nemo.stages.import_hf import embedded_teacher
-from minitron_nemo.text.data import TRAIN, VALIDATION, batches, split_prefixes
+from minitron_nemo.text.blend import split_prefixes
+from minitron_nemo.text.corpus import TRAIN, VALIDATION
+from minitron_nemo.text.windows import batches
 
 SAMPLES, HELD_OUT, SEEDS = 256, 64, 5
 TRAINER = TrainerConfig(precision="fp32", seq_length=256, micro_batch_size=8, tensorboard=False)

@@ -57,7 +57,9 @@ def held_out_losses(model: Artifact, data: Path) -> list[float]:
     from minitron_nemo.runtime.forward import open_core, run_forward
     from minitron_nemo.runtime.model_artifact import open_model
     from minitron_nemo.stages.training import prepare_layout
-    from minitron_nemo.text.data import VALIDATION, batches, split_prefixes
+    from minitron_nemo.text.blend import split_prefixes
+    from minitron_nemo.text.corpus import VALIDATION
+    from minitron_nemo.text.windows import batches
 
     source = open_model(model.path, key="model")
     trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)

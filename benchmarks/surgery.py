@@ -1,4 +1,4 @@
-"""What does offline surgery need beside copying the same bytes: how much longer, and how much memory?
+"""What does surgery on disk need beside copying the same bytes: how much longer, and how much memory?
 
 A Llama-shaped model of 1.2 billion parameters with random bf16 weights, as a HF folder and as a model artifact, pruned
 to a width and to a depth target. Copies and prunings alternate, each in a process of its own, with the source in the
@@ -59,7 +59,8 @@ def make(folder: Path) -> dict[str, Any]:
     from minitron_nemo.axes import parameter_names
     from minitron_nemo.config.trainer import Layout
     from minitron_nemo.hf.checkpoint import hf_tensors, load_hf
-    from minitron_nemo.hf.families import family_of, hf_config
+    from minitron_nemo.hf.config import hf_config
+    from minitron_nemo.hf.families import family_of
     from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter
     from minitron_nemo.nemo.models import build_core, nemo_config
     from minitron_nemo.parallel import Groups

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from minitron_nemo.artifact import Artifact
+from minitron_nemo.config.stages import PrepareDataConfig
+from minitron_nemo.stages import prepare_data
 from support.door import Door
 from support.nemo_import import import_with_nemo
+from support.prepared import prepare_blend, prepare_config, prepare_instructions
 from support.ranks import Ranks
 from support.tiny import TinyChain, compress_once, write_corpus, write_teacher
 from support.tiny_run import TinyRun, make_artifacts
@@ -63,3 +67,29 @@ def nemo_checkpoint(ranks: Ranks, tiny_run: TinyRun) -> Path:
     output = tiny_run.directory / "nemo_checkpoint"
     ranks("single").run(import_with_nemo, tiny_run.hf, output)
     return output
+
+
+# ---- prepared data ----
+
+
+@pytest.fixture(scope="session")
+def data_config(tmp_path_factory: pytest.TempPathFactory) -> PrepareDataConfig:
+    return prepare_config(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture(scope="session")
+def prepared(data_config: PrepareDataConfig) -> Artifact:
+    return prepare_data.run(data_config)
+
+
+@pytest.fixture(scope="session")
+def blended(data_config: PrepareDataConfig, prepared: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return prepare_blend(data_config, prepared.path / "tokenizer", tmp_path_factory.mktemp("blend") / "data")
+
+
+@pytest.fixture(scope="session", params=["jsonl", "parquet"])
+def instructions(
+    request: pytest.FixtureRequest, prepared: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    directory = tmp_path_factory.mktemp("instructions")
+    return prepare_instructions(request.param, prepared.path / "tokenizer", directory)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from importance.gathering_attention import build_context_parallel_gpt, positions_on
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
-from minitron_nemo.distillation.stored_teacher import STORED, StoredTeacherStudent, top_k_of_head
+from minitron_nemo.distillation.stored_teacher import StoredTeacherStudent, top_k_of_head
 from minitron_nemo.distillation.teacher_student import (
     TeacherStudent,
     adjust_tensor_shapes_fn,
@@ -24,6 +24,7 @@ from minitron_nemo.distillation.teacher_student import (
     without_logits,
 )
 from minitron_nemo.divergence.fused_linear import OutputHead
+from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.parallel import Groups
 from minitron_nemo.text.teacher_store import StoreFormat
 from minitron_nemo.weights import stream_full_parameters

@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from minitron_nemo.hf.check import require_as_transformers_builds
-from minitron_nemo.hf.checkpoint import hf_config, load_hf, save_hf, shape_from_hf
-from minitron_nemo.hf.families import shape_from_config, weight_differences
+from minitron_nemo.hf.checkpoint import load_hf, save_hf
+from minitron_nemo.hf.config import hf_config, shape_from_config, shape_from_hf, weight_differences
 from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into

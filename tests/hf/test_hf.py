@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from minitron_nemo.axes import take
-from minitron_nemo.hf.checkpoint import hf_config, load_hf, save_hf, shape_from_hf, vocab_size_from_hf
+from minitron_nemo.hf.checkpoint import load_hf, save_hf
+from minitron_nemo.hf.config import hf_config, shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.rope import inverse_frequencies
 from minitron_nemo.shape import ModelShape
@@ -337,6 +338,6 @@ def test_export_refuses_what_the_family_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"tokenizer_dir=.* holds no tokenizer files"):
+    with pytest.raises(ValueError, match=r"tokenizer_dir=.* holds no tokenizer: none of tokenizer.json"):
         save_hf(build_gpt(TINY), tmp_path / "out", TINY, Groups(), tokenizer_dir=tmp_path)
     assert not (tmp_path / "out").exists()

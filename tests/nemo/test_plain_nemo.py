@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_nemo.text.data import open_blend
+from minitron_nemo.text.blend import open_blend
 from support.ranks import Ranks
 from support.tiny import SEQ_LENGTH
 from support.tiny_run import TARGET, TinyRun, read_weights, trainer_values
@@ -54,7 +54,8 @@ def prune_through_the_model_class(run: TinyRun, nemo: str) -> tuple[dict[str, Te
     from minitron_nemo.runtime.forward import last_logits
     from minitron_nemo.runtime.model_artifact import open_model
     from minitron_nemo.stages.training import prepare_layout
-    from minitron_nemo.text.data import batches, split_prefixes
+    from minitron_nemo.text.blend import split_prefixes
+    from minitron_nemo.text.windows import batches
     from minitron_nemo.weights import stream_full_parameters
 
     source = open_model(nemo, key="model", trust_checkpoint=True)

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from minitron_nemo.hf import safetensors_stream
-from minitron_nemo.hf.checkpoint import load_hf, save_hf, shape_from_hf, vocab_size_from_hf
+from minitron_nemo.hf.checkpoint import load_hf, save_hf
+from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
 from minitron_nemo.hf.surgery import prune_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan

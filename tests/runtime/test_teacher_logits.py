@@ -24,9 +24,8 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.distillation.stored_teacher import INDICES, LOG_PROBS, TAIL_MASS
 from minitron_nemo.distillation.teacher_student import TeacherStudent
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
 from minitron_nemo.nemo.models import causal_mask
 from minitron_nemo.runtime.forward import open_core
 from minitron_nemo.runtime.model_artifact import open_model
@@ -34,8 +33,8 @@ from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, teacher_logits
 from minitron_nemo.stages.training import prepare_layout
-from minitron_nemo.text.data import open_blend
-from minitron_nemo.text.stored_samples import StoredSamples, TeacherLogits, Windows, stored_sources
+from minitron_nemo.text.blend import open_blend
+from minitron_nemo.text.stored_samples import StoredSamples, TeacherLogits, stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
 from support.artifacts import full_disk
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, smaller
@@ -197,10 +196,10 @@ def test_every_layout_and_batch_size_writes_the_same(
 def ask(run: TinyRun, shape: ModelShape, directory: Path) -> None:
     """A bare Megatron-core teacher; the dense one with an attention that runs under context parallelism."""
     directory.mkdir(exist_ok=True)
-    sources, streams = stored_sources(open_blend(DataConfig(prepared=run.data)), SEQ_LENGTH, SMALL.num_samples)
+    _, windows = stored_sources(open_blend(DataConfig(prepared=run.data)), SEQ_LENGTH, SMALL.num_samples)
     core = (build_context_parallel_gpt if shape.num_moe_experts is None else build_gpt)(shape)
     shards = dataclasses.replace(SMALL, directory=directory)
-    write_missing(core, Windows(sources, streams, SEQ_LENGTH), shards, micro_batch_size=2)
+    write_missing(core, windows, shards, micro_batch_size=2)
 
 
 @pytest.mark.parametrize(("layout", "shape"), [("cp2", DENSE), ("dp2-ep2", EXPERTS)], ids=["cp2", "dp2-ep2"])
@@ -365,12 +364,12 @@ def test_sources_take_turns_by_weight_and_each_gives_all_its_windows_before_one_
     manifest = json.loads((other / "manifest.json").read_text())
     (other / "manifest.json").write_text(json.dumps(manifest | {"seconds": -1.0}))  # another digest
     parts = [{"path": tiny_run.data, "weight": 3}, {"path": str(other), "weight": 1}]
-    sources, streams = stored_sources(open_blend(DataConfig(prepared=parts)), SEQ_LENGTH, 39)
+    sources, windows = stored_sources(open_blend(DataConfig(prepared=parts)), SEQ_LENGTH, 39)
     assert [(source.first, source.samples) for source in sources] == [(0, 30), (30, 10)]  # 29.25 and 9.75, rounded up
 
     shards = dataclasses.replace(SMALL, num_samples=40)
     short, long = (
-        StoredSamples(shards, sources, streams, [3, 1], samples, seed=1, with_teacher=False) for samples in (50, 400)
+        StoredSamples(shards, sources, windows, [3, 1], samples, seed=1, with_teacher=False) for samples in (50, 400)
     )
     assert np.array_equal(short.source_of, long.source_of[:50])  # a longer run begins as a shorter one
     for number, count in ((0, 300), (1, 100)):
@@ -379,7 +378,9 @@ def test_sources_take_turns_by_weight_and_each_gives_all_its_windows_before_one_
         size = sources[number].samples
         for epoch in range(count // size):
             texts = {tuple(long[int(index)]["tokens"].tolist()) for index in turns[epoch * size : (epoch + 1) * size]}
-            assert texts == {tuple(streams[number].read(window * SEQ_LENGTH, SEQ_LENGTH)) for window in range(size)}
+            assert texts == {
+                tuple(windows.streams[number].read(window * SEQ_LENGTH, SEQ_LENGTH)) for window in range(size)
+            }
 
 
 def opened_text(store: TeacherLogits, run: TinyRun, number: int) -> list[int]:

@@ -20,7 +20,7 @@ END_OF_TEXT = 0
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     path = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(TEXTS, vocab_size=280, output=path)
-    return load_tokenizer(path).tokenizer
+    return load_tokenizer(path)
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -121,7 +121,7 @@ GOOD = {"context": "a", "options": ["b", "c"], "answer": 0}
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{", r"questions.jsonl line 2 is not JSON"),
+        ("{", r"questions.jsonl, line 2 is not JSON"),
         ([1], r"line 2 is not a JSON object with the keys context, options, answer"),
         ({"context": "a", "answer": 0}, r"line 2 lacks options"),
         ({"sentence": "a _ b", "option1": "c", "answer": "1"}, r"line 2 lacks option2"),

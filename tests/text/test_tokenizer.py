@@ -29,7 +29,7 @@ def trained(tmp_path_factory) -> Path:
 def test_any_text_survives_the_round_trip(trained):
     tokenizer = load_tokenizer(trained)
     for text in ["  def f():\n\treturn 1  ", "naïve café 数学 🙂\r\n", "\x00\x7f", TEXTS[3]]:
-        assert tokenizer.tokenizer.decode(tokenizer.text_to_ids(text)) == text
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
 def test_transformers_reads_it_with_one_token_for_every_end_of_text(trained):
@@ -67,12 +67,25 @@ def test_copying_takes_the_tokenizer_out_of_a_model_directory_and_nothing_else(t
     (model / "model.safetensors").write_bytes(b"weights")
     copy_tokenizer(model, tmp_path / "copy")
     assert not (tmp_path / "copy" / "model.safetensors").exists()
-    assert load_tokenizer(tmp_path / "copy").text_to_ids("argument") == load_tokenizer(trained).text_to_ids("argument")
+    assert load_tokenizer(tmp_path / "copy").encode("argument") == load_tokenizer(trained).encode("argument")
 
 
 def test_a_name_on_a_hub_is_an_error_not_a_download():
     with pytest.raises(FileNotFoundError, match=r"tokenizer=gpt2 is not a directory on this machine.*not looked up"):
         load_tokenizer("gpt2")
+
+
+def test_a_separator_ends_texts_where_no_end_of_text_is_set(trained, tmp_path):
+    copy_tokenizer(trained, tmp_path)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        roles = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({"sep_token": roles.pop("eos_token")} | roles))
+    assert AutoTokenizer.from_pretrained(tmp_path).eos_token_id is None
+    assert load_tokenizer(tmp_path).eos_token_id == 0
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    (tmp_path / "special_tokens_map.json").unlink()
+    with pytest.raises(ValueError, match=r"has no eos_token, which separates documents. Set eos_token in its token"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_directory_without_a_tokenizer_says_what_is_missing(tmp_path):

@@ -31,10 +31,6 @@ from minitron_nemo.divergence.streamed import require_kind_reads_top_k, top_k_of
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.parallel import group_size
 
-LOG_PROBS, TAIL_MASS, INDICES = "teacher_log_probs", "teacher_tail_mass", "teacher_indices"
-STORED = (LOG_PROBS, TAIL_MASS, INDICES)
-"""Keys of a batch that holds the teacher's answers."""
-
 
 class StoredTeacherStudent(TeacherStudent):
     """One pipeline stage of the student; all that a `TeacherStudent` does but run a teacher.

@@ -24,6 +24,10 @@ from minitron_nemo.config.distillation import DivergenceConfig
 from minitron_nemo.divergence.formulas import Reductions, Result, Vocabulary, column, row_max, scores, tempered
 from minitron_nemo.parallel import all_gather_shards
 
+LOG_PROBS, TAIL_MASS, INDICES = "teacher_log_probs", "teacher_tail_mass", "teacher_indices"
+STORED = (LOG_PROBS, TAIL_MASS, INDICES)
+"""Keys of a batch that holds a teacher's answers as they were stored."""
+
 
 @dataclass(frozen=True)
 class TopKTeacher:

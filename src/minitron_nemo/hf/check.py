@@ -1,7 +1,8 @@
-"""The last look at a written Hugging Face checkpoint: is it, tensor by tensor, what transformers will build?
+"""The last look at a written Hugging Face checkpoint: is it what transformers will build, and does it say the same?
 
-transformers makes the model of the written config.json on the meta device, which costs no memory, and its parameters'
-names and shapes are compared with the headers of the safetensors. Nothing is read but headers; nothing communicates.
+Names and shapes cost no memory: transformers makes the model of the written config.json on the meta device, and only
+the headers of the safetensors are read. For logits and a continued prompt it loads the whole model in float32. Nothing
+communicates.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from minitron_nemo.checks import require
 
@@ -33,6 +35,38 @@ def require_as_transformers_builds(path: Path | str) -> None:
         f"{f'; and {len(problems) - 5} more' if len(problems) > 5 else ''}. Do not use it; please report the model's "
         "shape.",
     )
+
+
+@torch.no_grad()
+def largest_logit_difference(path: Path | str, tokens: Tensor, logits: Tensor) -> float:
+    """max |transformers - logits| over `logits` [b, s, v], which are another implementation's for `tokens` [b, s]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    return float((model(tokens).logits - logits.cpu()).abs().max())
+
+
+@torch.no_grad()
+def continuation(path: Path | str, prompt: str, *, new_tokens: int, seed: int) -> str:
+    """The prompt and what the model goes on to say, drawn at temperature 0.7, as far as its context reaches."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    torch.manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    room = max(1, min(new_tokens, model.config.max_position_embeddings - ids.shape[1]))
+    written = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        pad_token_id=tokenizer.eos_token_id,
+        max_new_tokens=room,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.9,
+    )
+    text: str = tokenizer.decode(written[0], skip_special_tokens=True)
+    return text
 
 
 def _parameters_of_config(path: Path) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,6 @@
 """Weights from and to Hugging Face checkpoints, one tensor at a time.
 
-    config.json           <->  ModelShape                             hf_families.py
+    config.json           <->  ModelShape                             config.py
     *.safetensors shards  <->  full parameters of the axis table      the family's name map; axes fuse and unfuse
     full parameters       <->  Megatron-core model on any layout      weights.py
 
@@ -13,80 +13,23 @@ Communication: importing none, every rank reads what it holds; exporting gathers
 from __future__ import annotations
 
 import json
-import logging
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_nemo.axes import Named, full_shape, parameter_axes, parameter_names
-from minitron_nemo.checks import require
-from minitron_nemo.hf.families import (
-    Config,
-    Family,
-    family_of,
-    hf_config,
-    shape_from_config,
-    sliding_window,
-    weight_differences,
-    with_defaults,
-)
+from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.hf.config import CONFIG, hf_config, read_config, read_json, require_same_shape, shape_from_config
+from minitron_nemo.hf.families import Config, Family, family_of
 from minitron_nemo.hf.safetensors_stream import INDEX, SINGLE, Planned, ShardWriter, StoredTensor, read_header
 from minitron_nemo.parallel import Groups
-from minitron_nemo.rope import apply_rope_scaling
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.tokenizer import copy_tokenizer, special_token_ids
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 
-__all__ = ["apply_rope_scaling", "hf_config", "load_hf", "save_hf", "shape_from_hf", "vocab_size_from_hf"]
-
-logger = logging.getLogger(__name__)
-
-CONFIG = "config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
-
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def shape_from_hf(path: Path | str, *, make_vocab_size_divisible_by: int = 1) -> ModelShape:
-    """The ModelShape of a HF checkpoint directory, from its config.json.
-
-    `sliding_window` is not part of it: attention here sees the whole sequence, which is the same model up to that
-    length; a window shorter than the context is reported in the log.
-
-    Args:
-        make_vocab_size_divisible_by: pad the embedding table up to a multiple of it, so that it splits over tp.
-    Raises: FileNotFoundError: no such directory or no config.json. ValueError: what this project cannot represent.
-    """
-    config = read_config(path)
-    shape = shape_from_config(config, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    window = sliding_window(with_defaults(config, family_of(shape.family)))
-    if window is not None and window < shape.seq_length:
-        logger.warning(
-            "%s: sliding_window=%s is ignored: attention is over the whole sequence. The model is the same for "
-            "sequences of up to %s tokens; train and export within that length.",
-            path,
-            window,
-            window,
-        )
-    return shape
-
-
-def vocab_size_from_hf(path: Path | str) -> int:
-    """Rows of the checkpoint's embedding table, which may be fewer than `padded_vocab_size`."""
-    return int(read_config(path)["vocab_size"])
 
 
 def load_hf(model: nn.Module, path: Path | str, shape: ModelShape, groups: Groups) -> None:
@@ -103,7 +46,7 @@ def load_hf(model: nn.Module, path: Path | str, shape: ModelShape, groups: Group
     config = read_config(path)
     family = family_of(config.get("model_type", "none"))
     require_same_shape(shape_from_config(config), shape, path)
-    config = with_defaults(config, family)
+    config = family.with_defaults(config)
     require(
         config["vocab_size"] <= shape.padded_vocab_size,
         f"{path} has vocab_size={config['vocab_size']}, more than padded_vocab_size={shape.padded_vocab_size}. "
@@ -148,7 +91,7 @@ class Checkpoint:
                 "are never read here. Convert it once to safetensors: AutoModelForCausalLM.from_pretrained(path)"
                 ".save_pretrained(new_path, safe_serialization=True) with transformers.",
             )
-            raise FileNotFoundError(
+            raise NothingThere(
                 f"{path} has neither {SINGLE} nor {INDEX}. Point at a checkpoint directory with its weights."
             )
 
@@ -176,42 +119,9 @@ class Checkpoint:
         require(
             (self.path / file).is_file(),
             f"{self.path} lacks the shard {file} that its index names. Fetch the missing file.",
-            FileNotFoundError,
+            NothingThere,
         )
         return read_header(self.path / file)
-
-
-def read_config(path: Path | str) -> dict[str, Any]:
-    path = Path(path)
-    require(path.is_dir(), f"{path} is not a directory. Give the directory of a HF checkpoint.", FileNotFoundError)
-    require(
-        (path / CONFIG).is_file(),
-        f"{path} has no {CONFIG}, so it is no HF checkpoint. Give the directory that holds it and *.safetensors.",
-        FileNotFoundError,
-    )
-    return read_json(path / CONFIG)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}). Fetch it again.") from error
-
-
-def require_same_shape(
-    theirs: ModelShape,
-    ours: ModelShape,
-    path: Path | str,
-    *,
-    mend: str = "Build the model from shape_from_hf of the same path.",
-) -> None:
-    """ValueError unless a model of shape `ours` can be filled from the checkpoint at `path`, of shape `theirs`."""
-    differences = [f"{field}: {there} there, {here} here" for field, there, here in weight_differences(theirs, ours)]
-    require(
-        not differences,
-        f"{path} is a model of another shape ({'; '.join(differences)}). {mend}",
-    )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -251,7 +161,7 @@ def save_hf(
     config = hf_config(shape, vocab_size=vocab_size, dtype=dtype)
     tensors = {name: hf_tensors(name, shape, family, vocab_size) for name in parameter_names(shape)}
     if tokenizer_dir is not None:
-        config |= _special_tokens(Path(tokenizer_dir))
+        config |= special_token_ids(tokenizer_dir, key="tokenizer_dir")
     require(
         not any(path.glob("*.safetensors")),
         f"{path} already holds safetensors. Choose a new directory, or remove the old files.",
@@ -271,8 +181,7 @@ def save_hf(
         writer.finish()
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer_dir is not None:
-            for file in _tokenizer_files(Path(tokenizer_dir)):
-                shutil.copy2(file, path / file.name)
+            copy_tokenizer(tokenizer_dir, path, key="tokenizer_dir")
 
 
 def is_held(name: str, family: Family, config: Config) -> bool:
@@ -288,36 +197,6 @@ def hf_tensors(name: str, shape: ModelShape, family: Family, vocab_size: int) ->
     names = family.hf_names(name)
     assert len(names) == len(parts), f"{name}: {family.model_type} names {names}, the axis has {len(parts)} parts"
     return list(zip(names, (tuple(part.shape) for part in parts), strict=True))
-
-
-def _tokenizer_files(directory: Path) -> Iterator[Path]:
-    files = [directory / name for name in _TOKENIZER_FILES if (directory / name).is_file()]
-    require(
-        bool(files),
-        f"tokenizer_dir={directory} holds no tokenizer files (looked for {', '.join(_TOKENIZER_FILES)}). "
-        "Give the directory of a HF tokenizer.",
-        FileNotFoundError,
-    )
-    return iter(files)
-
-
-def _special_tokens(directory: Path) -> dict[str, int]:
-    """bos_token_id, eos_token_id and pad_token_id as far as the tokenizer's own files say."""
-    _tokenizer_files(directory)
-    settings, ids = {}, {}
-    if (directory / "tokenizer_config.json").is_file():
-        settings = read_json(directory / "tokenizer_config.json")
-        ids = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    if (directory / "tokenizer.json").is_file():
-        tokenizer = read_json(directory / "tokenizer.json")
-        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    found = {}
-    for role in ("bos", "eos", "pad"):
-        token = settings.get(f"{role}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if content in ids:
-            found[f"{role}_token_id"] = ids[content]
-    return found
 
 
 def _is_writer() -> bool:

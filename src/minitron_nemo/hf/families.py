@@ -1,24 +1,18 @@
-"""Hugging Face families: one row each, how `config.json` reads as a ModelShape and what the tensors are called.
+"""Hugging Face families: one row each, what the tensors are called and which keys of `config.json` are its own.
 
 A family is a name map from the axis table's parameters to HF's, and the few config keys of its own. A parameter that HF
-keeps as several tensors (query, key, value; gate, up) lists them in the order its axis fuses them.
-
-A shape that config.json cannot say is refused on export: what is written must read back as the same shape. Defaults are
-those of the config classes of transformers 4.57.
+keeps as several tensors (query, key, value; gate, up) lists them in the order its axis fuses them. Defaults are those
+of the config classes of transformers 4.57.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from minitron_nemo.axes import expert_of, layer_of, parameter_axes
 from minitron_nemo.checks import require
-from minitron_nemo.rope import require_known_scaling
 from minitron_nemo.shape import ModelShape
 
 Config = Mapping[str, Any]
@@ -43,6 +37,10 @@ class Family:
     """Config keys only this family has."""
     has_bias: Callable[[Config, str], bool] = lambda config, name: True
     """Whether the checkpoint holds this bias of the model; one it does not hold is zero."""
+
+    def with_defaults(self, config: Config) -> dict[str, Any]:
+        """The config with what transformers assumes where a key is absent."""
+        return {**self.defaults, **config}
 
     def hf_names(self, name: str) -> tuple[str, ...]:
         """The HF tensors a full parameter is fused from.
@@ -293,156 +291,11 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-_ACTIVATION_OF_HF = {"silu": "silu", "gelu": "gelu", "relu2": "squared_relu"}
-_HF_OF_ACTIVATION = {ours: theirs for theirs, ours in _ACTIVATION_OF_HF.items()}
-
 
 def family_of(model_type: str) -> Family:
     require(
         model_type in FAMILIES,
         f"model_type={model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}. "
-        "Convert the checkpoint to one of these, or add a row to engine/hf_families.py.",
+        "Convert the checkpoint to one of these, or add a row to hf/families.py.",
     )
     return FAMILIES[model_type]
-
-
-def shape_from_config(config: Config, *, make_vocab_size_divisible_by: int = 1) -> ModelShape:
-    """The ModelShape a config.json describes.
-
-    Args:
-        make_vocab_size_divisible_by: the embedding table is padded up to a multiple of it.
-    Raises: ValueError: unsupported model_type, activation, rope_scaling or quantization; a missing key.
-    """
-    family = family_of(config.get("model_type", "none"))
-    for key in ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):
-        require(key in config, f"config.json lacks {key}. Take the config.json published with the weights.")
-    require(
-        config.get("quantization_config") is None,
-        "config.json has a quantization_config: quantized weights cannot be pruned. Use the bf16 or fp32 checkpoint.",
-    )
-    config = with_defaults(config, family)
-    activation = config["hidden_act"]
-    require(
-        activation in _ACTIVATION_OF_HF,
-        f"hidden_act={activation!r} is not supported; supported: {', '.join(_ACTIVATION_OF_HF)}.",
-    )
-    _require_known_layers(config)
-    theta, scaling = _rope(config)
-    heads, multiple = config["num_attention_heads"], make_vocab_size_divisible_by
-    fields: dict[str, Any] = {
-        "num_layers": config["num_hidden_layers"],
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "num_query_groups": config.get("num_key_value_heads") or heads,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
-        "padded_vocab_size": -(-config["vocab_size"] // multiple) * multiple,
-        "seq_length": config["max_position_embeddings"],
-        "layernorm_epsilon": config[family.epsilon_key],
-        "activation": _ACTIVATION_OF_HF[activation],
-        "share_embeddings_and_output_weights": bool(config["tie_word_embeddings"]),
-        "rotary_base": theta,
-        "rope_scaling": scaling,
-        "init_method_std": config["initializer_range"],
-    }
-    return ModelShape(family=family.model_type, **fields | family.read(config))
-
-
-def hf_config(
-    shape: ModelShape, *, vocab_size: int | None = None, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, Any]:
-    """config.json of a shape; `head_dim` is always written, as it need not be hidden_size / num_attention_heads.
-
-    Args:
-        vocab_size: rows of the exported embedding table; None: `shape.padded_vocab_size`.
-        dtype: of the exported tensors.
-    Raises: ValueError: the family's config.json has no place for something the shape says.
-    """
-    family = family_of(shape.family)
-    require_known_scaling(shape.rope_scaling)
-    config = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": vocab_size or shape.padded_vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_key_value_heads": shape.num_query_groups,
-        "head_dim": shape.kv_channels,
-        "hidden_act": _HF_OF_ACTIVATION[shape.activation],
-        "max_position_embeddings": shape.seq_length,
-        family.epsilon_key: shape.layernorm_epsilon,
-        "rope_theta": shape.rotary_base,
-        "rope_scaling": shape.rope_scaling,
-        "initializer_range": shape.init_method_std,
-        "tie_word_embeddings": shape.share_embeddings_and_output_weights,
-        "use_cache": True,
-    } | family.write(shape)
-    for field, theirs, ours in weight_differences(shape_from_config(config), shape):
-        raise ValueError(
-            f"{field}={ours} has no place in a HF {family.model_type} checkpoint, which has {field}={theirs}. "
-            "Export it as a family that has it."
-        )
-    return config
-
-
-_NOT_WEIGHTS = ("seq_length", "padded_vocab_size", "init_method_std", "family")
-"""ModelShape fields in which a model may differ from the checkpoint it is filled from."""
-
-
-def weight_differences(theirs: ModelShape, ours: ModelShape) -> list[tuple[str, Any, Any]]:
-    """(field, there, here) of what makes one model's weights mean something else in another."""
-    ignored = set(_NOT_WEIGHTS)
-    if not ours.has_dense_layers:
-        ignored.add("ffn_hidden_size")
-    if ours.add_bias_linear:
-        ignored.add("add_qkv_bias")  # included
-    fields = [field.name for field in dataclasses.fields(ModelShape) if field.name not in ignored]
-    return [
-        (name, getattr(theirs, name), getattr(ours, name))
-        for name in fields
-        if getattr(theirs, name) != getattr(ours, name)
-    ]
-
-
-def with_defaults(config: Config, family: Family) -> dict[str, Any]:
-    return {**family.defaults, **config}
-
-
-def _require_known_layers(config: Config) -> None:
-    """ValueError where `layer_types` does not name attention for each layer."""
-    kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
-    if kinds is None:
-        return
-    require(
-        len(kinds) == layers,
-        f"layer_types has {len(kinds)} entries for num_hidden_layers={layers}. "
-        "Take the config.json published with the weights.",
-    )
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    require(
-        not unknown,
-        f"layer_types has {', '.join(unknown)}; supported are full_attention and sliding_attention. "
-        "Use a checkpoint of attention layers only.",
-    )
-
-
-def sliding_window(config: Config) -> int | None:
-    """Tokens a layer with a sliding window sees, None where no layer has one; defaults filled in."""
-    if not config.get("use_sliding_window", True) or "sliding_attention" not in config.get(
-        "layer_types", ["sliding_attention"]
-    ):
-        return None
-    return config.get("sliding_window")
-
-
-def _rope(config: Config) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, from `rope_theta` and `rope_scaling` or from the `rope_parameters` of later transformers."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.pop("rope_theta", config["rope_theta"]))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling = None if kind == "default" else parameters
-    require_known_scaling(scaling)
-    return theta, scaling

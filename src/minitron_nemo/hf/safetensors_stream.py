@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, require
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BLOCK_BYTES = 4 * 2**20  # fits the cache of a core, and is long enough for a disk
@@ -106,7 +106,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             header.pop("__metadata__", None)
             entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(_damaged(file, f"its header is not what safetensors writes: {error}")) from error
+            raise Mistake(_damaged(file, f"its header is not what safetensors writes: {error}")) from error
     tensors = {}
     for name, (dtype, shape, begin, end) in entries.items():
         require(

@@ -1,4 +1,4 @@
-"""Offline surgery: a Hugging Face folder in, the pruned Hugging Face folder out, and no model in between.
+"""Surgery on disk: a Hugging Face folder in, the pruned Hugging Face folder out, and no model in between.
 
     header of every shard  ->  checked against config.json and the plan  ->  headers of the new shards
     a tensor               ->  its kept rows, a block at a time, cut along its other axes  ->  appended to its shard
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from minitron_nemo.axes import Axis, Kept, parameter_names, part_axes
 from minitron_nemo.checks import require
-from minitron_nemo.hf.checkpoint import CONFIG, Checkpoint, hf_tensors, is_held, read_config, require_same_shape
-from minitron_nemo.hf.families import family_of, hf_config, shape_from_config, with_defaults
+from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held
+from minitron_nemo.hf.config import CONFIG, hf_config, read_config, require_same_shape, shape_from_config
+from minitron_nemo.hf.families import family_of
 from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTensor
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
@@ -107,7 +108,7 @@ class _Cut:
 def _all_cuts(source: Path, config: dict[str, Any], plan: PruningPlan) -> list[_Cut]:
     """Every tensor of the student in table order, each found in the source with the sizes config.json calls for."""
     family, vocab_size = family_of(config["model_type"]), config["vocab_size"]
-    config = with_defaults(config, family)
+    config = family.with_defaults(config)
     require(
         vocab_size <= plan.source.padded_vocab_size,
         f"{source} has vocab_size={vocab_size}, more than the plan's padded_vocab_size="

@@ -29,8 +29,9 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DistillationConfig
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.distillation.offload import keep_on_host
-from minitron_nemo.distillation.stored_teacher import STORED, StoredTeacherStudent
+from minitron_nemo.distillation.stored_teacher import StoredTeacherStudent
 from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
+from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.importance import Importance
 from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
 from minitron_nemo.parallel import Groups

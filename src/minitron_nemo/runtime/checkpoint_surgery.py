@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from minitron_nemo.axes import Axis, Kept, local_name, parameter_axes, part_axes
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
-from minitron_nemo.hf.checkpoint import require_same_shape
+from minitron_nemo.hf.config import require_same_shape
 from minitron_nemo.nemo.models import nemo_config
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of

@@ -31,8 +31,8 @@ from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.nemo.models import data_step, forward_step
 from minitron_nemo.parallel import Groups, all_gather_shards, group_rank, group_size
 from minitron_nemo.progress import Reporter
-from minitron_nemo.text.stored_samples import Windows
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
+from minitron_nemo.text.windows import Windows
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
 from minitron_nemo.stages.training import prepare_layout, run_training
-from minitron_nemo.text.data import open_blend
+from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import TeacherLogits
 from minitron_nemo.text.tokenizer import tokenizer_digest
 

@@ -18,6 +18,7 @@ from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.questions import read_questions
+from minitron_nemo.text.tokenizer import plain_encoder
 
 
 def run(config: EstimateImportanceConfig) -> Artifact:
@@ -36,8 +37,8 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     if depth.task is not None:
         questions = read_questions(
             depth.task,
-            calibration.encode,
-            end_of_text=calibration.tokenizer.tokenizer.eos_token_id,
+            plain_encoder(calibration.tokenizer),
+            end_of_text=calibration.tokenizer.eos_token_id,
             seq_length=source.shape.seq_length,
         )
     prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=config.seed)

@@ -13,8 +13,10 @@ from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.runtime.forward import mean_loss, open_core, run_forward
 from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.stages.training import prepare_layout
-from minitron_nemo.text.data import VALIDATION, batches, open_blend, require_tokenizer_of, split_prefixes
+from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
+from minitron_nemo.text.corpus import VALIDATION
 from minitron_nemo.text.tokenizer import load_tokenizer
+from minitron_nemo.text.windows import batches
 
 
 def run(config: EvaluateConfig) -> Artifact:

@@ -17,7 +17,7 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ExportHfConfig
-from minitron_nemo.hf.check import require_as_transformers_builds
+from minitron_nemo.hf.check import continuation, largest_logit_difference, require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import save_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.runtime.forward import last_logits, open_core
@@ -58,7 +58,9 @@ def run(config: ExportHfConfig) -> Artifact:
             )
             draft.metrics["max_logit_difference"] = difference
         if config.prompt is not None and is_rank_zero():
-            draft.facts["sample"] = _continue(draft.path, config.prompt, config.new_tokens, config.seed)
+            draft.facts["sample"] = continuation(
+                draft.path, config.prompt, new_tokens=config.new_tokens, seed=config.seed
+            )
     return open_artifact(output)
 
 
@@ -69,34 +71,6 @@ def _largest_difference(core: Any, vocab_size: int, path: Path, seq_length: int)
     length *= parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism splits it
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
     ours = last_logits(core, tokens)
-    difference = torch.zeros(1)
-    if is_rank_zero():
-        from transformers import AutoModelForCausalLM
-
-        theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-        with torch.no_grad():
-            difference[0] = (theirs(tokens).logits - ours[..., :vocab_size].cpu()).abs().max()
-    gathered: list[Any] = [difference.item()]
-    dist.broadcast_object_list(gathered, src=0)
-    return gathered[0]
-
-
-def _continue(path: Path, prompt: str, new_tokens: int, seed: int) -> str:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    torch.manual_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    room = max(1, min(new_tokens, model.config.max_position_embeddings - ids.shape[1]))
-    with torch.no_grad():
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            pad_token_id=tokenizer.eos_token_id,
-            max_new_tokens=room,
-            do_sample=True,
-            temperature=0.7,
-            top_p=0.9,
-        )
-    return tokenizer.decode(written[0], skip_special_tokens=True)
+    said: list[Any] = [largest_logit_difference(path, tokens, ours[..., :vocab_size]) if is_rank_zero() else None]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]

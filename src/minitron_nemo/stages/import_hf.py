@@ -8,7 +8,8 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ImportHfConfig
-from minitron_nemo.hf.checkpoint import load_hf, shape_from_hf, vocab_size_from_hf
+from minitron_nemo.hf.checkpoint import load_hf
+from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.runtime.forward import new_core
 from minitron_nemo.runtime.model_artifact import save_model
@@ -24,7 +25,7 @@ def embedded_teacher() -> Path:
 
 
 def run(config: ImportHfConfig) -> Artifact:
-    """Raises: FileNotFoundError, ValueError: see `engine.hf`; before anything is written."""
+    """Raises: FileNotFoundError, ValueError: see `hf.checkpoint.load_hf`; before anything is written."""
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
     require(
         (source / "config.json").is_file(),

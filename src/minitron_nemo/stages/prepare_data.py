@@ -25,8 +25,8 @@ from minitron_nemo.config.data import STDLIB
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.progress import Reporter
-from minitron_nemo.text.corpus import STDLIB_LICENCE, Document, Source, Splitter, read_corpus
-from minitron_nemo.text.data import TRAIN, VALIDATION, TokenFiles, encode_documents
+from minitron_nemo.text.corpus import STDLIB_LICENCE, TRAIN, VALIDATION, Document, Source, Splitter, read_corpus
+from minitron_nemo.text.token_files import TokenFiles, encode_documents
 from minitron_nemo.text.tokenizer import (
     copy_tokenizer,
     load_tokenizer,

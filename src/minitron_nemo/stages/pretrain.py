@@ -17,7 +17,7 @@ from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.training import prepare_layout, require_vocabulary, run_training
-from minitron_nemo.text.data import open_blend
+from minitron_nemo.text.blend import open_blend
 
 
 def run(config: PretrainConfig) -> Artifact:

@@ -24,12 +24,14 @@ from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import stream_sizes
 from minitron_nemo.runtime.forward import estimate_importance
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.calibration import calibration_batches
-from minitron_nemo.text.data import TRAIN, batches, open_blend, require_tokenizer_of, split_prefixes
-from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest
+from minitron_nemo.text.corpus import TRAIN
+from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, tokenizer_digest
+from minitron_nemo.text.windows import batches
 
 if TYPE_CHECKING:
-    from nemo.collections.common.tokenizers import AutoTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,8 @@ class Calibration:
         return blend
 
     @cached_property
-    def tokenizer(self) -> AutoTokenizer:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.tokenizer_path)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, none added."""
-        ids: list[int] = self.tokenizer.tokenizer.encode(text, add_special_tokens=False)
-        return ids
 
     def samples(self, num_samples: int) -> Iterable[dict[str, Tensor]]:
         """Micro-batches of this data-parallel rank, of `num_samples` samples over all of them. Needs the layout."""
@@ -99,8 +96,8 @@ class Calibration:
         if self.config.calibration is not None:
             return calibration_batches(
                 self.config.calibration,
-                self.encode,
-                end_of_text=self.tokenizer.tokenizer.eos_token_id,
+                plain_encoder(self.tokenizer),
+                end_of_text=self.tokenizer.eos_token_id,
                 seq_length=self.seq_length,
                 micro_batch_size=self.micro_batch_size,
                 num_samples=num_samples,

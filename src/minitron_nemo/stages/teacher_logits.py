@@ -29,8 +29,9 @@ from minitron_nemo.runtime.layout import is_rank_zero
 from minitron_nemo.runtime.model_artifact import open_model
 from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.stages.training import prepare_layout
-from minitron_nemo.text.data import TRAIN, open_blend, require_length, require_tokenizer_of
-from minitron_nemo.text.stored_samples import TeacherLogits, Windows, stored_sources
+from minitron_nemo.text.blend import open_blend, require_length, require_tokenizer_of
+from minitron_nemo.text.corpus import TRAIN
+from minitron_nemo.text.stored_samples import TeacherLogits, stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
 from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest
 
@@ -55,7 +56,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
         samples_per_shard=config.samples_per_shard,
     )
     prepare_layout(trainer, teacher.shape, seq_length=trainer.seq_length)
-    sources, streams = stored_sources(blend, trainer.seq_length, config.num_samples)
+    sources, windows = stored_sources(blend, trainer.seq_length, config.num_samples)
     facts = TeacherLogits.facts(format, sources) | {
         "tokenizer_digest": tokenizer_digest(teacher.tokenizer),
         "teacher": {"path": str(teacher.path), "digest": teacher.artifact.digest if teacher.artifact else None},
@@ -73,7 +74,6 @@ def run(config: TeacherLogitsConfig) -> Artifact:
         dist.barrier()
         core = open_core(teacher, trainer)
         started = time.monotonic()
-        windows = Windows(sources, streams, trainer.seq_length)
         write_missing(core, windows, shards, micro_batch_size=trainer.micro_batch_size)
     inputs = [*teacher.artifacts, *(artifact for artifact, _ in blend)]
     with writing(output, stage="teacher-logits", config=as_dict(config), inputs=inputs) as draft:

@@ -19,6 +19,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig
+from minitron_nemo.nemo.data_module import build_data_module
 from minitron_nemo.nemo.downstream import best_kept
 from minitron_nemo.nemo.history import HISTORY
 from minitron_nemo.nemo.models import EngineModel
@@ -27,9 +28,8 @@ from minitron_nemo.runtime.distributed_checkpoint import load_weights
 from minitron_nemo.runtime.layout import is_rank_zero, use_layout
 from minitron_nemo.runtime.model_artifact import read_shape, save_model
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.text.data import build_data_module
 from minitron_nemo.text.questions import Question, read_questions
-from minitron_nemo.text.tokenizer import load_tokenizer, vocabulary_size
+from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, vocabulary_size
 
 TRAINING_STAGES = ("pretrain", "correct-teacher", "distill")
 
@@ -123,11 +123,7 @@ def _questions(config: DownstreamConfig, tokenizer: Any, seq_length: int) -> lis
     if config.file is None:
         return []
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    end_of_text = tokenizer.tokenizer.eos_token_id
+    encode, end_of_text = plain_encoder(tokenizer), tokenizer.eos_token_id
     key = "training.downstream.file"
     return read_questions(config.file, encode, end_of_text=end_of_text, seq_length=seq_length, key=key)
 

@@ -12,15 +12,14 @@ communicates; every rank reads the file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.text.jsonl import read_jsonl
 
 _KEY = "importance.calibration"
 
@@ -55,9 +54,7 @@ def calibration_batches(
         f"Set importance.num_samples to at most {len(records)}.",
     )
     drawn = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:num_samples].tolist()
-    samples = [
-        _sample(records[index], encode, end_of_text, seq_length, count_prompts, f"{_KEY}={file}") for index in drawn
-    ]
+    samples = [_sample(records[index], encode, end_of_text, seq_length, count_prompts) for index in drawn]
     filler = {key: torch.zeros_like(tensor) for key, tensor in samples[0].items()}
     together = micro_batch_size * dp_size
     samples += [filler] * (-num_samples % together)
@@ -69,44 +66,34 @@ def calibration_batches(
     ]
 
 
-def _records(file: Path) -> Iterator[tuple[int, str, str]]:
-    """(line number, prompt, response) of every record; a plain text has an empty prompt."""
-    require(file.is_file(), f"{_KEY}={file} does not exist. Give a JSONL file of samples.", FileNotFoundError)
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{_KEY}={file}, line {number}"
-            try:
-                record: Any = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is not JSON ({error}). JSONL holds one object a line.") from error
-            require(isinstance(record, dict), f"{where} is not a JSON object with text, or prompt and response.")
-            keys = ("text",) if "text" in record else ("prompt", "response")
-            for key in keys:
-                require(
-                    isinstance(record.get(key), str),
-                    f'{where} has no string {key!r}. Write {{"text": ...}} or {{"prompt": ..., "response": ...}}.',
-                )
-            yield number, "" if keys == ("text",) else record["prompt"], record[keys[-1]]
+def _records(file: Path) -> Iterator[tuple[str, str, str]]:
+    """(where it stands, prompt, response) of every record; a plain text has an empty prompt."""
+    require(file.is_file(), f"{_KEY}={file} does not exist. Give a JSONL file of samples.", NothingThere)
+    for where, record in read_jsonl(file, f"{_KEY}={file}", holds="text, or prompt and response"):
+        keys = ("text",) if "text" in record else ("prompt", "response")
+        for key in keys:
+            require(
+                isinstance(record.get(key), str),
+                f'{where} has no string {key!r}. Write {{"text": ...}} or {{"prompt": ..., "response": ...}}.',
+            )
+        yield where, "" if keys == ("text",) else record["prompt"], record[keys[-1]]
 
 
 def _sample(
-    record: tuple[int, str, str],
+    record: tuple[str, str, str],
     encode: Callable[[str], list[int]],
     end_of_text: int,
     seq_length: int,
     count_prompts: bool,
-    where: str,
 ) -> dict[str, Tensor]:
-    number, prompt, text = record
+    where, prompt, text = record
     before = encode(prompt) if prompt else []
     ids = (before + encode(text))[:seq_length]
     mask = torch.zeros(seq_length)
     mask[0 if count_prompts else max(0, len(before) - 1) : len(ids)] = 1.0
     require(
         len(ids) > 0 and bool(mask.any()),
-        f"{where}, line {number} leaves no token that counts within trainer.seq_length={seq_length}. Lengthen "
+        f"{where} leaves no token that counts within trainer.seq_length={seq_length}. Lengthen "
         "trainer.seq_length, shorten the prompt, or take the record out.",
     )
     padded = torch.full((seq_length + 1,), end_of_text)

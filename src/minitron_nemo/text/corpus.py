@@ -13,7 +13,6 @@ Nothing here writes or communicates; what cannot be read raises before a later s
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import Mistake, NothingThere, did_you_mean, require
+from minitron_nemo.config.data import STDLIB
+from minitron_nemo.text.jsonl import read_jsonl
 
-STDLIB = "stdlib"
+TRAIN, VALIDATION = "train", "validation"
+"""The splits."""
 STDLIB_LICENCE = "PSF-2.0 (Python Software Foundation License); some modules add their own compatible notice"
 _STDLIB_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 _STDLIB_BROKEN_ON_PURPOSE = ("lib2to3/tests/data/", "test/test_lib2to3/data/")
@@ -71,7 +73,7 @@ class Source:
         require(
             root.exists(),
             f"corpus={self.path} does not exist. Give a text, JSONL or Parquet file, a folder of these, or '{STDLIB}'.",
-            FileNotFoundError,
+            NothingThere,
         )
         if root.is_file():
             return [(root.name, root)]
@@ -184,7 +186,7 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     require(
         bool(files),
         f"corpus={STDLIB}: this Python keeps no .py files in {root}. Set corpus to a folder of text files.",
-        FileNotFoundError,
+        NothingThere,
     )
     return files
 
@@ -214,31 +216,19 @@ def _whole_text(file: Path, *, skip_undecodable: bool) -> Iterator[str]:
 def _jsonl_texts(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Of each record what stands under `keys`: the text's, and the prompt's if there are prompts."""
     try:
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"corpus: {file}, line {number} is not JSON ({error.msg}). JSONL holds one object a line."
-                    ) from error
-                require(isinstance(record, dict), f"corpus: {file}, line {number} is not a JSON object with a text.")
-                for key, (name, what) in zip(keys, _KEYS, strict=False):
-                    require(
-                        key in record,
-                        f"corpus: {file}, line {number} has no key {name}={key}; "
-                        f"{did_you_mean(key, record)} Set {name} to the one that holds the {what}.",
-                    )
-                    require(
-                        isinstance(record[key], str),
-                        f"corpus: {file}, line {number}: {key} is {type(record[key]).__name__}, not a string. "
-                        f"Set {name} to the key that holds the {what}.",
-                    )
-                yield tuple(_without_lone_surrogates(record[key]) for key in keys)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"corpus: {file} is not UTF-8 ({error.reason}). Convert it (iconv -t UTF-8).") from error
+        for here, record in read_jsonl(file, f"corpus: {file}", holds="a text"):
+            for key, (name, what) in zip(keys, _KEYS, strict=False):
+                require(
+                    key in record,
+                    f"{here} has no key {name}={key}; {did_you_mean(key, record)} "
+                    f"Set {name} to the one that holds the {what}.",
+                )
+                require(
+                    isinstance(record[key], str),
+                    f"{here}: {key} is {type(record[key]).__name__}, not a string. "
+                    f"Set {name} to the key that holds the {what}.",
+                )
+            yield tuple(_without_lone_surrogates(record[key]) for key in keys)
     except OSError as error:
         raise _unreadable(file, error) from error
 
@@ -274,10 +264,10 @@ def _parquet_texts(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]
             rows = zip(*(batch.column(key).to_pylist() for key in keys), strict=True)
             yield from (tuple(value or "" for value in row) for row in rows)
     except pyarrow.ArrowException as error:
-        raise ValueError(f"corpus: {file} is not a readable Parquet file ({error}). Write it again.") from error
+        raise Mistake(f"corpus: {file} is not a readable Parquet file ({error}). Write it again.") from error
     except OSError as error:
         raise _unreadable(file, error) from error
 
 
-def _unreadable(file: Path, error: OSError) -> ValueError:
-    return ValueError(f"corpus: {file} cannot be read ({error.strerror or error}). Repair it or take it out of corpus.")
+def _unreadable(file: Path, error: OSError) -> Mistake:
+    return Mistake(f"corpus: {file} cannot be read ({error.strerror or error}). Repair it or take it out of corpus.")

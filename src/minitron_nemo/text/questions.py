@@ -18,7 +18,6 @@ one end-of-text token. Few-shot examples, where wanted, stand in the context.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.text.jsonl import read_jsonl
 
 BLANK = "_"
 _WINOGRANDE = ("sentence", "option1", "option2", "answer")
@@ -62,13 +62,10 @@ def read_questions(
     Raises: FileNotFoundError; ValueError: names the file, the line and the key.
     """
     path = Path(path)
-    require(path.is_file(), f"{key}={path} is not a file. Give a JSONL file, one question a line.", FileNotFoundError)
+    require(path.is_file(), f"{key}={path} is not a file. Give a JSONL file, one question a line.", NothingThere)
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        context, options, answer = _parse(line, where)
+    for where, record in read_jsonl(path, str(path), holds=f"the keys {', '.join(_OWN)}"):
+        context, options, answer = _parse(record, where)
         continuations = []
         for option in options:
             continuation = _tokenise(*_place(context, option), encode, end_of_text)
@@ -88,13 +85,8 @@ def read_questions(
     return questions
 
 
-def _parse(line: str, where: str) -> tuple[str, list[str], int]:
+def _parse(record: dict[str, Any], where: str) -> tuple[str, list[str], int]:
     """Context, options and the answer's index from 0."""
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON ({error}). Write one JSON object a line.") from error
-    require(isinstance(record, dict), f"{where} is not a JSON object with the keys {', '.join(_OWN)}.")
     winogrande = "sentence" in record
     for key in _WINOGRANDE if winogrande else _OWN:
         require(

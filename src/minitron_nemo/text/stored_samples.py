@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from megatron.core.datasets import helpers
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,9 +26,11 @@ from torch.utils.data import Dataset
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DivergenceConfig
-from minitron_nemo.text.data import TRAIN, TokenStream, weighted_sources
-from minitron_nemo.text.documents import unmark
+from minitron_nemo.text.blend import weighted_sources
+from minitron_nemo.text.corpus import TRAIN
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
+from minitron_nemo.text.token_files import TokenStream
+from minitron_nemo.text.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class StoredSource:
 
 def stored_sources(
     blend: list[tuple[Artifact, float]], seq_length: int, num_samples: int | None
-) -> tuple[list[StoredSource], list[TokenStream]]:
-    """What a store of this blend holds, and where its tokens are; sources without a whole window are left out.
+) -> tuple[list[StoredSource], Windows]:
+    """What a store of this blend holds, and its text; sources without a whole window are left out.
 
     Args:
         num_samples: shared out by the sources' weights and rounded up, none getting more than it has; None: all.
@@ -65,28 +66,7 @@ def stored_sources(
         sources.append(StoredSource(artifact.digest, source[TRAIN], first, samples))
         streams.append(stream)
         first += samples
-    return sources, streams
-
-
-class Windows:
-    """The text of a store's samples."""
-
-    def __init__(self, sources: Sequence[StoredSource], streams: Sequence[TokenStream], seq_length: int) -> None:
-        self.streams, self.seq_length = streams, seq_length
-        self.ends = np.cumsum([source.samples for source in sources])
-
-    def read(self, sample: int) -> dict[str, Tensor]:
-        """tokens, labels, position_ids and loss_mask [s]."""
-        source = int(np.searchsorted(self.ends, sample, side="right"))
-        window = sample - (int(self.ends[source - 1]) if source else 0)
-        stored = self.streams[source].read(window * self.seq_length, self.seq_length + 1)
-        text, supervised = unmark(torch.from_numpy(stored))
-        return {
-            "tokens": text[:-1],
-            "labels": text[1:],
-            "loss_mask": supervised[1:],
-            "position_ids": torch.arange(self.seq_length),
-        }
+    return sources, Windows(streams, [source.samples for source in sources], seq_length)
 
 
 class StoredSamples(Dataset):
@@ -96,7 +76,7 @@ class StoredSamples(Dataset):
         self,
         shards: Shards,
         sources: Sequence[StoredSource],
-        streams: Sequence[TokenStream],
+        windows: Windows,
         weights: Sequence[float],
         num_samples: int,
         *,
@@ -105,11 +85,11 @@ class StoredSamples(Dataset):
     ) -> None:
         """
         Args:
-            sources, streams: those to train on, with a relative weight each.
+            sources, windows: those to train on and their text, with a relative weight each.
             with_teacher: read the teacher's answers too; only the last pipeline stage needs them.
         """
-        self.shards, self.sources, self.seed, self.with_teacher = shards, sources, seed, with_teacher
-        self.windows = Windows(sources, streams, shards.format.seq_length)
+        self.shards, self.sources, self.windows = shards, sources, windows
+        self.seed, self.with_teacher = seed, with_teacher
         self.source_of = np.empty(num_samples, np.int16)
         self.turn_of = np.empty(num_samples, np.int64)
         shares = np.asarray(weights, np.float64) / sum(weights)
@@ -219,4 +199,5 @@ class TeacherLogits:
                 sources.append(stored[artifact.digest, source[TRAIN]])
                 streams.append(TokenStream(os.path.abspath(artifact.path / source[TRAIN])))
                 weights.append(weight)
-        return partial(StoredSamples, self.shards, sources, streams, weights, seed=seed, with_teacher=with_teacher)
+        windows = Windows(streams, [source.samples for source in sources], self.format.seq_length)
+        return partial(StoredSamples, self.shards, sources, windows, weights, seed=seed, with_teacher=with_teacher)

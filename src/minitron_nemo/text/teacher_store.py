@@ -1,7 +1,7 @@
 """What a teacher says of prepared data, kept on disk: of every token its k likeliest next tokens and the rest's mass.
 
 A sample is a window of seq_length tokens of a source's training file: window w reads tokens w * seq_length up to and
-with (w + 1) * seq_length, the last as a label only, as `engine.data.batches` cuts them. Nothing else decides what the
+with (w + 1) * seq_length, the last as a label only, as `windows.batches` cuts them. Nothing else decides what the
 teacher says of it: no seed, no order, no batch. Samples are numbered through the sources, and stand in shards of
 equally many; a shard is written under another name and renamed, so that one that is there is whole.
 
@@ -27,8 +27,7 @@ from torch import Tensor
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
-from minitron_nemo.distillation.stored_teacher import INDICES, LOG_PROBS, TAIL_MASS
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
 
 PRECISIONS = ("float16", "float32")
 

@@ -8,19 +8,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.config.stages import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
-    from nemo.collections.common.tokenizers import AutoTokenizer
+    from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "<|endoftext|>"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
-_OTHER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+_FILES = (
+    *_VOCABULARY_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
+)
+"""All that a Hugging Face tokenizer is made of; a model's directory holds weights and more beside them."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path | str) -> None:
@@ -68,40 +72,61 @@ def require_vocab_size(vocab_size: int) -> None:
     )
 
 
-def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> AutoTokenizer:
-    """NeMo's wrapper around the Hugging Face tokenizer in a local directory.
+def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The Hugging Face tokenizer in a local directory, the fast one where there is one.
+
+    Where no end-of-text token is set, the separator stands for it, as in NeMo's tokenizers.
 
     Args:
         key: the user's config key that named the path, for the message.
     Raises: FileNotFoundError: no such directory. ValueError: no tokenizer in it, or one without an end-of-text token.
     """
     path = require_tokenizer_files(path, key=key)
-    from nemo.collections.common.tokenizers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer(str(path), use_fast=True)
+        tokenizer = _from_pretrained(path)
     except Exception as error:  # transformers raises whatever its file readers do
-        raise ValueError(
+        raise Mistake(
             f"{key}={path} holds no tokenizer that transformers can load ({error}). "
             "Save one there with tokenizer.save_pretrained(...)."
         ) from error
+    if tokenizer.eos_token is None and tokenizer.sep_token:
+        tokenizer.eos_token = tokenizer.sep_token
     require(
-        tokenizer.tokenizer.eos_token_id is not None,
+        tokenizer.eos_token_id is not None,
         f"{key}={path} has no eos_token, which separates documents. Set eos_token in its tokenizer_config.json.",
     )
     return tokenizer
 
 
-def vocabulary_size(tokenizer: AutoTokenizer) -> int:
+def _from_pretrained(path: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False, local_files_only=True)
+    except Exception:
+        return AutoTokenizer.from_pretrained(str(path), use_fast=False, trust_remote_code=False, local_files_only=True)
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """text -> token ids, no special token added."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    return encode
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows an embedding needs for this tokenizer: its highest id plus one, before any padding."""
-    return max(tokenizer.tokenizer.get_vocab().values()) + 1
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def copy_tokenizer(source: Path | str, target: Path | str, *, key: str = "tokenizer") -> None:
-    """Copy the tokenizer's files, and no others (a model's directory holds weights too)."""
+    """Copy the tokenizer's files, and no others."""
     source = require_tokenizer_files(source, key=key)
     Path(target).mkdir(parents=True, exist_ok=True)
-    for name in (*_VOCABULARY_FILES, *_OTHER_FILES):
+    for name in _FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, Path(target) / name)
 
@@ -122,6 +147,25 @@ def tokenizer_digest(path: Path | str, *, key: str = "tokenizer") -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def special_token_ids(path: Path | str, *, key: str = "tokenizer") -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id as far as the tokenizer's own files say."""
+    path = require_tokenizer_files(path, key=key)
+    settings, ids = {}, {}
+    if (path / "tokenizer_config.json").is_file():
+        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
+        ids = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
+    if (path / "tokenizer.json").is_file():
+        tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    found = {}
+    for role in ("bos", "eos", "pad"):
+        token = settings.get(f"{role}_token")
+        content = token.get("content") if isinstance(token, dict) else token
+        if content in ids:
+            found[f"{role}_token_id"] = ids[content]
+    return found
+
+
 def require_tokenizer_files(path: Path | str, *, key: str = "tokenizer") -> Path:
     """The path, once it is known to be a local directory that holds a tokenizer's vocabulary."""
     path = Path(path)
@@ -129,7 +173,7 @@ def require_tokenizer_files(path: Path | str, *, key: str = "tokenizer") -> Path
         path.is_dir(),
         f"{key}={path} is not a directory on this machine. Give the path of a Hugging Face tokenizer directory; "
         "names of models on a hub are not looked up.",
-        FileNotFoundError,
+        NothingThere,
     )
     require(
         any((path / name).is_file() for name in _VOCABULARY_FILES),

@@ -1,0 +1,132 @@
+"""Token files: documents become ids on disk, and are read again as one long row.
+
+    <split>.bin   every document's tokens, end to end, each closed by the end-of-text token    uint16 or int32
+                  (int32 where there are prompts, whose tokens are marked as not to be learned, see documents.py)
+    <split>.idx   where documents begin (Megatron-core's indexed dataset)
+
+Training and validation are separate pairs of files, so no sample can reach across. Nothing communicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.text.corpus import Document
+from minitron_nemo.text.documents import mark
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH_CHARACTERS = 2_000_000  # texts handed to the tokenizer at once: enough for its threads, small in memory
+
+
+@dataclass
+class TokenFiles:
+    """One .bin/.idx pair being written: documents in, in order; at the end they are shuffled.
+
+    Tokens wait in `<prefix>.ordered.*` on disk, not in memory.
+    """
+
+    prefix: Path
+    vocab_size: int
+    documents: int = 0
+    tokens: int = 0
+    marked: bool = False
+    """Some tokens are not to be learned; see `documents.mark`."""
+    _ordered: IndexedDatasetBuilder = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._ordered = self._builder(self._waiting(".bin"))
+
+    def add(self, ids: np.ndarray) -> None:
+        self._ordered.add_document(ids, [len(ids)])
+        self.documents += 1
+        self.tokens += len(ids)
+
+    def finish(self, *, seed: int) -> None:
+        """Write `<prefix>.bin/.idx` with the documents in an order drawn from `seed`."""
+        self._ordered.finalize(str(self._waiting(".idx")))
+        if self.documents > 0:
+            ordered = IndexedDataset(str(self._waiting("")))
+            shuffled = self._builder(self.prefix.with_name(self.prefix.name + ".bin"))
+            for index in np.random.default_rng(seed).permutation(self.documents):
+                document = ordered[int(index)]
+                shuffled.add_document(document, [len(document)])
+            shuffled.finalize(str(self.prefix.with_name(self.prefix.name + ".idx")))
+            del ordered
+        for ending in (".bin", ".idx"):
+            self._waiting(ending).unlink()
+
+    def _waiting(self, ending: str) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}.ordered{ending}")
+
+    def _builder(self, path: Path) -> IndexedDatasetBuilder:
+        dtype = np.int32 if self.marked else DType.optimal_dtype(self.vocab_size)
+        return IndexedDatasetBuilder(str(path), dtype=dtype)
+
+
+def encode_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """Each document's ids, closed by the end-of-text token; its prompt's stand first, marked.
+
+    What looks like a special token in a text stays text.
+    """
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
+        )
+        return encoded["input_ids"]
+
+    for batch in _by_size(documents):
+        prompts, texts = (encode([getattr(each, part) for each in batch]) for part in ("prompt", "text"))
+        for prompt, text in zip(prompts, texts, strict=True):
+            ids = np.asarray([*text, tokenizer.eos_token_id])
+            yield np.concatenate([mark(np.asarray(prompt)), ids]) if prompt else ids
+
+
+class TokenStream:
+    """A .bin/.idx pair as one long row of tokens."""
+
+    def __init__(self, prefix: str) -> None:
+        require(
+            IndexedDataset.exists(prefix),
+            f"{prefix}.bin and {prefix}.idx are not both there. Run prepare-data, or correct the path.",
+            NothingThere,
+        )
+        self.dataset = IndexedDataset(prefix)
+        self.ends = np.cumsum(self.dataset.sequence_lengths, dtype=np.int64)
+
+    def windows(self, seq_length: int) -> int:
+        """Windows whose last token still has a label."""
+        return max(0, (int(self.ends[-1]) - 1) // seq_length)
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens [start, start + length), int64, across documents, with their marks."""
+        parts = []
+        document = int(np.searchsorted(self.ends, start, side="right"))
+        while length > 0:
+            begin = int(self.ends[document - 1]) if document else 0
+            take = min(length, int(self.ends[document]) - start)
+            parts.append(self.dataset.get(document, offset=start - begin, length=take))
+            start, length, document = start + take, length - take, document + 1
+        return np.concatenate(parts, dtype=np.int64)
+
+
+def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.prompt) + len(document.text)
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

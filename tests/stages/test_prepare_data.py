@@ -1,0 +1,129 @@
+"""From a corpus to token files: nothing lost, nothing leaked, the same every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from minitron_nemo.artifact import open_artifact
+from minitron_nemo.config.stages import PrepareDataConfig
+from minitron_nemo.stages.prepare_data import check, run
+from minitron_nemo.text.corpus import STDLIB_LICENCE, Source
+from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
+from support.prepared import decoded, documents
+
+
+def test_every_document_is_in_one_split_with_its_text_intact(data_config, prepared):
+    train, validation = decoded(prepared, "train"), decoded(prepared, "validation")
+    assert sorted(train + validation) == sorted(each.text for each in Source(data_config.corpus).documents())
+    assert len(train) == prepared.facts["train_documents"]
+    assert len(validation) == prepared.facts["validation_documents"] > 0
+
+
+def test_no_text_is_in_both_splits_though_some_come_twice(prepared):
+    train, validation = decoded(prepared, "train"), decoded(prepared, "validation")
+    assert not set(train) & set(validation)
+    everything = train + validation
+    assert len(set(everything)) == prepared.facts["different_texts"] < len(everything)
+
+
+def test_the_end_of_text_closes_each_document_and_appears_nowhere_else(prepared):
+    for split in ("train", "validation"):
+        for ids in documents(prepared, split):
+            assert ids[-1] == 0
+            assert 0 not in ids[:-1]  # also where the text spells <|endoftext|>
+
+
+def test_facts_count_the_tokens_that_are_there(prepared):
+    for split in ("train", "validation"):
+        assert prepared.facts[f"{split}_tokens"] == sum(map(len, documents(prepared, split)))
+    assert prepared.facts["vocab_size"] == 384
+    assert prepared.facts["tokenizer_digest"] == tokenizer_digest(prepared.path / "tokenizer")
+    assert (prepared.path / "train.bin").stat().st_size == 2 * prepared.facts["train_tokens"]  # uint16
+
+
+def test_two_runs_write_the_same_bytes_and_another_seed_another_order(data_config, prepared, tmp_path):
+    again = run(dataclasses.replace(data_config, output=str(tmp_path / "again")))
+    files = [name for name in prepared.manifest["files"] if name != "manifest.json"]
+    assert {"train.bin", "train.idx", "validation.bin", "validation.idx", "tokenizer/tokenizer.json"} <= set(files)
+    for name in files:
+        assert (again.path / name).read_bytes() == (prepared.path / name).read_bytes(), name
+    other = run(dataclasses.replace(data_config, output=str(tmp_path / "other"), seed=7))
+    assert decoded(other, "train") != decoded(prepared, "train")
+    assert sorted(decoded(other, "train")) == sorted(decoded(prepared, "train"))
+
+
+def test_the_tokenizer_has_seen_the_training_split_only(data_config, prepared, tmp_path):
+    held_out = set(decoded(prepared, "validation"))
+    texts = [each.text for each in Source(data_config.corpus).documents() if each.text not in held_out]
+    train_tokenizer(texts, vocab_size=384, output=tmp_path)
+    assert tokenizer_digest(tmp_path) == prepared.facts["tokenizer_digest"]
+
+
+def test_a_given_tokenizer_is_used_and_kept(prepared, blended):
+    assert blended.facts["tokenizer_digest"] == prepared.facts["tokenizer_digest"]
+    assert (blended.path / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_the_embedded_corpus_states_its_licence(tmp_path, prepared, monkeypatch):
+    few = [(name, file) for name, file in Source("stdlib").files() if name.startswith(("json/", "email/"))]
+    monkeypatch.setattr("minitron_nemo.text.corpus._stdlib_files", lambda: few)  # the whole takes half a minute
+    artifact = run(PrepareDataConfig(output=str(tmp_path / "data"), tokenizer=str(prepared.path / "tokenizer")))
+    assert (artifact.facts["corpus"], artifact.facts["licence"]) == ("stdlib", STDLIB_LICENCE)
+
+
+@pytest.mark.parametrize(
+    ("texts", "fraction", "message"),
+    [
+        ([], 0.1, "is a folder without files"),
+        (["", "  \n"], 0.1, "is empty: no file or record in it holds more than white space"),
+        (["a", "b"], 1e-9, "validation_fraction=1e-09 holds out none of 2 documents. Raise validation_fraction"),
+        (["good", b"\xff"], 0.1, "is not UTF-8 text"),
+        (["equal words"] * 9, 0.5, "validation takes all of its documents .9.. Add documents or lower validation_f"),
+    ],
+)
+def test_a_corpus_that_cannot_be_used_leaves_nothing_behind(tmp_path, texts, fraction, message):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number, text in enumerate(texts):
+        (corpus / f"document{number + 1}.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=message):
+        run(PrepareDataConfig(output=str(tmp_path / "data"), corpus=str(corpus), validation_fraction=fraction))
+    assert sorted(tmp_path.iterdir()) == [corpus]
+
+
+def test_a_failed_run_leaves_the_older_artifact_as_it_was(data_config, prepared, tmp_path):
+    digest = prepared.digest
+    with pytest.raises(ValueError, match="vocab_size=60000 is more than this corpus can fill"):
+        run(dataclasses.replace(data_config, vocab_size=60_000))
+    assert open_artifact(prepared.path).digest == digest
+    assert not prepared.path.with_name("data.partial").exists()
+
+
+def test_a_wrong_config_says_so_at_once():
+    with pytest.raises(ValueError, match="vocab_size=100 must be at least 257"):
+        PrepareDataConfig(vocab_size=100)
+    with pytest.raises(ValueError, match=r"validation_fraction=0.9 must be above 0 and at most 0.5"):
+        check(PrepareDataConfig(validation_fraction=0.9))
+    with pytest.raises(ValueError, match="seed=-1 must be at least 0"):
+        PrepareDataConfig(seed=-1)
+
+
+def test_prompt_and_answer_read_one_after_the_other_are_the_document(instructions):
+    tokenizer = load_tokenizer(instructions.path / "tokenizer")
+    texts = []
+    for split in ("train", "validation"):
+        for ids in documents(instructions, split):
+            prompt = [-1 - token for token in ids if token < 0]
+            assert ids[: len(prompt)] == [-1 - token for token in prompt]
+            texts.append(tokenizer.decode([*prompt, *ids[len(prompt) : -1]]))
+    assert len(texts) == 80
+    assert sorted(texts)[0] == "Q 0\nA: 0 times yes "
+
+
+def test_a_missing_prompt_key_is_named(tmp_path):
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"promt": "a", "text": "b"}) + "\n")
+    with pytest.raises(ValueError, match="has no key prompt_key=prompt; did you mean promt"):
+        run(PrepareDataConfig(output=str(tmp_path / "out"), corpus=str(tmp_path / "chat.jsonl"), prompt_key="prompt"))
