@@ -6,24 +6,23 @@ agrees with Megatron on the logits.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ExportHfConfig
 from minitron_nemo.hf.check import require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import save_hf
-from minitron_nemo.parallel import Groups
-from minitron_nemo.runtime.forward import last_logits, open_core
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.runtime.model_artifact import open_model
-from minitron_nemo.stages.training import prepare_layout
+from minitron_nemo.parallel import Groups, barrier, rank_zero_works
+from minitron_nemo.runtime.forward import last_logits
+from minitron_nemo.runtime.layout import prepare_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -31,9 +30,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def run(config: ExportHfConfig) -> Artifact:
     """Raises: ValueError: config.json and tensors disagree. RuntimeError: transformers and Megatron do. Nothing is left
     behind."""
-    source = open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
     prepare_layout(config.trainer, source.shape, seed=config.seed)
-    core = open_core(source, config.trainer, dtype=DTYPES[config.dtype])
+    core = engine.open_core(source, config.trainer, DTYPES[config.dtype])
     output = Path(config.output)
     with writing(output, stage="export-hf", config=as_dict(config), inputs=source.artifacts) as draft:
         save_hf(
@@ -45,7 +44,7 @@ def run(config: ExportHfConfig) -> Artifact:
             tokenizer_dir=source.tokenizer,
             dtype=DTYPES[config.dtype],
         )
-        dist.barrier()
+        barrier()
         require_as_transformers_builds(draft.path)  # headers only, so every rank looks and all stop together
         draft.metrics.update(parameters=source.shape.num_parameters)
         if config.verify:
@@ -57,8 +56,8 @@ def run(config: ExportHfConfig) -> Artifact:
                 RuntimeError,
             )
             draft.metrics["max_logit_difference"] = difference
-        if config.prompt is not None and is_rank_zero():
-            draft.facts["sample"] = _continue(draft.path, config.prompt, config.new_tokens, config.seed)
+        if config.prompt is not None:
+            draft.facts["sample"] = rank_zero_works(partial(_continue, draft.path, config))
     return open_artifact(output)
 
 
@@ -69,26 +68,26 @@ def _largest_difference(core: Any, vocab_size: int, path: Path, seq_length: int)
     length *= parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism splits it
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
     ours = last_logits(core, tokens)
-    difference = torch.zeros(1)
-    if is_rank_zero():
+
+    def compare() -> float:
         from transformers import AutoModelForCausalLM
 
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
         with torch.no_grad():
-            difference[0] = (theirs(tokens).logits - ours[..., :vocab_size].cpu()).abs().max()
-    gathered: list[Any] = [difference.item()]
-    dist.broadcast_object_list(gathered, src=0)
-    return gathered[0]
+            return float((theirs(tokens).logits - ours[..., :vocab_size].cpu()).abs().max())
+
+    return rank_zero_works(compare)
 
 
-def _continue(path: Path, prompt: str, new_tokens: int, seed: int) -> str:
+def _continue(path: Path, config: ExportHfConfig) -> str:
+    """The prompt and what the exported model goes on to say."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    torch.manual_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt").input_ids
-    room = max(1, min(new_tokens, model.config.max_position_embeddings - ids.shape[1]))
+    torch.manual_seed(config.seed)
+    ids = tokenizer(config.prompt, return_tensors="pt").input_ids
+    room = max(1, min(config.new_tokens, model.config.max_position_embeddings - ids.shape[1]))
     with torch.no_grad():
         written = model.generate(
             ids,

@@ -18,7 +18,7 @@ from minitron_nemo.stages.import_hf import embedded_teacher
 
 
 def run(config: PruneHfConfig) -> Artifact:
-    """Raises: FileNotFoundError, ValueError: see `engine.offline_hf`; nothing is left behind."""
+    """Raises: FileNotFoundError, ValueError: see `hf.surgery`; nothing is left behind."""
     require(bool(config.model), "prune_hf.model is not set. Set it to a Hugging Face checkpoint directory.")
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
     plan = PruningPlan.load(config.plan)
