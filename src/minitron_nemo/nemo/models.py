@@ -7,12 +7,10 @@ names classes every NeMo installation has; none of ours adds parameters.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from nemo.collections import llm
 from nemo.collections.llm.fn.activation import squared_relu
@@ -29,15 +27,13 @@ from minitron_nemo.config.trainer import Layout
 from minitron_nemo.distillation.offload import keep_on_host
 from minitron_nemo.distillation.stored_teacher import StoredTeacherStudent
 from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
-from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
+from minitron_nemo.layer_spec import plain_block_spec, transformer_fields, uneven_stages
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
 from minitron_nemo.runtime.step import data_step, distillation_step, forward_step
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
-
-ACTIVATIONS: dict[str, Callable] = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 
 FAMILIES: dict[str, tuple[type[llm.GPTModel], type[GPTConfig]]] = {
     "llama": (llm.LlamaModel, llm.LlamaConfig),
@@ -65,35 +61,20 @@ def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
         f"family={shape.family} has no NeMo model class here; supported: {', '.join(sorted(FAMILIES))}.",
     )
     _, config_class = FAMILIES[shape.family]
-    values: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
+    values = transformer_fields(shape) | {
         "vocab_size": shape.padded_vocab_size,
         "seq_length": shape.seq_length,
-        "normalization": "RMSNorm" if shape.normalization == "RMSNorm" else "LayerNorm",
-        "layernorm_zero_centered_gamma": shape.normalization == "LayerNorm1p",
-        "layernorm_epsilon": shape.layernorm_epsilon,
-        "activation_func": ACTIVATIONS[shape.activation],
-        "gated_linear_unit": shape.gated_linear_unit,
         "share_embeddings_and_output_weights": shape.share_embeddings_and_output_weights,
-        "add_bias_linear": shape.add_bias_linear,
-        "add_qkv_bias": shape.add_qkv_bias,
-        "qk_layernorm": shape.qk_layernorm,
         "position_embedding_type": "rope",
         "rotary_base": shape.rotary_base,
         "rotary_percent": shape.rotary_percent,
-        "init_method_std": shape.init_method_std,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
         "params_dtype": torch.float32,
         "calculate_per_token_loss": True,  # gradients are sum/count over the global batch on every layout
     }
+    if shape.activation == "squared_relu":
+        values["activation_func"] = squared_relu  # NeMo's own, whose name a context can tell plain NeMo
     if shape.num_moe_experts is not None:
-        values |= _expert_values(shape)
+        values["bf16"] = False  # MixtralConfig says True; the trainer's precision or `overrides` say it
     if not platform.has_transformer_engine():
         values["transformer_layer_spec"] = plain_block_spec
     require_known_scaling(shape.rope_scaling)
@@ -103,26 +84,6 @@ def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
     if config_class is MistralConfig7B:
         values["window_size"] = None  # full attention: sliding windows need transformer-engine and change no weight
     return config_class(**values | platform.transformer_config_overrides() | overrides)
-
-
-def _expert_values(shape: ModelShape) -> dict[str, Any]:
-    """Config of a mixture that routes as the family does in transformers: softmax, top k, no token dropped."""
-    fused = platform.has_transformer_engine()
-    return {
-        "num_moe_experts": shape.num_moe_experts,
-        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
-        "moe_router_topk": shape.moe_router_topk,
-        "moe_router_pre_softmax": shape.moe_router_pre_softmax,
-        "moe_router_score_function": "softmax",
-        "moe_layer_freq": 1 if shape.moe_layer_freq is None else list(shape.moe_layer_freq),
-        "moe_expert_capacity_factor": None,
-        "moe_grouped_gemm": fused,
-        "moe_permute_fusion": fused,
-        # Megatron-core's all-to-all hands torch sizes as tensors, which only NCCL's path turns into numbers
-        "moe_token_dispatcher_type": "alltoall" if platform.has_accelerator() else "allgather",
-        "bf16": False,  # MixtralConfig's own default; the trainer's precision or `overrides` say it
-    }
 
 
 class EngineModel(llm.GPTModel):
