@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from minitron_nemo.axes import norm_gamma, norm_number, norm_of
 from minitron_nemo.cli import quieten
 from minitron_nemo.config.pruning import SurgeryConfig
-from minitron_nemo.doors import hush
 from minitron_nemo.importance.hooks import NORMS
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
+from minitron_nemo.quiet import hush
 from minitron_nemo.runtime.forward import run_forward
 from minitron_nemo.text.corpus import TRAIN
 

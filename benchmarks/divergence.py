@@ -82,8 +82,8 @@ def setup(vocab: int, tokens: int, dtype: str, tp_group: Any = None) -> dict[str
 def fused(case: dict[str, Any]) -> list[Any]:
     import torch
 
+    from minitron_nemo.config.distillation import DivergenceConfig
     from minitron_nemo.divergence.fused_linear import OutputHead, fused_linear_loss
-    from minitron_nemo.divergence.streamed import DivergenceConfig
 
     heads = OutputHead(*case["student"]), OutputHead(*case["teacher"])
     loss = fused_linear_loss(*heads, DivergenceConfig(), case["weights"], tp_group=case["tp_group"]).total
@@ -132,8 +132,9 @@ def modelopt_loss(student: Any, teacher: Any, tp_group: Any) -> Any:
 
 def own_loss_part(student: Any, teacher: Any, weights: Any, tp_group: Any) -> Any:
     """The gradient of the weighted sum with respect to logits, as the fused contender forms it in a chunk."""
+    from minitron_nemo.config.distillation import DivergenceConfig
     from minitron_nemo.divergence.formulas import Vocabulary
-    from minitron_nemo.divergence.streamed import DivergenceConfig, row_losses
+    from minitron_nemo.divergence.streamed import row_losses
 
     rows, vocab = student.detach().flatten(0, 1), student.shape[-1]
     out = rows.new_empty(rows.shape)

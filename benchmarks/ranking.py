@@ -23,11 +23,11 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from minitron_nemo import engine
 from minitron_nemo.cli import quieten
 from minitron_nemo.config.importance import DepthConfig, GreedyConfig, ImportanceConfig
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
-from minitron_nemo.doors import hush
 from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.config import shape_from_hf
 from minitron_nemo.importance import Aggregation, Importance
@@ -37,8 +37,9 @@ from minitron_nemo.pruning import kept_layers, plan_from_importance, prune_into
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import split
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
+from minitron_nemo.quiet import hush
 from minitron_nemo.runtime.depth_sweep import estimate_depth
-from minitron_nemo.runtime.forward import estimate_importance, new_core, run_forward
+from minitron_nemo.runtime.forward import estimate_importance, run_forward
 from minitron_nemo.runtime.layout import use_layout
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prepare_data
@@ -49,6 +50,7 @@ from minitron_nemo.text.windows import batches
 
 SAMPLES, HELD_OUT, SEEDS = 256, 64, 5
 TRAINER = TrainerConfig(precision="fp32", seq_length=256, micro_batch_size=8, tensorboard=False)
+DTYPE = torch.float32
 TARGETS = {
     "hidden -1/3": {"hidden_size": 144},
     "ffn -50%": {"ffn_hidden_size": 320},
@@ -77,7 +79,7 @@ class Bench:
         teacher = embedded_teacher()
         self.shape = shape_from_hf(teacher)
         use_layout(Layout(), seed=0)
-        self.core = new_core(self.shape, TRAINER)
+        self.core = engine.new_core(self.shape, TRAINER, DTYPE)
         load_hf(self.core, teacher, self.shape, Groups.from_megatron())
         config = prepare_data.PrepareDataConfig(corpus="stdlib", tokenizer=str(teacher), output=str(folder / "data"))
         self.data = prepare_data.run(config)
@@ -116,7 +118,7 @@ class Bench:
         return Importance(self.shape, {}, SAMPLES // 4, depth=scores)
 
     def student(self, plan: PruningPlan) -> GPTModel:
-        core = new_core(plan.target, TRAINER)
+        core = engine.new_core(plan.target, TRAINER, DTYPE)
         prune_into(self.core, core, plan, Groups.from_megatron())
         return core
 
@@ -133,7 +135,7 @@ class Bench:
         config = CompensationConfig(layers_at_once=0)
         if surgery.compensates(self.shape, wanted):
             of_blocks = compensate(between, of_blocks, Groups.from_megatron(), run, config).plan
-        core = new_core(wanted, TRAINER)
+        core = engine.new_core(wanted, TRAINER, DTYPE)
         prune_into(between, core, of_blocks, Groups.from_megatron())
         return self.measured(core)
 

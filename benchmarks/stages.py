@@ -53,17 +53,18 @@ class Stages:
 
 
 def held_out_losses(model: Artifact, data: Path) -> list[float]:
+    from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
-    from minitron_nemo.runtime.forward import open_core, run_forward
-    from minitron_nemo.runtime.model_artifact import open_model
-    from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.runtime.forward import run_forward
+    from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.text.blend import split_prefixes
     from minitron_nemo.text.corpus import VALIDATION
     from minitron_nemo.text.windows import batches
 
-    source = open_model(model.path, key="model")
+    source = engine.open_model(model.path, key="model")
     trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)
     prepare_layout(trainer, source.shape)
     held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
-    sums = run_forward(open_core(source, trainer), held_out, label="held out", total=len(held_out))
+    core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
+    sums = run_forward(core, held_out, label="held out", total=len(held_out))
     return [float(loss / tokens) for loss, tokens in sums]

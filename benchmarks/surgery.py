@@ -138,6 +138,7 @@ def run_one(kind: str, folder: Path, what: str) -> dict[str, Any]:
         begin = time.perf_counter()
         prune_hf(folder / "hf", plan, output, max_shard_bytes=SHARD_BYTES)
     else:
+        from minitron_nemo import engine
         from minitron_nemo.plan import PruningPlan
         from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
         from minitron_nemo.runtime.model_artifact import ModelInput
@@ -146,7 +147,8 @@ def run_one(kind: str, folder: Path, what: str) -> dict[str, Any]:
         plan = PruningPlan.load(folder / what)
         source = ModelInput(folder / "artifact", plan.source, embedded_teacher(), plan.source.padded_vocab_size, None)
         begin = time.perf_counter()
-        prune_checkpoint(source, plan, output)
+        prune_checkpoint(source, plan, output, meta_core=engine.meta_core)
+        engine.describe_model(plan.target, source.tokenizer, output)
     seconds = time.perf_counter() - begin
     return {"seconds": seconds, "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 

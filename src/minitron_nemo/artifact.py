@@ -26,9 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from minitron_nemo.checks import CannotWrite, require
+from minitron_nemo.parallel import barrier, is_rank_zero, rank_zero_works
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("minitron-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
@@ -106,42 +105,41 @@ def writing(
     """Write an artifact; see the module's text. Any error (disk full: OSError) leaves the older artifact untouched."""
     output = Path(output)
     partial = output.with_name(output.name + ".partial")
-    first = _rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        _make(partial, output)
-    _barrier()
     draft = Draft(partial)
     started = time.time()
+
+    def finish() -> None:
+        manifest = {
+            "stage": stage,
+            "config": config,
+            "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
+            "versions": _versions(),
+            "metrics": draft.metrics,
+            "facts": draft.facts,
+            "seconds": round(time.time() - started, 3),
+            "files": {
+                str(file.relative_to(partial)): file.stat().st_size
+                for file in sorted(partial.rglob("*"))
+                if file.is_file()
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        _replace(partial, output)
+
+    rank_zero_works(lambda: _make(partial, output))
     try:
         with saying_when_full(output):
             yield draft
-            _barrier()
-            if first:
-                manifest = {
-                    "stage": stage,
-                    "config": config,
-                    "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
-                    "versions": _versions(),
-                    "metrics": draft.metrics,
-                    "facts": draft.facts,
-                    "seconds": round(time.time() - started, 3),
-                    "files": {
-                        str(file.relative_to(partial)): file.stat().st_size
-                        for file in sorted(partial.rglob("*"))
-                        if file.is_file()
-                    },
-                }
-                (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-                _replace(partial, output)
-            _barrier()
+            barrier()
+            rank_zero_works(finish)
     except BaseException:
-        if first:
+        if is_rank_zero():
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
 def _make(partial: Path, output: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         with saying_when_full(output):
             partial.mkdir(parents=True)
@@ -215,12 +213,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # a container may carry it without metadata
             found[package] = "unknown"
     return found
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def _barrier() -> None:
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()

@@ -1,6 +1,7 @@
-"""The layers of a pipeline stage: how many, and of what they are made on a machine without transformer-engine.
+"""A shape's layers on Megatron-core: their sizes, how many a pipeline stage has, and of what they are made on a machine
+without transformer-engine.
 
-The latter is Megatron-core's local spec with a norm that fits every model. Megatron-core's own stand-in for the fused
+The last is Megatron-core's local spec with a norm that fits every model. Megatron-core's own stand-in for the fused
 norms refuses sequence parallelism and LayerNorm1p (gamma stored minus one); `PlainNorm` takes both, under the same
 parameter names.
 
@@ -10,6 +11,9 @@ Communication: none; Megatron-core sums the norms' gradients over tp where they 
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +25,62 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor, nn
 
+from minitron_nemo import platform
 from minitron_nemo.attention import FusedCausalAttention
+from minitron_nemo.shape import ModelShape
 
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None  # the router asks whether it is None, yet only transformer-engine defines it
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    return F.relu(x).pow(2)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
+
+
+def transformer_fields(shape: ModelShape) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig that the shape decides; nothing is dropped out."""
+    fields = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "normalization": "RMSNorm" if shape.normalization == "RMSNorm" else "LayerNorm",
+        "layernorm_zero_centered_gamma": shape.normalization == "LayerNorm1p",
+        "layernorm_epsilon": shape.layernorm_epsilon,
+        "activation_func": ACTIVATIONS[shape.activation],
+        "gated_linear_unit": shape.gated_linear_unit,
+        "add_bias_linear": shape.add_bias_linear,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
+        "init_method_std": shape.init_method_std,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    return fields if shape.num_moe_experts is None else fields | _expert_fields(shape)
+
+
+def _expert_fields(shape: ModelShape) -> dict[str, Any]:
+    """Those of a mixture that routes as the family does in transformers: softmax, top k, no token dropped."""
+    fused = platform.has_transformer_engine()
+    return {
+        "num_moe_experts": shape.num_moe_experts,
+        "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
+        "moe_router_topk": shape.moe_router_topk,
+        "moe_router_pre_softmax": shape.moe_router_pre_softmax,
+        "moe_router_score_function": "softmax",
+        "moe_layer_freq": 1 if shape.moe_layer_freq is None else list(shape.moe_layer_freq),
+        "moe_expert_capacity_factor": None,
+        "moe_grouped_gemm": fused,
+        "moe_permute_fusion": fused,
+        # Megatron-core's all-to-all hands torch sizes as tensors, which only NCCL's path turns into numbers
+        "moe_token_dispatcher_type": "alltoall" if platform.has_accelerator() else "allgather",
+    }
 
 
 class PlainNorm(nn.Module):

@@ -2,19 +2,135 @@
 
 Every function takes its group; a group of None or of one rank goes through the same code and returns its input's value.
 Collectives are differentiable nowhere: they carry statistics, weights and losses, not activations.
+
+Habits of all ranks of a run, which need no group; a plain process counts as a run of one rank:
+
+    rank_zero_works     long work on one rank while the others wait, however long
+    rank_zero_says      what one rank saw, on a disk that others may see later
+    agree               a choice that follows from numbers, which processors may round differently
+    barrier             all have come here
 """
 
 from __future__ import annotations
 
+import copy
+import pickle
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 T = TypeVar("T")
+
+
+# ---- all ranks of the run --------------------------------------------------------------------------------------------
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_rank_zero() -> bool:
+    """Whether this is the process that works for all; a process alone is."""
+    return rank() == 0
+
+
+def default_store() -> dist.Store | None:
+    """The key-value store through which the ranks met; None where they have not."""
+    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+
+
+def world() -> ProcessGroup | None:
+    """The group of all ranks."""
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def barrier() -> None:
+    """Go on when every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def rank_zero_says(value: T) -> T:
+    """Rank 0's small picklable value, on every rank; others pass what they like. Communicates: all ranks."""
+    if world_size() == 1:
+        return value
+    said: list[Any] = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
+
+
+def agree(value: Tensor) -> Tensor:
+    """Rank 0's tensor on every rank, where all have one of this shape and dtype. Communicates: all ranks.
+
+    For choices that follow from numbers: of nearly equal ones another processor may choose others.
+    """
+    return broadcast_from(value, source=0, group=world())
+
+
+def rank_zero_works(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, the only one that does it; a small picklable value.
+
+    The others ask the run's store now and then whether it is done, so that no time-out of a process group ends work
+    that takes long.
+    Communicates: all ranks, once it is done.
+    Raises: on every rank, what `work` raises on rank 0; a RuntimeError with its text elsewhere where it cannot travel.
+    """
+    if world_size() == 1:
+        return work()
+    store = default_store()
+    assert store is not None
+    turn = store.add(f"{_WORK}/{rank()}", 1)  # every rank counts for itself, and all come to the same number
+    done = f"{_WORK}/done/{turn}"
+    result: T | None = None
+    error: BaseException | None = None
+    if is_rank_zero():
+        try:
+            result = work()
+        except BaseException as raised:  # whatever ended it, the others must not wait for ever
+            error = raised
+        store.set(done, "")
+    else:
+        _wait_for(store, done)
+    result, travelled = rank_zero_says((result, _that_travels(error)))
+    if error is not None or travelled is not None:
+        raise error or travelled  # type: ignore[misc]
+    return result  # type: ignore[return-value]
+
+
+_WORK = "minitron_nemo/work"
+_LONGEST_PAUSE = 1.0  # seconds between two questions to the store
+
+
+def _wait_for(store: dist.Store, key: str) -> None:
+    """By asking: `store.wait` has a time-out, and keeps the process's other threads from the store."""
+    pause = 0.001
+    while not store.check([key]):
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _that_travels(error: BaseException | None) -> BaseException | None:
+    """The error if it can be made anew from its arguments, as unpickling does; else one that says the same."""
+    if error is None:
+        return None
+    try:
+        pickle.dumps(copy.copy(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} on rank 0: {error}")
+    return error
+
+
+# ---- groups ----------------------------------------------------------------------------------------------------------
 
 
 def group_size(group: ProcessGroup | None) -> int:
@@ -88,6 +204,30 @@ def broadcast_from(tensor: Tensor, *, source: int, group: ProcessGroup | None) -
     return tensor
 
 
+def send_to(tensor: Tensor, *, to: int, group: ProcessGroup) -> Work:
+    """Begin to send to the rank whose index within `group` is `to`; the tensor must last until the work is waited for.
+
+    The other rank calls `receive_from`.
+    """
+    work = dist.isend(tensor, dist.get_global_rank(group, to), group=group)
+    assert work is not None
+    return work
+
+
+def receive_from(buffer: Tensor, *, source: int, group: ProcessGroup) -> Tensor:
+    """The buffer, filled with what the rank whose index within `group` is `source` sends."""
+    dist.recv(buffer, dist.get_global_rank(group, source), group=group)
+    return buffer
+
+
+def exchange(mine: Sequence[Tensor], theirs: Sequence[Tensor], *, to: int, source: int, group: ProcessGroup) -> None:
+    """Send tensors to one rank of `group` and fill buffers from another; each is called so on its side."""
+    transfers = [dist.P2POp(dist.isend, each.contiguous(), dist.get_global_rank(group, to), group) for each in mine]
+    transfers += [dist.P2POp(dist.irecv, each, dist.get_global_rank(group, source), group) for each in theirs]
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
+
+
 def gather_objects(local: T, *, group: ProcessGroup | None) -> list[T]:
     """Every rank's small picklable object, in rank order; for names and sizes, never for tensors."""
     if group_size(group) == 1:
@@ -95,13 +235,3 @@ def gather_objects(local: T, *, group: ProcessGroup | None) -> list[T]:
     everyone: list[Any] = [None] * group_size(group)
     dist.all_gather_object(everyone, local, group=group)
     return everyone
-
-
-def default_store() -> Any:
-    """The key-value store through which the ranks met; None where they have not."""
-    return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-
-
-def is_rank_zero() -> bool:
-    """Whether this is the process that works for all; a process alone is."""
-    return not dist.is_initialized() or dist.get_rank() == 0

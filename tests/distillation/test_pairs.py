@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from minitron_nemo.config.distillation import HiddenStateConfig
+from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.distillation.pairs import layer_mapping, pairs_of
 from minitron_nemo.distillation.projection import build_projections
-from minitron_nemo.distillation.teacher_student import DistillationConfig, TeacherStudent
+from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minitron_nemo.config.distillation import DivergenceConfig
 from minitron_nemo.divergence import streamed as whole
 from minitron_nemo.divergence.agreement import max_of_rows
 from minitron_nemo.divergence.fused_linear import (
@@ -27,7 +28,7 @@ from minitron_nemo.divergence.fused_linear import (
     fused_linear_loss,
     vocabulary_like,
 )
-from minitron_nemo.divergence.streamed import DivergenceConfig, divergence, forward_kl, top_k_of_teacher
+from minitron_nemo.divergence.streamed import divergence, forward_kl, top_k_of_teacher
 from minitron_nemo.divergence.top_k import TopKTeacher
 from support.ranks import Ranks
 

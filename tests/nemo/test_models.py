@@ -1,4 +1,4 @@
-"""From a shape to NeMo's model of its family, which trains, is scored and is pruned."""
+"""From a shape to NeMo's model of its family, which trains, and whose core is scored and pruned."""
 
 from __future__ import annotations
 
@@ -8,12 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 from nemo.collections import llm
 
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.nemo.models import PrunableGPTModel, build_core, nemo_config, plain_nemo_model
+from minitron_nemo.config.trainer import Layout
+from minitron_nemo.importance import Importance
+from minitron_nemo.nemo.models import (
+    CrossEntropyGPTModel,
+    build_core,
+    meta_core,
+    nemo_config,
+    new_core,
+    plain_nemo_model,
+)
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning import plan_from_importance
+from minitron_nemo.plan import PruningPlan
+from minitron_nemo.pruning import plan_from_importance, prune_into
+from minitron_nemo.runtime.forward import estimate_importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone
@@ -66,12 +78,22 @@ def _alone() -> None:
     start_alone()
 
 
-def built(shape: ModelShape) -> PrunableGPTModel:
-    """A prunable model with the weights that `build_gpt` gives this shape."""
-    model = PrunableGPTModel(shape)
+def built(shape: ModelShape) -> CrossEntropyGPTModel:
+    """A model with the weights that `build_gpt` gives this shape."""
+    model = CrossEntropyGPTModel(shape)
     model.configure_model()
     load_full_parameters(model.core, shape, Groups.from_megatron(), lambda name: random_parameter(name, shape))
     return model
+
+
+def scored(core: GPTModel, shape: ModelShape) -> Importance:
+    return estimate_importance(core, shape, calibration(), ImportanceConfig(num_samples=6))
+
+
+def pruned(teacher: GPTModel, plan: PruningPlan) -> GPTModel:
+    student = new_core(plan.target, Layout(), torch.float32)
+    prune_into(teacher, student, plan, Groups.from_megatron())
+    return student
 
 
 def calibration(batches: int = 3) -> Iterator[dict[str, torch.Tensor]]:
@@ -93,7 +115,7 @@ def test_nemo_builds_as_many_parameters_as_the_shape_counts(name: str) -> None:
 
 
 def test_a_published_size_is_built_without_memory_on_the_meta_device() -> None:
-    core = nemo_config(LLAMA_31_8B, init_model_with_meta_device=True).configure_model(None)
+    core = meta_core(LLAMA_31_8B)
     assert {parameter.device.type for parameter in core.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in core.parameters()) == LLAMA_31_8B.num_parameters == 8_030_261_248
 
@@ -128,34 +150,31 @@ def test_a_model_is_scored_and_pruned_to_the_planned_shape(name: str) -> None:
     shape = SHAPES[name]
     model = built(shape)
     before = {n: tensor.clone() for n, tensor in stream_full_parameters(model.core, shape, Groups.from_megatron())}
-    importance = model.estimate_importance(calibration(), ImportanceConfig(num_samples=6))
+    importance = scored(model.core, shape)
     assert importance.num_samples == 6
     target = shape.pruned_to(hidden_size=16, ffn_hidden_size=26, num_attention_heads=4)
     plan = plan_from_importance(importance, shape, target)
 
-    student = model.prune(plan)
+    student = pruned(model.core, plan)
 
-    assert student.shape == target
-    assert sum(parameter.numel() for parameter in student.module.parameters()) == target.num_parameters
+    assert sum(parameter.numel() for parameter in student.parameters()) == target.num_parameters
     kept = plan.hidden
     embedding = before["embedding.word_embeddings.weight"][:, kept]
-    assert torch.equal(student.core.embedding.word_embeddings.weight.detach(), embedding)
+    assert torch.equal(student.embedding.word_embeddings.weight.detach(), embedding)
     for n, tensor in stream_full_parameters(model.core, shape, Groups.from_megatron()):
         assert torch.equal(tensor, before[n]), f"pruning changed the teacher's {n}"
     with torch.no_grad():
-        logits = run_gpt(student.core.eval(), TOKENS)
+        logits = run_gpt(student, TOKENS)
     assert logits is not None and logits.isfinite().all()
 
 
 def test_a_pruned_model_can_be_pruned_again() -> None:
-    first = built(TINY)
+    first = built(TINY).core
     half = TINY.pruned_to(ffn_hidden_size=20)
-    config = ImportanceConfig(num_samples=6)
-    second = first.prune(plan_from_importance(first.estimate_importance(calibration(), config), TINY, half))
+    second = pruned(first, plan_from_importance(scored(first, TINY), TINY, half))
     quarter = half.pruned_to(ffn_hidden_size=10, hidden_size=12)
-    third = second.prune(plan_from_importance(second.estimate_importance(calibration(), config), half, quarter))
-    assert third.shape == quarter
-    assert sum(parameter.numel() for parameter in third.module.parameters()) == quarter.num_parameters
+    third = pruned(second, plan_from_importance(scored(second, half), half, quarter))
+    assert sum(parameter.numel() for parameter in third.parameters()) == quarter.num_parameters
 
 
 def test_an_unknown_family_lists_the_known_ones() -> None:
@@ -169,7 +188,7 @@ def test_weights_of_an_artifact_are_there_after_configuring(tmp_path: Path) -> N
 
     source = built(TINY)
     save_weights(source.core, tmp_path)
-    loaded = PrunableGPTModel(TINY, initial=tmp_path)
+    loaded = CrossEntropyGPTModel(TINY, initial=tmp_path)
     loaded.configure_model()
     for (name, parameter), (_, expected) in zip(
         loaded.core.named_parameters(), source.core.named_parameters(), strict=True

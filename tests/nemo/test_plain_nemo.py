@@ -1,4 +1,4 @@
-"""From a checkpoint of plain NeMo to a pruned model: through stages, through its files and through the model class."""
+"""From a checkpoint of plain NeMo to a pruned model: through stages, through its files and in memory."""
 
 from __future__ import annotations
 
@@ -43,45 +43,45 @@ def estimate_and_prune(run: TinyRun, nemo: str, directory: Path) -> None:
         prune.run(config)
 
 
-def prune_through_the_model_class(run: TinyRun, nemo: str) -> tuple[dict[str, Tensor], Tensor]:
-    """`model.estimate_importance` and `model.prune`: the student's weights and its logits."""
+def prune_in_memory(run: TinyRun, nemo: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Scored and pruned without a stage: the student's weights and its logits."""
+    from minitron_nemo import engine, platform
     from minitron_nemo.config.data import DataConfig
     from minitron_nemo.config.importance import ImportanceConfig
     from minitron_nemo.config.trainer import TrainerConfig
-    from minitron_nemo.nemo.models import PrunableGPTModel
     from minitron_nemo.parallel import Groups
-    from minitron_nemo.pruning import plan_from_importance
-    from minitron_nemo.runtime.forward import last_logits
-    from minitron_nemo.runtime.model_artifact import open_model
-    from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.pruning import plan_from_importance, prune_into
+    from minitron_nemo.runtime.forward import estimate_importance, last_logits
+    from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.text.blend import split_prefixes
     from minitron_nemo.text.windows import batches
     from minitron_nemo.weights import stream_full_parameters
 
-    source = open_model(nemo, key="model", trust_checkpoint=True)
-    prepare_layout(TrainerConfig(**trainer_values()), source.shape, seed=1234)
-    model = PrunableGPTModel(source.shape, initial=source.path)
-    model.configure_model()
-    model.core.eval()
+    source, trainer = engine.open_model(nemo, key="model", trust_checkpoint=True), TrainerConfig(**trainer_values())
+    prepare_layout(trainer, source.shape, seq_length=SEQ_LENGTH, seed=1234)
+    dtype = platform.dtype_of(trainer.precision)
+    teacher = engine.open_core(source, trainer, dtype)
     data = DataConfig(prepared=run.data)
     prefixes = [prefix for artifact, _ in open_blend(data) for prefix in split_prefixes(artifact, "train")]
     samples = batches(prefixes, SEQ_LENGTH, 1, 8, dp_rank=0, dp_size=1, seed=1234)
-    importance = model.estimate_importance(samples, ImportanceConfig(num_samples=8))
-    student = model.prune(plan_from_importance(importance, source.shape, source.shape.pruned_to(**TARGET)))
-    student.core.eval()
-    stream = stream_full_parameters(student.core, student.shape, Groups.from_megatron())
-    return {name: tensor.clone() for name, tensor in stream}, last_logits(student.core, TOKENS)
+    importance = estimate_importance(teacher, source.shape, samples, ImportanceConfig(num_samples=8))
+    plan = plan_from_importance(importance, source.shape, source.shape.pruned_to(**TARGET))
+    groups = Groups.from_megatron()
+    student = engine.new_core(plan.target, trainer, dtype)
+    prune_into(teacher, student, plan, groups)
+    stream = stream_full_parameters(student, plan.target, groups)
+    return {name: tensor.clone() for name, tensor in stream}, last_logits(student, TOKENS)
 
 
 def logits_of(path: str) -> Tensor:
+    from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
-    from minitron_nemo.runtime.forward import last_logits, open_core
-    from minitron_nemo.runtime.model_artifact import open_model
-    from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.runtime.forward import last_logits
+    from minitron_nemo.runtime.layout import prepare_layout
 
-    source, trainer = open_model(path, key="path"), TrainerConfig(**trainer_values())
-    prepare_layout(trainer, source.shape, seed=1234)
-    return last_logits(open_core(source, trainer), TOKENS)
+    source, trainer = engine.open_model(path, key="path"), TrainerConfig(**trainer_values())
+    prepare_layout(trainer, source.shape, seq_length=SEQ_LENGTH, seed=1234)
+    return last_logits(engine.open_core(source, trainer, platform.dtype_of(trainer.precision)), TOKENS)
 
 
 def test_a_model_that_nemo_imported_is_pruned_like_our_own_import_of_it(
@@ -93,7 +93,7 @@ def test_a_model_that_nemo_imported_is_pruned_like_our_own_import_of_it(
     assert expected_logits.isfinite().all()
     found = {name: alone.run(read_weights, str(tmp_path / name))[0] for name in ("loaded", "offline")}
     logits = {name: alone.run(logits_of, str(tmp_path / name))[0] for name in found}
-    [(found["model class"], logits["model class"])] = alone.run(prune_through_the_model_class, tiny_run, nemo)
+    [(found["memory"], logits["memory"])] = alone.run(prune_in_memory, tiny_run, nemo)
     for way, weights in found.items():
         assert weights.keys() == expected.keys(), way
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items()), way

@@ -24,6 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from minitron_nemo import engine, platform
 from minitron_nemo.hf import safetensors_stream
 from minitron_nemo.hf.checkpoint import load_hf, save_hf
 from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
@@ -32,7 +33,6 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.basis import principal_basis
-from minitron_nemo.runtime.model_artifact import read_shape
 from minitron_nemo.shape import ModelShape
 from support.artifacts import contents
 from support.hf import LLAMA3_SCALING, hf_model, tensors_of
@@ -358,24 +358,25 @@ def prune_both_ways(hf: Path, directory: Path, target: dict[str, int]) -> dict[s
     from minitron_nemo.artifact import writing
     from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
-    from minitron_nemo.runtime.forward import new_core, open_core
-    from minitron_nemo.runtime.model_artifact import open_model, save_model
     from minitron_nemo.stages import import_hf
 
     trainer = TrainerConfig(**trainer_values())
     import_hf.run(import_hf.ImportHfConfig(model=str(hf), trainer=trainer, output=str(directory / "teacher")))
-    source = open_model(directory / "teacher", key="model")
+    source = engine.open_model(directory / "teacher", key="model")
     before = contents(source.path)
     plan = random_plan(source.shape, **target)
     for suffix, each in {"": plan, "_turned": turned(plan)}.items():
         for name in ("offline", "loaded"):
             with writing(directory / f"{name}{suffix}", stage="prune", config={}, inputs=source.artifacts) as draft:
                 if name == "offline":
-                    prune_checkpoint(source, each, draft.path)
+                    prune_checkpoint(source, each, draft.path, meta_core=engine.meta_core)
+                    engine.describe_model(each.target, source.tokenizer, draft.path)
                 else:
-                    teacher, student = open_core(source, trainer), new_core(each.target, trainer)
+                    dtype = platform.dtype_of(trainer.precision)
+                    teacher = engine.open_core(source, trainer, dtype)
+                    student = engine.new_core(each.target, trainer, dtype)
                     prune_into(teacher, student, each, Groups.from_megatron())
-                    save_model(student, each.target, source.tokenizer, draft.path)
+                    engine.save_model(student, each.target, source.tokenizer, draft.path)
                 draft.facts["vocab_size"] = source.vocab_size
     return before
 
@@ -383,14 +384,12 @@ def prune_both_ways(hf: Path, directory: Path, target: dict[str, int]) -> dict[s
 def weights_on_this_layout(path: Path, layout: dict[str, Any]) -> dict[str, Tensor]:
     """Full parameters of an artifact that was loaded on the current layout."""
     from minitron_nemo.config.trainer import TrainerConfig
-    from minitron_nemo.runtime.forward import open_core
-    from minitron_nemo.runtime.model_artifact import open_model
-    from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.weights import stream_full_parameters
 
-    source, trainer = open_model(path, key="path"), TrainerConfig(**trainer_values(**layout))
-    prepare_layout(trainer, source.shape, seed=0)
-    core = open_core(source, trainer)
+    source, trainer = engine.open_model(path, key="path"), TrainerConfig(**trainer_values(**layout))
+    prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=0)
+    core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
     return {name: tensor.clone() for name, tensor in stream_full_parameters(core, source.shape, Groups.from_megatron())}
 
 
@@ -429,13 +428,12 @@ def save_with_numbered_layers(path: str, copy: Path) -> None:
 
     from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.runtime.distributed_checkpoint import CONTENT, PREFIX, WEIGHTS
-    from minitron_nemo.runtime.forward import open_core
-    from minitron_nemo.runtime.model_artifact import open_model
-    from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.runtime.layout import prepare_layout
 
-    source, trainer = open_model(path, key="path"), TrainerConfig(**trainer_values())
-    prepare_layout(trainer, source.shape, seed=0)
-    core, content = open_core(source, trainer), CONTENT | {"non_homogeneous_layers": True}
+    source, trainer = engine.open_model(path, key="path"), TrainerConfig(**trainer_values())
+    prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=0)
+    core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
+    content = CONTENT | {"non_homogeneous_layers": True}
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(WEIGHTS))
     (copy / WEIGHTS).mkdir()
     dist_checkpointing.save(core.sharded_state_dict(prefix=PREFIX, metadata=content), str(copy / WEIGHTS))
@@ -443,9 +441,8 @@ def save_with_numbered_layers(path: str, copy: Path) -> None:
 
 def prune_artifact(path: Path, plan: PruningPlan, output: Path, dtype: torch.dtype | None = None) -> None:
     from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
-    from minitron_nemo.runtime.model_artifact import open_model
 
-    prune_checkpoint(open_model(path, key="path"), plan, output, dtype=dtype)
+    prune_checkpoint(engine.open_model(path, key="path"), plan, output, meta_core=engine.meta_core, dtype=dtype)
 
 
 def stored_tensors(path: Path) -> dict[str, Tensor]:
@@ -460,7 +457,7 @@ def stored_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def test_layers_under_keys_of_their_own_are_read_too(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
-    alone, plan = ranks("single"), random_plan(read_shape(Path(tiny_run.teacher), key="path"), num_layers=2)
+    alone, plan = ranks("single"), random_plan(engine.open_model(tiny_run.teacher, key="path").shape, num_layers=2)
     alone.run(save_with_numbered_layers, tiny_run.teacher, tmp_path / "numbered")
     alone.run(prune_artifact, Path(tiny_run.teacher), plan, tmp_path / "expected")
     alone.run(prune_artifact, tmp_path / "numbered", plan, tmp_path / "found")
@@ -474,7 +471,7 @@ def test_layers_under_keys_of_their_own_are_read_too(ranks: Ranks, tiny_run: Tin
 
 
 def test_an_artifact_is_written_in_the_dtype_asked_for(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
-    alone, plan = ranks("single"), random_plan(read_shape(Path(tiny_run.teacher), key="path"), hidden_size=24)
+    alone, plan = ranks("single"), random_plan(engine.open_model(tiny_run.teacher, key="path").shape, hidden_size=24)
     for name, dtype in (("stored", None), ("bf16", torch.bfloat16)):
         alone.run(prune_artifact, Path(tiny_run.teacher), plan, tmp_path / name, dtype)
     [stored], [halved] = (alone.run(stored_tensors, tmp_path / name) for name in ("stored", "bf16"))
@@ -485,7 +482,7 @@ def test_an_artifact_is_written_in_the_dtype_asked_for(ranks: Ranks, tiny_run: T
 def test_an_artifact_that_cannot_be_pruned_is_refused_before_anything_is_written(
     ranks: Ranks, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    alone, out, shape = ranks("single"), tmp_path / "out", read_shape(Path(tiny_run.teacher), key="path")
+    alone, out, shape = ranks("single"), tmp_path / "out", engine.open_model(tiny_run.teacher, key="path").shape
     plan = random_plan(shape, num_layers=2)
     other = random_plan(dataclasses.replace(shape, ffn_hidden_size=64), num_layers=2)
     with pytest.raises(ValueError, match=r"ffn_hidden_size: 80 there, 64 here\)\. Prune the model that the plan"):

@@ -12,8 +12,8 @@ import torch
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
+from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages import export_hf, import_hf, pretrain
-from minitron_nemo.stages.training import prepare_layout
 from support.hf import load_with_transformers
 from support.megatron import TINY_EXPERTS
 from support.ranks import Ranks, current_layout
@@ -94,4 +94,4 @@ def test_a_mixture_trains_with_its_experts_spread_over_ranks(ranks: Ranks, tiny_
 def test_experts_on_tensor_parallel_ranks_need_the_tokens_split_too() -> None:
     trainer = TrainerConfig(**trainer_values(tensor_model_parallel_size=2, expert_model_parallel_size=2))
     with pytest.raises(ValueError, match=r"size=2 of a model with experts needs .*Set trainer\.sequence_parallel=true"):
-        prepare_layout(trainer, TINY_EXPERTS, seed=0)
+        prepare_layout(trainer, TINY_EXPERTS, seq_length=trainer.seq_length, seed=0)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.engine import open_model
+from minitron_nemo.nemo.context import shape_from_context
 from minitron_nemo.nemo.models import plain_nemo_model
 from minitron_nemo.parallel import Groups
 from minitron_nemo.rope import inverse_frequencies
 from minitron_nemo.runtime.distributed_checkpoint import load_weights, save_weights
-from minitron_nemo.runtime.model_artifact import open_model, read_shape, shape_from_context
+from minitron_nemo.runtime.model_artifact import read_shape
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import evaluate
 from minitron_nemo.weights import local_parameters, stream_full_parameters
@@ -72,7 +74,7 @@ def test_an_artifact_loads_in_plain_nemo(ranks: Ranks, tiny_run: TinyRun, artifa
     for file in ("io.json", "model.yaml"):
         assert "minitron" not in (path / "context" / file).read_text(), file
     [(kind, dims, found)] = ranks("single").run(load_with_nemo, path)
-    shape = read_shape(path, key="path")
+    shape = open_model(path, key="path").shape
     assert kind == "nemo.collections.llm.gpt.model.llama.LlamaModel"
     assert dims == {dim: getattr(shape, dim) for dim in dims}
     [expected] = ranks("single").run(read_weights, str(path))
@@ -190,14 +192,14 @@ def test_a_context_is_read_as_data_and_runs_nothing(tmp_path: Path, tiny_run: Ti
         f"[{json.dumps(str(witness))}]]\n"
     )
     shape = shape_from_context(file)
-    assert shape == read_shape(tiny_run.directory / "teacher", key="path")
+    assert shape == open_model(tiny_run.teacher, key="path").shape
     assert not witness.exists()
 
 
 def test_a_folder_without_a_model_says_what_one_holds(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"prune.model=\S+ holds neither shape.json"):
-        read_shape(tmp_path, key="prune.model")
+        read_shape(tmp_path, key="prune.model", foreign=shape_from_context)
     with pytest.raises(FileNotFoundError, match=r"prune.model=\S+nowhere does not exist"):
-        read_shape(tmp_path / "nowhere", key="prune.model")
+        read_shape(tmp_path / "nowhere", key="prune.model", foreign=shape_from_context)
     with pytest.raises(ValueError, match=r"prune.model is not set. Set it to a model artifact"):
         open_model("", key="prune.model")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from importance.gathering_attention import build_context_parallel_gpt
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
@@ -26,13 +27,10 @@ from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
 from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
-from minitron_nemo.nemo.models import causal_mask
-from minitron_nemo.runtime.forward import open_core
-from minitron_nemo.runtime.model_artifact import open_model
+from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, teacher_logits
-from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import StoredSamples, TeacherLogits, stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
@@ -304,10 +302,12 @@ def distilled(ranks: Ranks, tiny_run: TinyRun, store: str) -> str:
 
 def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[int]) -> float:
     """Mean over these samples of a run, the teacher in memory."""
-    teacher, student = (open_model(path, key="path") for path in (run.teacher, run.student))
-    prepare_layout(trainer(), student.shape, seed=0)
+    teacher, student = (engine.open_model(path, key="path") for path in (run.teacher, run.student))
+    prepare_layout(trainer(), student.shape, seq_length=SEQ_LENGTH, seed=0)
     config = DistillationConfig(TOP_K, cross_entropy_weight=0.1)
-    models = [open_core(model, trainer()) for model in (student, teacher)]
+    models = [
+        engine.open_core(model, trainer(), platform.dtype_of(trainer().precision)) for model in (student, teacher)
+    ]
     both = TeacherStudent(*models, config, vocab_size=student.vocab_size).train()
     stored = TeacherLogits.open(store, key="store")
     dataset = stored.samples_of(open_blend(DataConfig(prepared=run.data)), seed=seed, with_teacher=False)(
@@ -316,8 +316,7 @@ def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[i
     total = 0.0
     for index in samples:
         sample = {key: value[None] for key, value in dataset[index].items()}
-        mask = causal_mask(SEQ_LENGTH, torch.device("cpu"))
-        total += float(both(sample["tokens"], sample["position_ids"], mask, sample["labels"]).mean())
+        total += float(both(sample["tokens"], sample["position_ids"], None, sample["labels"]).mean())
     return total / len(samples)
 
 

@@ -62,11 +62,11 @@ def test_logits_of_the_exported_model_equal_megatrons(exported: Exported, ranks:
 
 
 def megatron_logits(student: str, tokens: torch.Tensor) -> torch.Tensor:
-    from minitron_nemo.runtime.forward import last_logits, open_core
-    from minitron_nemo.runtime.model_artifact import open_model
+    from minitron_nemo import engine, platform
+    from minitron_nemo.runtime.forward import last_logits
 
-    source = open_model(student, key="student")
-    return last_logits(open_core(source, trainer_config()), tokens).cpu()
+    source, trainer = engine.open_model(student, key="student"), trainer_config()
+    return last_logits(engine.open_core(source, trainer, platform.dtype_of(trainer.precision)), tokens).cpu()
 
 
 def trainer_config() -> Any:

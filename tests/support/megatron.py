@@ -7,7 +7,6 @@ import hashlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from minitron_nemo import platform
 from minitron_nemo.axes import full_shape
-from minitron_nemo.layer_spec import plain_block_spec, uneven_stages
+from minitron_nemo.layer_spec import plain_block_spec, transformer_fields, uneven_stages
 from minitron_nemo.parallel import Groups
 from minitron_nemo.rope import apply_rope_scaling
 from minitron_nemo.shape import ModelShape
@@ -49,8 +48,6 @@ TINY_EXPERTS = dataclasses.replace(
 )
 """A mixture of experts with a dense layer among its three, and a shared expert, which no supported HF family has."""
 
-_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "squared_relu": lambda x: F.relu(x).square()}
-
 
 def start_alone() -> None:
     """torch.distributed and Megatron's parallel state of a single process, where nothing is set up yet.
@@ -67,24 +64,7 @@ def start_alone() -> None:
 
 def transformer_config(shape: ModelShape, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> TransformerConfig:
     """Megatron-core's config of this shape on the current layout; nothing fused, no dropout."""
-    values: dict[str, Any] = {
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_hidden_size,
-        "num_attention_heads": shape.num_attention_heads,
-        "num_query_groups": shape.num_query_groups,
-        "kv_channels": shape.kv_channels,
-        "normalization": "RMSNorm" if shape.normalization == "RMSNorm" else "LayerNorm",
-        "layernorm_zero_centered_gamma": shape.normalization == "LayerNorm1p",
-        "layernorm_epsilon": shape.layernorm_epsilon,
-        "activation_func": _ACTIVATIONS[shape.activation],
-        "gated_linear_unit": shape.gated_linear_unit,
-        "add_bias_linear": shape.add_bias_linear,
-        "add_qkv_bias": shape.add_qkv_bias,
-        "qk_layernorm": shape.qk_layernorm,
-        "init_method_std": shape.init_method_std,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
+    values = transformer_fields(shape) | {
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
@@ -96,14 +76,7 @@ def transformer_config(shape: ModelShape, *, dtype: torch.dtype = torch.float32,
     }
     if shape.num_moe_experts is not None:
         values |= {
-            "num_moe_experts": shape.num_moe_experts,
-            "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
-            "moe_shared_expert_intermediate_size": shape.moe_shared_expert_intermediate_size,
-            "moe_router_topk": shape.moe_router_topk,
-            "moe_router_pre_softmax": shape.moe_router_pre_softmax,
-            "moe_layer_freq": list(shape.moe_layer_freq) if shape.moe_layer_freq else 1,
             "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "allgather",
             "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
             "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         }

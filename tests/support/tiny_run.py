@@ -80,14 +80,14 @@ def make_artifacts(run: TinyRun, corpus: Path) -> None:
 
 def read_weights(path: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:
     """Full parameters of a model artifact; runs on one process."""
+    from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.parallel import Groups
-    from minitron_nemo.runtime.forward import open_core
-    from minitron_nemo.runtime.model_artifact import open_model
-    from minitron_nemo.stages.training import prepare_layout
+    from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.weights import stream_full_parameters
 
-    source, trainer = open_model(path, key="path", trust_checkpoint=trust_checkpoint), TrainerConfig(**trainer_values())
-    prepare_layout(trainer, source.shape, seed=0)
-    core = open_core(source, trainer)
+    source = engine.open_model(path, key="path", trust_checkpoint=trust_checkpoint)
+    trainer = TrainerConfig(**trainer_values())
+    prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=0)
+    core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
     return {name: tensor.clone() for name, tensor in stream_full_parameters(core, source.shape, Groups.from_megatron())}

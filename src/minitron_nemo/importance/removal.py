@@ -23,11 +23,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from minitron_nemo.checks import require
+from minitron_nemo.schedule import forward_only
 from minitron_nemo.weights import bare_gpt
 
 ForwardStep = Callable[[Any, dict[str, Tensor]], Tensor]
@@ -141,7 +140,6 @@ class LayerSwitches:
 
         return switched
 
-    @torch.no_grad()
     def run(
         self,
         passes: Sequence[Pass],
@@ -158,21 +156,12 @@ class LayerSwitches:
         Communicates: tp and cp inside the model, pp between stages.
         """
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}  # with labels: losses, no logits
-        upcoming = iter(enumerate(passes))
 
-        def step(_: Any, model: Any) -> tuple[Tensor, Callable[..., None]]:
-            number, self._current = next(upcoming)
-            output = forward(model, inputs)
-            return output, lambda logits, non_loss_data: see(number, logits)
+        def forward_as(model: Any, now: tuple[int, Pass]) -> Tensor:
+            self._current = now[1]
+            return forward(model, inputs)
 
         rows, local_length = batch["tokens"].shape
-        get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter(()),  # every pass reads the same batch
-            model=[self.model],
-            num_microbatches=len(passes),
-            seq_length=local_length * self.model.config.context_parallel_size,
-            micro_batch_size=rows,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+        seq_length = local_length * self.model.config.context_parallel_size
+        numbered, seen = enumerate(passes), lambda now, logits: see(now[0], logits)
+        forward_only(self.model, numbered, forward_as, seen, count=len(passes), rows=rows, seq_length=seq_length)

@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed as dist
 
 from minitron_nemo.config.training import DownstreamConfig
 from minitron_nemo.importance.removal import Pass
 from minitron_nemo.nemo.history import History
+from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.runtime.depth_sweep import option_likelihoods
 from minitron_nemo.runtime.distributed_checkpoint import save_weights
 from minitron_nemo.text.questions import Question, accuracy
@@ -71,28 +71,37 @@ class Downstream(pl.Callback):
     def _keep(self, core: Any, evaluation: dict[str, Any]) -> None:
         """Write the weights where they are the best so far. Communicates: all ranks, where they are."""
         before = best_kept(self.directory)
-        dist.barrier()  # all have looked
         if before is not None and _rank_of(evaluation) <= _rank_of(before[1]):
             return
         whole, writing = (self.directory / f"best-step-{evaluation['step']}{end}" for end in ("", ".partial"))
-        if dist.get_rank() == 0:
+
+        def begin() -> None:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir()
-        dist.barrier()
-        save_weights(core, writing)
-        if dist.get_rank() == 0:
+
+        def finish() -> None:
             (writing / _FILE).write_text(json.dumps(evaluation))
             shutil.rmtree(whole, ignore_errors=True)
             writing.rename(whole)
             if before is not None and before[0] != whole:
                 shutil.rmtree(before[0])
-        dist.barrier()
+
+        rank_zero_works(begin)
+        save_weights(core, writing)
+        rank_zero_works(finish)
 
 
 def best_kept(directory: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Folder of the best weights that a run in `directory` has kept, and their {step, downstream_accuracy}."""
-    found = [(path, json.loads((path / _FILE).read_text())) for path in directory.glob("best-step-*[0-9]")]
-    return max(found, key=lambda each: _rank_of(each[1]), default=None)
+    """Folder of the best weights that a run in `directory` has kept, and their {step, downstream_accuracy}.
+
+    Communicates: all ranks.
+    """
+
+    def look() -> tuple[Path, dict[str, Any]] | None:
+        found = [(path, json.loads((path / _FILE).read_text())) for path in directory.glob("best-step-*[0-9]")]
+        return max(found, key=lambda each: _rank_of(each[1]), default=None)
+
+    return rank_zero_works(look)
 
 
 def _rank_of(evaluation: dict[str, Any]) -> tuple[float, int]:

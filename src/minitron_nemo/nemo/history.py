@@ -27,8 +27,6 @@ import lightning.pytorch as pl
 from minitron_nemo.distillation.teacher_student import teacher_student_in
 from minitron_nemo.progress import Reporter
 
-HISTORY = "history.jsonl"
-
 
 class History(pl.Callback):
     """Writes the history, hands it to the loggers and shows progress with time left; works on rank 0 only."""

@@ -3,7 +3,7 @@
     killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
     SIGTERM, SIGUSR1, or the   ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
     file $MINITRON_STOP_FILE   exit code 75 (`StopWhenAsked`); the same command continues it
-    a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `engine.optim`)
+    a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `optim.py`)
 
 Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's own.
 """
@@ -23,7 +23,8 @@ import torch
 
 from minitron_nemo.checks import Interrupted
 from minitron_nemo.nemo.optim import SkippingOptimizer
-from minitron_nemo.parallel import all_reduce_max
+from minitron_nemo.parallel import all_reduce_max, rank_zero_works, world
+from minitron_nemo.runtime.training_run import checkpoint_of, newest_checkpoint
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "MINITRON_STOP_FILE"
@@ -41,8 +42,8 @@ class ResumableCheckpoints(pl.Callback):
         self.directory, self.every, self.also_the_last = directory, every, also_the_last
 
     def newest(self) -> Path | None:
-        found = sorted(self.directory.glob("step-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-        return found[-1] if found else None
+        """Communicates: all ranks."""
+        return rank_zero_works(lambda: newest_checkpoint(self.directory))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         step = trainer.global_step
@@ -53,16 +54,19 @@ class ResumableCheckpoints(pl.Callback):
     def save(self, trainer: pl.Trainer) -> None:
         """Write the checkpoint of the step that has just ended, unless it is there. Communicates: every rank."""
         step = trainer.global_step
-        whole, writing = self.directory / f"step-{step}", self.directory / f"step-{step}.partial"
+        whole = checkpoint_of(self.directory, step)
+        writing = whole.with_name(f"{whole.name}.partial")
         previous = self.newest()
         if previous == whole:
             return
         trainer.save_checkpoint(writing)
-        if trainer.is_global_zero:
+
+        def replace() -> None:
             writing.rename(whole)
             if previous is not None:
                 shutil.rmtree(previous)
-        trainer.strategy.barrier()
+
+        rank_zero_works(replace)
 
 
 class StopWhenAsked(pl.Callback):
@@ -88,9 +92,7 @@ class StopWhenAsked(pl.Callback):
         asked = self._asked or (
             trainer.is_global_zero and self._stop_file is not None and Path(self._stop_file).exists()
         )
-        anyone = all_reduce_max(
-            torch.tensor(float(asked), device=pl_module.device), group=torch.distributed.group.WORLD
-        )
+        anyone = all_reduce_max(torch.tensor(float(asked), device=pl_module.device), group=world())
         if bool(anyone) and trainer.global_step < trainer.max_steps:
             self.checkpoints.save(trainer)
             self.stopped_after = trainer.global_step

@@ -1,6 +1,6 @@
 """Training any of our NeMo models: NeMo's trainer and strategy, our layout, resume and history.
 
-There is no training loop here. `train` builds an `nl.Trainer` over an `nl.MegatronStrategy`, resumes from the newest
+There is no training loop here. `fit` builds an `nl.Trainer` over an `nl.MegatronStrategy`, resumes from the newest
 complete checkpoint beside the output, and leaves the trained weights in `model`.
 """
 
@@ -10,13 +10,12 @@ import dataclasses
 import logging
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from megatron.core import parallel_state
@@ -32,15 +31,13 @@ from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
 from minitron_nemo.nemo.downstream import Downstream
-from minitron_nemo.nemo.history import HISTORY, History
+from minitron_nemo.nemo.history import History
+from minitron_nemo.nemo.models import EngineModel
 from minitron_nemo.nemo.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
+from minitron_nemo.parallel import is_rank_zero, rank, world_size
 from minitron_nemo.platform.peak import peak_tflops_here
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.text.questions import Question
+from minitron_nemo.runtime.training_run import CHECKPOINTS, HISTORY, OPTIMIZER, TrainingRun
 from nemo import lightning as nl
-
-OPTIMIZER = "optimizer"
-"""Folder of an artifact with the last checkpoint of its run."""
 
 
 class Strategy(nl.MegatronStrategy):
@@ -57,7 +54,7 @@ class Strategy(nl.MegatronStrategy):
         state.data_parallel_rank = parallel_state.get_data_parallel_rank()
         state.data_parallel_size = parallel_state.get_data_parallel_world_size()
         if self.data_sampler:
-            self.data_sampler.setup(dist.get_rank())
+            self.data_sampler.setup(rank())
 
     def selective_restore(self) -> None:
         """Weights and moments of the phase before, under the hyperparameters of this one."""
@@ -97,16 +94,16 @@ class _StandingProcesses(LightningEnvironment):
         return True
 
     def world_size(self) -> int:
-        return dist.get_world_size()
+        return world_size()
 
     def global_rank(self) -> int:
-        return dist.get_rank()
+        return rank()
 
     def local_rank(self) -> int:
         return torch.cuda.current_device()
 
     def node_rank(self) -> int:
-        return dist.get_rank() // max(torch.cuda.device_count(), 1)
+        return rank() // max(torch.cuda.device_count(), 1)
 
     def set_world_size(self, size: int) -> None: ...
 
@@ -148,17 +145,12 @@ def build_trainer(
     config: TrainerConfig, training: TrainingConfig, *, directory: Path, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
     """An `nl.Trainer` for this machine and layout; logs go below `directory`."""
-    world, dtype = dist.get_world_size(), platform.dtype_of(config.precision)
+    world, dtype = world_size(), platform.dtype_of(config.precision)
     before = None
     if training.continue_from is not None:
         before = nl.RestoreConfig(path=str(Path(training.continue_from, OPTIMIZER)), load_optim_state=True)
     strategy = Strategy(
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        context_parallel_size=config.context_parallel_size,
-        expert_model_parallel_size=config.expert_model_parallel_size,
-        expert_tensor_parallel_size=config.tensor_model_parallel_size,
-        sequence_parallel=config.sequence_parallel,
+        **config.of_model,
         pipeline_dtype=dtype,
         process_group_backend=platform.backend(),
         cluster_environment=_StandingProcesses(),
@@ -222,53 +214,34 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def train(
-    model: Any,
-    data: pl.LightningDataModule,
-    config: TrainerConfig,
-    training: TrainingConfig,
-    *,
-    directory: Path,
-    label: str,
-    questions: Sequence[Question] = (),
-) -> list[dict[str, Any]]:
-    """Run `training.steps` steps; resume if `directory` holds a checkpoint of a run that was cut off.
+def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> list[dict[str, Any]]:
+    """Run all steps; resume if `run.directory` holds a checkpoint of a run that was cut off.
 
     Args:
-        model: an engine model with its optimizer; holds the trained weights afterwards.
-        directory: for checkpoints, logs and history; survives a kill.
-        questions: of the downstream task; all of them on every rank.
+        model: with its optimizer; holds the trained weights afterwards.
     Returns:
         The history (rank 0; empty elsewhere).
     Raises: Interrupted: the run was told to stop, and saved. ValueError: too many steps in a row were not finite.
     """
-    data_parallel_size = dist.get_world_size() // config.model_parallel_size
+    config, training, directory = run.trainer, run.training, run.directory
     require_divisible(
         "trainer.global_batch_size",
         config.global_batch_size,
         "trainer.micro_batch_size x data-parallel ranks",
-        config.micro_batch_size * data_parallel_size,
+        config.micro_batch_size * (world_size() // config.model_parallel_size),
     )
     directory.mkdir(parents=True, exist_ok=True)
-    history = History(
-        directory / HISTORY,
-        label=label,
-        steps=training.steps,
-        tokens_per_step=config.tokens_per_step,
-        flops_per_step=model.training_flops_per_token(config.seq_length) * config.tokens_per_step,
-        peak_tflops=config.peak_tflops
-        or (peak_tflops_here() if platform.dtype_of(config.precision) == torch.bfloat16 else None),
-    )
+    history = _history(model, run)
     checkpoints = ResumableCheckpoints(
-        directory / "checkpoints", training.checkpoint_every, also_the_last=training.keep_optimizer
+        directory / CHECKPOINTS, training.checkpoint_every, also_the_last=training.keep_optimizer
     )
     checkpoints.directory.mkdir(exist_ok=True)
     stop = StopWhenAsked(checkpoints)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
     callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
-    if questions:
+    if run.questions:
         rows = config.micro_batch_size
-        callbacks.append(Downstream(training.downstream, questions, history, directory, rows=rows))
+        callbacks.append(Downstream(training.downstream, run.questions, history, directory, rows=rows))
     trainer = build_trainer(config, training, directory=directory, callbacks=callbacks)
     resume = checkpoints.newest()
     with warnings.catch_warnings():
@@ -280,6 +253,19 @@ def train(
             if config.wandb_project:
                 _finish_wandb()
     stop.require_finished(training.steps)
-    if dist.get_rank() == 0 and not history.records:  # the run was cut off after its last step
+    if is_rank_zero() and not history.records:  # the run was cut off after its last step
         return history.kept(training.steps)
     return history.records
+
+
+def _history(model: EngineModel, run: TrainingRun) -> History:
+    config = run.trainer
+    peak = peak_tflops_here() if platform.dtype_of(config.precision) == torch.bfloat16 else None
+    return History(
+        run.directory / HISTORY,
+        label=run.label,
+        steps=run.training.steps,
+        tokens_per_step=config.tokens_per_step,
+        flops_per_step=model.training_flops_per_token(config.seq_length) * config.tokens_per_step,
+        peak_tflops=config.peak_tflops or peak,
+    )

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
 from megatron.core.dist_checkpointing.strategies.torch import MCoreSavePlanner, mcore_to_pyt_state_dict
+from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
@@ -37,26 +37,34 @@ from minitron_nemo.axes import Axis, Kept, local_name, parameter_axes, part_axes
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.hf.config import require_same_shape
-from minitron_nemo.nemo.models import nemo_config
+from minitron_nemo.parallel import world_size
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
 from minitron_nemo.runtime.distributed_checkpoint import CONTENT, PREFIX, WEIGHTS, content_of
 from minitron_nemo.runtime.layout import use_layout
-from minitron_nemo.runtime.model_artifact import ModelInput, describe_model
+from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.shape import ModelShape
+
+MetaCore = Callable[[ModelShape], GPTModel]
+"""Makes a whole model of a shape on the meta device, of whatever layers the trainer gives it."""
 
 _Place = tuple[str, tuple[int, ...]]
 """A piece by its key in the checkpoint and its offsets there."""
 
 
 def prune_checkpoint(
-    source: ModelInput, plan: PruningPlan, directory: Path, *, dtype: torch.dtype | None = None
+    source: ModelInput,
+    plan: PruningPlan,
+    directory: Path,
+    *,
+    meta_core: MetaCore,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Write what `plan` keeps of `source` as the files of a model artifact; the source is not changed.
+    """Write what `plan` keeps of the weights of `source` to `directory/weights`; the source is not changed.
 
     Args:
         plan: its source is the model's shape.
-        directory: a draft's path (`artifact.writing`); weights, shape, tokenizer and context go there.
+        directory: a draft's path (`artifact.writing`).
         dtype: of the weights written; None: as they are stored.
     One process alone; it sets up torch.distributed for itself where that has not been done.
     Raises: ValueError: a plan for another model, several processes, or weights that are cut short, missing or of
@@ -66,12 +74,12 @@ def prune_checkpoint(
     require_same_shape(source.shape, plan.source, source.path, mend=mend)
     use_layout(Layout(), seed=0)
     require(
-        dist.get_world_size() == 1,
-        f"Offline surgery runs in one process, not in {dist.get_world_size()}. Start it without torchrun, or prune "
+        world_size() == 1,
+        f"Offline surgery runs in one process, not in {world_size()}. Start it without torchrun, or prune "
         "through the loaded model.",
     )
-    teacher = _Stored(source.path / WEIGHTS, plan.source)
-    state = _sharded_state(plan.target, CONTENT)
+    teacher = _Stored(source.path / WEIGHTS, meta_core(plan.source))
+    state = _sharded_state(meta_core(plan.target), CONTENT)
     origin: dict[_Place, Callable[[], Tensor]] = {}
     for name, pieces in _pieces(state).items():
         source_name, kept = source_of(name, plan, teacher.read_whole)
@@ -83,7 +91,6 @@ def prune_checkpoint(
     weights = directory / WEIGHTS
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(state, str(weights), sharded_strategy=_PieceByPiece(origin), content_metadata=CONTENT)
-    describe_model(plan.target, source.tokenizer, directory)
 
 
 def _cut(
@@ -99,9 +106,8 @@ def _cut(
 # ---- what a model calls its pieces -----------------------------------------------------------------------------------
 
 
-def _sharded_state(shape: ModelShape, content: dict[str, Any]) -> dict[str, Any]:
-    """`sharded_state_dict` of a model of this shape on one rank, on the meta device; fused matrices taken apart."""
-    core = nemo_config(shape, init_model_with_meta_device=True).configure_model(None)
+def _sharded_state(core: GPTModel, content: dict[str, Any]) -> dict[str, Any]:
+    """`sharded_state_dict` of a whole model on the meta device; fused matrices taken apart."""
     state = core.sharded_state_dict(prefix=PREFIX, metadata=content)
     apply_factories(state)
     return state
@@ -135,11 +141,11 @@ class _Stored:
     Raises: ValueError: a weight is missing or of another shape, or a file is cut short.
     """
 
-    def __init__(self, weights: Path, shape: ModelShape) -> None:
+    def __init__(self, weights: Path, core: GPTModel) -> None:
         self.reader = dcp.FileSystemReader(weights)
         self.metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
-        self.pieces = _pieces(_sharded_state(shape, content_of(weights)))
+        self.pieces = _pieces(_sharded_state(core, content_of(weights)))
         for name, pieces in self.pieces.items():
             for piece in pieces:
                 stored = self.metadata.state_dict_metadata.get(piece.key)

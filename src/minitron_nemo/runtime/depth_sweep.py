@@ -1,8 +1,8 @@
 """Depth scores of a model on its layout: calibration samples and a task in, one number per block of layers out.
 
-The sweeps themselves are `importance.depth` and `importance.removal`; here NeMo's way of feeding a micro-batch meets
-them, and the accuracy on multiple-choice questions (arXiv:2408.11796 chooses the block whose removal costs Winogrande
-least) is counted from the same passes.
+The sweeps themselves are `importance.depth` and `importance.removal`; here micro-batches come to this rank, and the
+accuracy on multiple-choice questions (arXiv:2408.11796 chooses the block whose removal costs Winogrande least) is
+counted from the same passes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
@@ -21,9 +20,9 @@ from minitron_nemo.config.importance import ACCURACY, DepthConfig, GreedyConfig
 from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits, token_losses
 from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
 from minitron_nemo.importance.scores import GREEDY
-from minitron_nemo.nemo.models import data_step, forward_step
-from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
+from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size, is_rank_zero
 from minitron_nemo.progress import Reporter
+from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.questions import Question, accuracy, micro_batches
 
@@ -62,9 +61,9 @@ def estimate_depth(
     if set(config.metrics) - {ACCURACY}:
         groups = Groups.from_megatron()
         estimator = DepthEstimator(core, shape, groups, config, forward_step, vocab_size=vocab_size, dropped=dropped)
-        with estimator, Reporter("depth", total, show=dist.get_rank() == 0) as reporter:
+        with estimator, Reporter("depth", total, show=is_rank_zero()) as reporter:
             for done, batch in enumerate(batches, start=1):
-                estimator.add(data_step(iter([batch])))
+                estimator.add(on_this_rank(batch))
                 reporter.update(done)
             scores = estimator.finish()
     if ACCURACY in config.metrics:
@@ -112,9 +111,9 @@ def option_likelihoods(
     dp_rank, dp_size = group_rank(groups.dp), group_size(groups.dp)
     total = -(-len(continuations) // (rows * dp_size))
     shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
-    with LayerSwitches(core) as layers, Reporter(label, total, show=dist.get_rank() == 0) as reporter:
+    with LayerSwitches(core) as layers, Reporter(label, total, show=is_rank_zero()) as reporter:
         for done, (places, batch) in enumerate(shares, start=1):
-            local = data_step(iter([batch]))
+            local = on_this_rank(batch)
             where = torch.tensor(places, dtype=torch.int64, device=device)
 
             def see(number: int, logits: Tensor, local: Any = local, where: Tensor = where) -> None:

@@ -14,7 +14,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require
-from minitron_nemo.config.trainer import PARALLEL_SIZES, Layout
+from minitron_nemo.config.trainer import Layout
+from minitron_nemo.shape import ModelShape
 
 
 def start() -> None:
@@ -63,25 +64,55 @@ def use_layout(layout: Layout, *, seed: int) -> None:
         # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
         # a thread that wakes a hundred times a second.
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor_model_parallel_size,
-            pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
-            context_parallel_size=layout.context_parallel_size,
-            expert_model_parallel_size=layout.expert_model_parallel_size,
-        )
+        parallel_state.initialize_model_parallel(**layout.sizes)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _stands(layout: Layout) -> bool:
     """Whether Megatron's groups are those of `layout` already."""
-    return parallel_state.model_parallel_is_initialized() and (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_context_parallel_world_size(),
-        parallel_state.get_expert_model_parallel_world_size(),
-    ) == tuple(getattr(layout, size) for size in PARALLEL_SIZES)
+    return parallel_state.model_parallel_is_initialized() and all(
+        getattr(parallel_state, f"get_{name.removesuffix('_size')}_world_size")() == size
+        for name, size in layout.sizes.items()
+    )
 
 
-def is_rank_zero() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def prepare_layout(layout: Layout, shape: ModelShape, *, seq_length: int = 1, seed: int = 0) -> None:
+    """Build Megatron's groups for `layout` after checking that the model fits it.
+
+    Args:
+        seq_length: of the samples that will run through the model.
+        seed: of what is drawn: new weights, dropout, generation.
+    Raises: ValueError: the model's dims do not split over the layout, it reads no samples of this length, or the
+        machine or the world cannot hold the layout.
+    """
+    require_splits(shape, layout)
+    if layout.expert_model_parallel_size > 1:
+        require_tokens_split(shape, layout)
+    require(
+        seq_length <= shape.seq_length,
+        f"trainer.seq_length={seq_length} is longer than the model's context of {shape.seq_length} tokens. "
+        f"Set trainer.seq_length to at most {shape.seq_length}.",
+    )
+    require(
+        layout.context_parallel_size == 1 or platform.has_transformer_engine(),
+        f"trainer.context_parallel_size={layout.context_parallel_size} needs transformer-engine, whose attention "
+        "passes keys and values between ranks; this machine has none. Set trainer.context_parallel_size=1.",
+    )
+    use_layout(layout, seed=seed)
+
+
+def require_splits(shape: ModelShape, layout: Layout) -> None:
+    """Raises: ValueError: the model's dims do not split over `layout`."""
+    shape.require_splits_over(
+        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
+    )
+
+
+def require_tokens_split(shape: ModelShape, layout: Layout) -> None:
+    """What Megatron-core asks to train a mixture of experts on tensor-parallel ranks, or to spread its experts."""
+    require(
+        shape.num_moe_experts is None or layout.tensor_model_parallel_size == 1 or layout.sequence_parallel,
+        f"trainer.tensor_model_parallel_size={layout.tensor_model_parallel_size} of a model with experts needs "
+        "sequence parallelism, as every rank would route every token. Set trainer.sequence_parallel=true.",
+    )

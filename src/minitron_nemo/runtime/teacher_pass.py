@@ -18,19 +18,26 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from minitron_nemo.distillation.stored_teacher import top_k_of_head
 from minitron_nemo.distillation.teacher_student import output_weight, without_logits
 from minitron_nemo.divergence.fused_linear import OutputHead
 from minitron_nemo.divergence.top_k import TopKTeacher
-from minitron_nemo.nemo.models import data_step, forward_step
-from minitron_nemo.parallel import Groups, all_gather_shards, group_rank, group_size
+from minitron_nemo.parallel import (
+    Groups,
+    all_gather_shards,
+    barrier,
+    group_rank,
+    group_size,
+    is_rank_zero,
+    rank_zero_says,
+)
 from minitron_nemo.progress import Reporter
+from minitron_nemo.runtime.step import forward_step, on_this_rank
+from minitron_nemo.schedule import forward_only
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
 from minitron_nemo.text.windows import Windows
 
@@ -45,11 +52,11 @@ def write_missing(core: MCoreGPTModel, windows: Windows, shards: Shards, *, micr
     """
     groups = Groups.from_megatron()
     mine, ranks = group_rank(groups.dp), group_size(groups.dp)
-    missing = _agree_on(shards.missing())
+    missing = rank_zero_says(shards.missing())
     rounds = [missing[start : start + ranks] for start in range(0, len(missing), ranks)]
     steps = [-(-max(len(shards.samples(shard)) for shard in each) // micro_batch_size) for each in rounds]
     writes = parallel_state.is_pipeline_last_stage() and group_rank(groups.tp) == group_rank(groups.cp) == 0
-    with Reporter("teacher logits", sum(steps), show=dist.get_rank() == 0) as reporter, without_logits(core):
+    with Reporter("teacher logits", sum(steps), show=is_rank_zero()) as reporter, without_logits(core):
         done = itertools.count(1)
         for taken, micro_batches in zip(rounds, steps, strict=True):
             samples = shards.samples(taken[min(mine, len(taken) - 1)])
@@ -64,7 +71,7 @@ def write_missing(core: MCoreGPTModel, windows: Windows, shards: Shards, *, micr
             )
             if writes and mine < len(taken):
                 shards.write(taken[mine], np.concatenate(records)[: len(samples)])
-    dist.barrier()
+    barrier()
 
 
 def _records_of(
@@ -79,32 +86,23 @@ def _records_of(
 ) -> list[np.ndarray]:
     """Records [rows] of every micro-batch, on the last stage; none elsewhere. Communicates: pp, tp, cp."""
 
-    def step(iterator: Iterator[Any], model: MCoreGPTModel) -> tuple[Tensor, Callable]:
-        batch = data_step(iterator)
+    def forward(model: MCoreGPTModel, local: dict[str, Any]) -> Tensor:
         before()
+        return forward_step(model, local)
 
-        def answer(hidden: Tensor, non_loss_data: bool) -> np.ndarray:
-            local = top_k_of_head(
-                OutputHead(hidden, output_weight(model)),
-                format.divergence,
-                tp_group=groups.tp,
-                vocab_size=format.vocab_size,
-                sequence_parallel=model.config.sequence_parallel,
-            )
-            return format.encode(_gather_over_cp(local, batch["position_ids"], groups))
+    def records(local: dict[str, Any], hidden: Tensor) -> np.ndarray:
+        answer = top_k_of_head(
+            OutputHead(hidden, output_weight(core)),
+            format.divergence,
+            tp_group=groups.tp,
+            vocab_size=format.vocab_size,
+            sequence_parallel=core.config.sequence_parallel,
+        )
+        return format.encode(_gather_over_cp(answer, local["position_ids"], groups))
 
-        return forward_step(model, batch), answer
-
-    return get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=batches,
-        model=[core],
-        num_microbatches=micro_batches,
-        seq_length=format.seq_length,
-        micro_batch_size=rows,
-        forward_only=True,
-        collect_non_loss_data=True,
-    )
+    passes = map(on_this_rank, batches)
+    options = {"count": micro_batches, "rows": rows, "seq_length": format.seq_length}
+    return forward_only(core, passes, forward, records, **options)
 
 
 def _gather_over_cp(local: TopKTeacher, position_ids: Tensor, groups: Groups) -> TopKTeacher:
@@ -125,10 +123,3 @@ def _micro_batches(windows: Windows, samples: range, rows: int, micro_batches: i
         batch = {key: torch.stack([text[key] for text in texts]) for key in texts[0]}
         del batch["labels"]  # with them the model would return a loss
         yield batch
-
-
-def _agree_on(missing: list[int]) -> list[int]:
-    """Rank 0's: a shared disk may show them to others later. Communicates: all ranks."""
-    said: list[Any] = [missing]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]

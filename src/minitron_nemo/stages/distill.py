@@ -8,70 +8,76 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from minitron_nemo import platform
+from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import DistillConfig
 from minitron_nemo.distillation.stored_teacher import require_stored_is_enough
-from minitron_nemo.nemo.models import DistillationGPTModel, EngineModel, StoredDistillationGPTModel
-from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.plan import PruningPlan
-from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
-from minitron_nemo.stages.training import prepare_layout, run_training
+from minitron_nemo.runtime.layout import prepare_layout, require_splits
+from minitron_nemo.runtime.model_artifact import ModelInput
+from minitron_nemo.runtime.training_run import LiveTeacher, StoredTeacher, Trained, Trainee
+from minitron_nemo.stages.training import run_training
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import TeacherLogits
 from minitron_nemo.text.tokenizer import tokenizer_digest
 
 
 def run(config: DistillConfig) -> Artifact:
-    student = open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
+    student = engine.open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
     blend = open_blend(config.data)
     lesson = _teacher_at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
     return run_training(
-        lesson.model,
+        Trainee(
+            student.shape,
+            student.tokenizer,
+            student.vocab_size,
+            weights=student.path,
+            teacher=lesson.teacher,
+            distillation=config.distillation,
+        ),
         stage="distill",
         label="distillation",
-        tokenizer_path=student.tokenizer,
-        vocab_size=student.vocab_size,
         trainer=config.trainer,
         training=config.training,
         data=config.data,
         output=Path(config.output),
         config=config,
-        inputs=[*lesson.teacher, *student.artifacts, *(artifact for artifact, _ in blend)],
+        inputs=[*lesson.inputs, *student.artifacts, *(artifact for artifact, _ in blend)],
         train_dataset=lesson.samples,
         trained=partial(_keep_teacher, config, lesson),
     )
 
 
-def _keep_teacher(config: DistillConfig, lesson: _Lesson) -> None:
+def _keep_teacher(config: DistillConfig, lesson: _Lesson, trained: Trained) -> None:
     """Write the teacher that was corrected, if it is asked for."""
     if config.corrected_teacher is None:
         return
-    assert isinstance(lesson.model, DistillationGPTModel)
-    before = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
+    assert trained.teacher_core is not None
+    before = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     with writing(
-        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.teacher
+        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.inputs
     ) as draft:
-        save_model(lesson.model.teacher_core, before.shape, before.tokenizer, draft.path)
+        engine.save_model(trained.teacher_core, before.shape, before.tokenizer, draft.path)
         draft.facts["vocab_size"] = before.vocab_size
         draft.metrics.update(parameters=before.shape.num_parameters, steps=config.training.steps)
 
 
 class _Lesson(NamedTuple):
-    model: EngineModel
-    teacher: list[Artifact]
+    teacher: LiveTeacher | StoredTeacher
+    inputs: list[Artifact]
+    """That hold what the teacher says."""
     samples: Callable[[int], Dataset] | None
 
 
 def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
-    teacher = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
+    teacher = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     require(
         tokenizer_digest(teacher.tokenizer) == tokenizer_digest(student.tokenizer)
         and teacher.shape.padded_vocab_size == student.shape.padded_vocab_size,
@@ -80,25 +86,15 @@ def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
         "compared. Use a student pruned from a model with the teacher's tokenizer.",
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
-    teacher.shape.require_splits_over(
-        config.trainer.tensor_model_parallel_size,
-        config.trainer.pipeline_model_parallel_size,
-        config.trainer.expert_model_parallel_size,
-    )
+    require_splits(teacher.shape, config.trainer)
     plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
-    model = DistillationGPTModel(
-        student.shape,
+    live = LiveTeacher(
         teacher.shape,
-        config.distillation,
-        student_weights=student.path,
-        teacher_weights=teacher.path,
-        vocab_size=student.vocab_size,
+        teacher.path,
         plan=None if plan is None else PruningPlan.load(plan),
-        optim=_optimizer(config),
-        offload_teacher=platform.dtype_of(config.trainer.precision) if config.offload_teacher else None,
-        **config.trainer.recomputation,
+        on_host=config.offload_teacher,
     )
-    return _Lesson(model, teacher.artifacts, None)
+    return _Lesson(live, teacher.artifacts, None)
 
 
 def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifact, float]]) -> _Lesson:
@@ -115,22 +111,4 @@ def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifa
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     samples = store.samples_of(blend, seed=config.data.seed, with_teacher=parallel_state.is_pipeline_last_stage())
-    model = StoredDistillationGPTModel(
-        student.shape,
-        config.distillation,
-        student_weights=student.path,
-        vocab_size=student.vocab_size,
-        temperature=store.format.temperature,
-        optim=_optimizer(config),
-        **config.trainer.recomputation,
-    )
-    return _Lesson(model, [store.artifact], samples)
-
-
-def _optimizer(config: DistillConfig) -> Any:
-    return build_optimizer(
-        config.training.optim,
-        steps=config.training.steps,
-        dtype=platform.dtype_of(config.trainer.precision),
-        teacher_lr=config.distillation.teacher_lr,
-    )
+    return _Lesson(StoredTeacher(store.format.temperature), [store.artifact], samples)

@@ -6,23 +6,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.importance import ACCURACY
 from minitron_nemo.config.stages import EstimateImportanceConfig
 from minitron_nemo.importance.depth import require_depth_fits
+from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.runtime.depth_sweep import estimate_depth
-from minitron_nemo.runtime.forward import open_core
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.runtime.model_artifact import open_model
+from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.scoring import Calibration
-from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.questions import read_questions
 from minitron_nemo.text.tokenizer import plain_encoder
 
 
 def run(config: EstimateImportanceConfig) -> Artifact:
-    source = open_model(config.model, key="estimate_importance.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="estimate_importance.model", trust_checkpoint=config.trust_checkpoint)
     trainer, depth, samples = config.trainer, config.depth, config.importance.num_samples
     calibration = Calibration(
         config.importance,
@@ -44,7 +43,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=config.seed)
     width_samples = calibration.samples(samples)
     depth_samples = calibration.samples(depth.num_samples) if depth.reads_samples else []
-    core = open_core(source, trainer)
+    core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
     started = time.time()
     importance = calibration.score(core, source.shape, width_samples, {"model": str(source.path)})
     seconds = time.time() - started
@@ -66,8 +65,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
     with writing(output, stage="estimate-importance", config=as_dict(config), inputs=inputs) as draft:
-        if is_rank_zero():
-            importance.save(draft.path)
+        rank_zero_works(lambda: importance.save(draft.path))
         draft.metrics.update(samples=samples, tokens=samples * trainer.seq_length, estimation_seconds=round(seconds, 1))
         if depth.is_asked_for:
             draft.metrics.update(

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from megatron.core import parallel_state
 
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import EvaluateConfig
-from minitron_nemo.runtime.forward import mean_loss, open_core, run_forward
-from minitron_nemo.runtime.model_artifact import open_model
-from minitron_nemo.stages.training import prepare_layout
+from minitron_nemo.runtime.forward import mean_loss, run_forward
+from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.corpus import VALIDATION
 from minitron_nemo.text.tokenizer import load_tokenizer
@@ -20,7 +20,7 @@ from minitron_nemo.text.windows import batches
 
 
 def run(config: EvaluateConfig) -> Artifact:
-    source = open_model(config.model, key="evaluate.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="evaluate.model", trust_checkpoint=config.trust_checkpoint)
     blend = [artifact for artifact, _ in open_blend(config.data)]
     require_tokenizer_of(blend[0], load_tokenizer(source.tokenizer))
     prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length)
@@ -34,7 +34,7 @@ def run(config: EvaluateConfig) -> Artifact:
             dp_size=parallel_state.get_data_parallel_world_size(),
         )
     )
-    core = open_core(source, config.trainer)
+    core = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
     name = Path(config.output).name
     loss, tokens = mean_loss(run_forward(core, held_out, label=name, total=len(held_out)))
     output = Path(config.output)

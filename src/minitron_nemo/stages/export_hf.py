@@ -6,24 +6,23 @@ agrees with Megatron on the logits.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
+from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ExportHfConfig
 from minitron_nemo.hf.check import continuation, largest_logit_difference, require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import save_hf
-from minitron_nemo.parallel import Groups
-from minitron_nemo.runtime.forward import last_logits, open_core
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.runtime.model_artifact import open_model
-from minitron_nemo.stages.training import prepare_layout
+from minitron_nemo.parallel import Groups, barrier, rank_zero_works
+from minitron_nemo.runtime.forward import last_logits
+from minitron_nemo.runtime.layout import prepare_layout
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -31,9 +30,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def run(config: ExportHfConfig) -> Artifact:
     """Raises: ValueError: config.json and tensors disagree. RuntimeError: transformers and Megatron do. Nothing is left
     behind."""
-    source = open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
     prepare_layout(config.trainer, source.shape, seed=config.seed)
-    core = open_core(source, config.trainer, dtype=DTYPES[config.dtype])
+    core = engine.open_core(source, config.trainer, DTYPES[config.dtype])
     output = Path(config.output)
     with writing(output, stage="export-hf", config=as_dict(config), inputs=source.artifacts) as draft:
         save_hf(
@@ -45,7 +44,7 @@ def run(config: ExportHfConfig) -> Artifact:
             tokenizer_dir=source.tokenizer,
             dtype=DTYPES[config.dtype],
         )
-        dist.barrier()
+        barrier()
         require_as_transformers_builds(draft.path)  # headers only, so every rank looks and all stop together
         draft.metrics.update(parameters=source.shape.num_parameters)
         if config.verify:
@@ -57,10 +56,9 @@ def run(config: ExportHfConfig) -> Artifact:
                 RuntimeError,
             )
             draft.metrics["max_logit_difference"] = difference
-        if config.prompt is not None and is_rank_zero():
-            draft.facts["sample"] = continuation(
-                draft.path, config.prompt, new_tokens=config.new_tokens, seed=config.seed
-            )
+        if config.prompt is not None:
+            write = partial(continuation, draft.path, config.prompt, new_tokens=config.new_tokens, seed=config.seed)
+            draft.facts["sample"] = rank_zero_works(write)
     return open_artifact(output)
 
 
@@ -71,6 +69,4 @@ def _largest_difference(core: Any, vocab_size: int, path: Path, seq_length: int)
     length *= parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism splits it
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
     ours = last_logits(core, tokens)
-    said: list[Any] = [largest_logit_difference(path, tokens, ours[..., :vocab_size]) if is_rank_zero() else None]
-    dist.broadcast_object_list(said, src=0)
-    return said[0]
+    return rank_zero_works(lambda: largest_logit_difference(path, tokens, ours[..., :vocab_size]))

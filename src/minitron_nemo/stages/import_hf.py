@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
@@ -11,9 +12,8 @@ from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups
-from minitron_nemo.runtime.forward import new_core
-from minitron_nemo.runtime.model_artifact import save_model
-from minitron_nemo.stages.training import prepare_layout, require_vocabulary
+from minitron_nemo.runtime.layout import prepare_layout
+from minitron_nemo.stages.training import require_vocabulary
 from minitron_nemo.text.tokenizer import require_tokenizer_files
 
 EMBEDDED = "embedded"
@@ -37,11 +37,11 @@ def run(config: ImportHfConfig) -> Artifact:
     require_tokenizer_files(source, key="import_hf.model")
     require_vocabulary(shape, source)
     prepare_layout(config.trainer, shape)
-    core = new_core(shape, config.trainer)
+    core = engine.new_core(shape, config.trainer, platform.dtype_of(config.trainer.precision))
     load_hf(core, source, shape, Groups.from_megatron())
     output = Path(config.output)
     with writing(output, stage="import-hf", config=as_dict(config)) as draft:
-        save_model(core, shape, source, draft.path)
+        engine.save_model(core, shape, source, draft.path)
         draft.facts["vocab_size"] = vocab_size_from_hf(source)
         draft.metrics.update(
             parameters=shape.num_parameters, non_embedding_parameters=shape.num_non_embedding_parameters, tokens=0

@@ -15,15 +15,15 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
-
-import torch.distributed as dist
 
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PrepareDataConfig
+from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.progress import Reporter
 from minitron_nemo.text.corpus import STDLIB_LICENCE, TRAIN, VALIDATION, Document, Source, Splitter, read_corpus
 from minitron_nemo.text.token_files import TokenFiles, encode_documents
@@ -56,10 +56,9 @@ def run(cfg: PrepareDataConfig) -> Artifact:
     splitter = Splitter(cfg.validation_fraction)
     if cfg.tokenizer is not None:
         require_tokenizer_files(cfg.tokenizer)
-    sizes = survey(sources, splitter) if _first_rank() else []
+    sizes = rank_zero_works(partial(survey, sources, splitter))
     with writing(cfg.output, stage="prepare-data", config=as_dict(cfg)) as draft:
-        if _first_rank():
-            _write(cfg, sources, splitter, sizes, draft)
+        rank_zero_works(partial(_write, cfg, sources, splitter, sizes, draft))
     return open_artifact(cfg.output)
 
 
@@ -172,7 +171,3 @@ def _counted(items: Iterable[Item], reporter: Reporter, *, before: int = 0) -> I
 
 def _is_stdlib(sources: list[Source]) -> bool:
     return all(source.path == STDLIB for source in sources)
-
-
-def _first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

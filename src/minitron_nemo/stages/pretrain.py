@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from minitron_nemo import platform
+from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PretrainConfig
-from minitron_nemo.nemo.models import PrunableGPTModel
-from minitron_nemo.nemo.optim import build_optimizer
-from minitron_nemo.runtime.model_artifact import open_model
+from minitron_nemo.runtime.layout import prepare_layout
+from minitron_nemo.runtime.training_run import Trainee
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.stages.training import prepare_layout, require_vocabulary, run_training
+from minitron_nemo.stages.training import require_vocabulary, run_training
 from minitron_nemo.text.blend import open_blend
 
 
@@ -32,22 +31,15 @@ def run(config: PretrainConfig) -> Artifact:
         vocab_size = require_vocabulary(shape, tokenizer)
     else:
         key = "like" if config.like else "initial"
-        source = open_model(config.like or config.initial, key=key, trust_checkpoint=config.trust_checkpoint)
+        source = engine.open_model(config.like or config.initial, key=key, trust_checkpoint=config.trust_checkpoint)
         shape, tokenizer, vocab_size = source.shape, source.tokenizer, source.vocab_size
         inputs += source.artifacts
     prepare_layout(config.trainer, shape, seq_length=config.trainer.seq_length, seed=config.seed)
-
-    optimizer = build_optimizer(
-        config.training.optim, steps=config.training.steps, dtype=platform.dtype_of(config.trainer.precision)
-    )
-    initial = Path(config.initial) if config.initial else None
-    model = PrunableGPTModel(shape, optim=optimizer, initial=initial, **config.trainer.recomputation)
+    weights = Path(config.initial) if config.initial else None
     return run_training(
-        model,
+        Trainee(shape, tokenizer, vocab_size, weights=weights),
         stage="pretrain",
         label=Path(config.output).name,
-        tokenizer_path=tokenizer,
-        vocab_size=vocab_size,
         trainer=config.trainer,
         training=config.training,
         data=config.data,

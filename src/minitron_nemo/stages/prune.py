@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
-from minitron_nemo import platform
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.importance import Importance
 from minitron_nemo.importance.stream import STREAM
-from minitron_nemo.parallel import Groups
+from minitron_nemo.parallel import Groups, agree, rank_zero_works
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
 from minitron_nemo.pruning.compensation import compensate
@@ -28,13 +28,12 @@ from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.second_moments import CalibrationPass
 from minitron_nemo.pruning.targets import resolve_target
 from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
-from minitron_nemo.runtime.forward import open_core, run_forward
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
+from minitron_nemo.runtime.forward import run_forward
+from minitron_nemo.runtime.layout import prepare_layout, require_splits
+from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
 from minitron_nemo.stages.scoring import Calibration
-from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.tokenizer import tokenizer_digest
 
 logger = logging.getLogger(__name__)
@@ -42,30 +41,26 @@ logger = logging.getLogger(__name__)
 
 def run(config: PruneConfig) -> Artifact:
     """Raises: ValueError, FileNotFoundError: a target or an importance that does not fit; nothing is written then."""
-    source = open_model(config.model, key="prune.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="prune.model", trust_checkpoint=config.trust_checkpoint)
     job = Job(config, source)
     for shape in job.targets:
-        shape.require_splits_over(
-            config.trainer.tensor_model_parallel_size,
-            config.trainer.pipeline_model_parallel_size,
-            config.trainer.expert_model_parallel_size,
-        )
+        require_splits(shape, config.trainer)
     student, plan = None, job.plan
     facts: dict[str, Any] = {}
     if not config.offline:
         prepare_layout(config.trainer, source.shape)
         job.draw_samples()
-        teacher = open_core(source, config.trainer)
+        teacher = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
         plan = job.plan_for(teacher)
         student, plan, facts = job.cut(teacher, plan)
     assert plan is not None
     with writing(config.output, stage="prune", config=as_dict(config), inputs=job.inputs) as draft:
         if student is None:
-            prune_checkpoint(source, plan, draft.path)
+            prune_checkpoint(source, plan, draft.path, meta_core=engine.meta_core)
+            engine.describe_model(plan.target, source.tokenizer, draft.path)
         else:
-            save_model(student, plan.target, source.tokenizer, draft.path)
-        if is_rank_zero():
-            plan.save(draft.path)
+            engine.save_model(student, plan.target, source.tokenizer, draft.path)
+        rank_zero_works(partial(plan.save, draft.path))
         draft.facts["vocab_size"] = source.vocab_size
         draft.facts.update(facts)
         draft.metrics.update(
@@ -227,9 +222,7 @@ def _of_rank_zero(plan: PruningPlan) -> PruningPlan:
     """The plan with rank 0's basis: of nearly equal axes another processor may find others."""
     if not plan.has_basis:
         return plan
-    hidden = plan.hidden.to(platform.device())
-    dist.broadcast(hidden, src=0)
-    return replace(plan, hidden=hidden.cpu())
+    return replace(plan, hidden=agree(plan.hidden.to(platform.device())).cpu())
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
+from minitron_nemo import engine, platform
 from minitron_nemo.checks import require
+from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.config.trainer import Loading
 from minitron_nemo.importance import Importance
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
-from minitron_nemo.runtime.forward import new_core
 from minitron_nemo.stages.scoring import Calibration
-
-if TYPE_CHECKING:
-    from minitron_nemo.config.stages import PruneConfig
 
 
 class Rounds:
@@ -72,6 +69,6 @@ class Rounds:
 
 def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: Loading) -> MCoreGPTModel:
     """This rank's part of the student. Communicates: see `prune_into`."""
-    student = new_core(plan.target, trainer)
+    student = engine.new_core(plan.target, trainer, platform.dtype_of(trainer.precision))
     prune_into(teacher, student, plan, Groups.from_megatron())
     return student

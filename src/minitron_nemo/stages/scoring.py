@@ -115,7 +115,7 @@ class Calibration:
     def stream_moments(self, core: MCoreGPTModel, shape: ModelShape) -> dict[str, Tensor]:
         """Second moments of the residual stream over the drawn samples, see importance/stream.py.
 
-        Communicates: see `engine.forward.estimate_importance`.
+        Communicates: see `runtime.forward.estimate_importance`.
         """
         config = replace(self.config, stream="normalised", metric="activations")
         total = len(self.drawn)
@@ -138,7 +138,7 @@ class Calibration:
         Args:
             samples: of `samples(config.num_samples)`.
             origin: what else the scores should say of where they come from.
-        Communicates: see `engine.forward.estimate_importance`.
+        Communicates: see `runtime.forward.estimate_importance`.
         """
         importance = estimate_importance(
             core,

@@ -15,20 +15,18 @@ import json
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.stages import TeacherLogitsConfig
-from minitron_nemo.runtime.forward import open_core
-from minitron_nemo.runtime.layout import is_rank_zero
-from minitron_nemo.runtime.model_artifact import open_model
+from minitron_nemo.parallel import rank_zero_works
+from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtime.teacher_pass import write_missing
-from minitron_nemo.stages.training import prepare_layout
 from minitron_nemo.text.blend import open_blend, require_length, require_tokenizer_of
 from minitron_nemo.text.corpus import TRAIN
 from minitron_nemo.text.stored_samples import TeacherLogits, stored_sources
@@ -39,7 +37,7 @@ _STORE = "store.json"
 
 
 def run(config: TeacherLogitsConfig) -> Artifact:
-    teacher = open_model(config.model, key="teacher_logits.model", trust_checkpoint=config.trust_checkpoint)
+    teacher = engine.open_model(config.model, key="teacher_logits.model", trust_checkpoint=config.trust_checkpoint)
     trainer, output = config.trainer, Path(config.output)
     blend = open_blend(config.data)
     require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
@@ -64,22 +62,14 @@ def run(config: TeacherLogitsConfig) -> Artifact:
     }
     directory = output.with_name(output.name + ".shards")
     shards = Shards(directory, format, sum(source.samples for source in sources))
-    _require_same(directory, facts)
-    _require_space(output, shards)
     with saying_when_full(output):
-        dist.barrier()  # all have read what stands there
-        if is_rank_zero():
-            directory.mkdir(parents=True, exist_ok=True)
-            (directory / _STORE).write_text(json.dumps(facts))
-        dist.barrier()
-        core = open_core(teacher, trainer)
+        rank_zero_works(partial(_begin, directory, facts, output, shards))
+        core = engine.open_core(teacher, trainer, platform.dtype_of(trainer.precision))
         started = time.monotonic()
         write_missing(core, windows, shards, micro_batch_size=trainer.micro_batch_size)
     inputs = [*teacher.artifacts, *(artifact for artifact, _ in blend)]
     with writing(output, stage="teacher-logits", config=as_dict(config), inputs=inputs) as draft:
-        if is_rank_zero():
-            for shard in range(len(shards)):
-                link_or_copy(shards.path(shard), draft.path / shards.path(shard).name)
+        rank_zero_works(partial(_take_over, shards, draft.path))
         draft.facts.update(facts)
         draft.metrics.update(
             samples=shards.num_samples,
@@ -87,9 +77,21 @@ def run(config: TeacherLogitsConfig) -> Artifact:
             bytes_per_token=format.bytes_per_token,
             teacher_seconds=round(time.monotonic() - started, 1),
         )
-    if is_rank_zero():
-        shutil.rmtree(directory)
+    rank_zero_works(partial(shutil.rmtree, directory))
     return open_artifact(output)
+
+
+def _begin(directory: Path, facts: dict[str, Any], output: Path, shards: Shards) -> None:
+    """Make the shards' directory, or find it as it must be. Raises: ValueError: it is not, or the disk is short."""
+    _require_same(directory, facts)
+    _require_space(output, shards)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _STORE).write_text(json.dumps(facts))
+
+
+def _take_over(shards: Shards, directory: Path) -> None:
+    for shard in range(len(shards)):
+        link_or_copy(shards.path(shard), directory / shards.path(shard).name)
 
 
 def _require_same(directory: Path, facts: dict[str, Any]) -> None:
@@ -118,8 +120,7 @@ def _require_space(output: Path, shards: Shards) -> None:
         f"teacher_logits.output={output}: {said}, and {_size(free)} are free in {place}. Lower teacher_logits.k "
         f"({shards.format.k}), set teacher_logits.num_samples, or set teacher_logits.output to a larger disk.",
     )
-    if is_rank_zero():
-        print(f"teacher logits: {said}; {_size(free)} are free.", file=sys.stderr, flush=True)
+    print(f"teacher logits: {said}; {_size(free)} are free.", file=sys.stderr, flush=True)
 
 
 def _size(count: int) -> str:

@@ -9,24 +9,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.utils.data import Dataset
 
-from minitron_nemo import platform
-from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
+from minitron_nemo import engine
+from minitron_nemo.artifact import Artifact, Draft, link_or_copy, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import Mistake, require, require_divisible
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
-from minitron_nemo.config.trainer import Layout, TrainerConfig
+from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig
-from minitron_nemo.nemo.data_module import build_data_module
-from minitron_nemo.nemo.downstream import best_kept
-from minitron_nemo.nemo.history import HISTORY
-from minitron_nemo.nemo.models import EngineModel
-from minitron_nemo.nemo.trainer import OPTIMIZER, train
-from minitron_nemo.runtime.distributed_checkpoint import load_weights
-from minitron_nemo.runtime.layout import is_rank_zero, use_layout
-from minitron_nemo.runtime.model_artifact import read_shape, save_model
+from minitron_nemo.parallel import is_rank_zero, rank_zero_works
+from minitron_nemo.runtime.layout import require_tokens_split
+from minitron_nemo.runtime.training_run import (
+    CHECKPOINTS,
+    HISTORY,
+    OPTIMIZER,
+    Trained,
+    Trainee,
+    TrainingRun,
+    checkpoint_of,
+    newest_checkpoint,
+)
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.questions import Question, read_questions
 from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, vocabulary_size
@@ -47,12 +50,10 @@ def require_vocabulary(shape: ModelShape, tokenizer_path: Path) -> int:
 
 
 def run_training(
-    model: EngineModel,
+    trainee: Trainee,
     *,
     stage: str,
     label: str,
-    tokenizer_path: Path,
-    vocab_size: int,
     trainer: TrainerConfig,
     training: TrainingConfig,
     data: DataConfig,
@@ -60,72 +61,78 @@ def run_training(
     config: Any,
     inputs: Sequence[Artifact],
     train_dataset: Callable[[int], Dataset] | None = None,
-    trained: Callable[[], None] = lambda: None,
+    trained: Callable[[Trained], None] = lambda _: None,
 ) -> Artifact:
-    """Train `model` and write it as the artifact `output`.
+    """Train a model and write it as the artifact `output`.
 
     Args:
-        train_dataset: as `PackedDataModule.train_dataset`.
+        train_dataset: as `TrainingRun.train_dataset`.
         trained: called when the training is over, before the artifact is written.
 
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
     """
-    _require_tokens_split(trainer, model.shape)
+    require_tokens_split(trainee.shape, trainer)
     if data.reset_at_documents and trainer.context_parallel_size > 1:
         chunks = 2 * trainer.context_parallel_size
         require_divisible("data.pad_documents_to", data.pad_documents_to, "2 x trainer.context_parallel_size", chunks)
     if training.continue_from is not None:
-        inputs = [*inputs, _phase_before(training.continue_from, model.shape, config)]
-    tokenizer = load_tokenizer(tokenizer_path)
-    questions = _questions(training.downstream, tokenizer, model.shape.seq_length)
-    directory = output.with_name(output.name + ".training")
-    with saying_when_full(output), _leaving_nothing_of_a_mistake(directory):
-        _continue_only_the_same(directory, config)
-        module = build_data_module(
-            data,
-            tokenizer,
-            trainer.seq_length,
-            trainer.micro_batch_size,
-            trainer.global_batch_size,
-            index_dir=directory / "index",
-            train_dataset=train_dataset,
-        )
-        history = train(model, module, trainer, training, directory=directory, label=label, questions=questions)
-        trained()
-    best = best_kept(directory) if training.downstream.keep_best else None
-    if best is not None:
-        load_weights(model.core, best[0])
+        inputs = [*inputs, _phase_before(training.continue_from, trainee.shape, config)]
+    run = TrainingRun(
+        trainee,
+        data,
+        trainer,
+        training,
+        output.with_name(output.name + ".training"),
+        label,
+        questions=_questions(training.downstream, trainee),
+        train_dataset=train_dataset,
+    )
+    with saying_when_full(output), _leaving_nothing_of_a_mistake(run.directory):
+        _continue_only_the_same(run.directory, config)
+        result = engine.train(run)
+        trained(result)
     with writing(output, stage=stage, config=as_dict(config), inputs=inputs) as draft:
-        save_model(model.core, model.shape, tokenizer_path, draft.path)
-        if (directory / HISTORY).is_file() and history:
-            shutil.copyfile(directory / HISTORY, draft.path / HISTORY)
-        for logs in ("tensorboard", "wandb"):
-            if (directory / logs).is_dir() and is_rank_zero():
-                shutil.copytree(directory / logs, draft.path / logs, symlinks=True)
-        if training.keep_optimizer and is_rank_zero():
-            last = directory / "checkpoints" / f"step-{training.steps}"  # stays there until the artifact is whole
-            shutil.copytree(last, draft.path / OPTIMIZER, copy_function=link_or_copy)
-        draft.facts["vocab_size"] = vocab_size
-        draft.metrics.update(
-            parameters=model.shape.num_parameters,
-            non_embedding_parameters=model.shape.num_non_embedding_parameters,
-            steps=training.steps,
-            tokens=training.steps * trainer.tokens_per_step,
-            training_seconds=round(sum(record.get("seconds", 0.0) for record in history), 1),
-        )
-        if best is not None:
-            draft.metrics["best"] = best[1]
-    shutil.rmtree(directory, ignore_errors=True)
+        _write(run, result, draft)
+    rank_zero_works(lambda: shutil.rmtree(run.directory, ignore_errors=True))
     return open_artifact(output)
 
 
-def _questions(config: DownstreamConfig, tokenizer: Any, seq_length: int) -> list[Question]:
+def _write(run: TrainingRun, result: Trained, draft: Draft) -> None:
+    """The model, its history and logs, and what the run came to."""
+    trainee, directory = run.trainee, run.directory
+    engine.save_model(result.core, trainee.shape, trainee.tokenizer, draft.path)
+
+    def copy() -> None:
+        if (directory / HISTORY).is_file() and result.history:
+            shutil.copyfile(directory / HISTORY, draft.path / HISTORY)
+        for logs in ("tensorboard", "wandb"):
+            if (directory / logs).is_dir():
+                shutil.copytree(directory / logs, draft.path / logs, symlinks=True)
+        if run.training.keep_optimizer:
+            last = checkpoint_of(directory / CHECKPOINTS, run.training.steps)  # stays there until the artifact is whole
+            shutil.copytree(last, draft.path / OPTIMIZER, copy_function=link_or_copy)
+
+    rank_zero_works(copy)
+    draft.facts["vocab_size"] = trainee.vocab_size
+    draft.metrics.update(
+        parameters=trainee.shape.num_parameters,
+        non_embedding_parameters=trainee.shape.num_non_embedding_parameters,
+        steps=run.training.steps,
+        tokens=run.training.steps * run.trainer.tokens_per_step,
+        training_seconds=round(sum(record.get("seconds", 0.0) for record in result.history), 1),
+    )
+    if result.best is not None:
+        draft.metrics["best"] = result.best
+
+
+def _questions(config: DownstreamConfig, trainee: Trainee) -> list[Question]:
     if config.file is None:
         return []
+    tokenizer = load_tokenizer(trainee.tokenizer)
 
     encode, end_of_text = plain_encoder(tokenizer), tokenizer.eos_token_id
     key = "training.downstream.file"
-    return read_questions(config.file, encode, end_of_text=end_of_text, seq_length=seq_length, key=key)
+    return read_questions(config.file, encode, end_of_text=end_of_text, seq_length=trainee.shape.seq_length, key=key)
 
 
 def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:
@@ -136,7 +143,7 @@ def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:
         f"training.continue_from={path} holds no {OPTIMIZER}/. Make it with training.keep_optimizer=true, or go on "
         "from its weights alone: give it as the model to train.",
     )
-    found = read_shape(before.path, key="training.continue_from")
+    found = engine.open_model(before.path, key="training.continue_from").shape
     require(
         found == shape,
         f"training.continue_from={path} holds a model of another shape ({found}) than the one to train ({shape}). Name "
@@ -164,17 +171,19 @@ def _continue_only_the_same(directory: Path, config: Any) -> None:
         `training.keep_optimizer`.
     """
     kept = directory / "config.json"
-    if kept.is_file():
-        for key, then, now in differences(json.loads(kept.read_text()), config):
-            require(
-                key in ("training.steps", "training.keep_optimizer"),
-                f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
-                f"Continue it with {key}={then}, or remove {directory} to start over.",
-            )
-    dist.barrier()  # all have read it
-    if is_rank_zero():
+
+    def compare_and_keep() -> None:
+        if kept.is_file():
+            for key, then, now in differences(json.loads(kept.read_text()), config):
+                require(
+                    key in ("training.steps", "training.keep_optimizer"),
+                    f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
+                    f"Continue it with {key}={then}, or remove {directory} to start over.",
+                )
         directory.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(as_dict(config)))
+
+    rank_zero_works(compare_and_keep)
 
 
 @contextmanager
@@ -184,40 +193,6 @@ def _leaving_nothing_of_a_mistake(directory: Path) -> Iterator[None]:
     try:
         yield
     except Mistake:
-        if is_rank_zero() and not stood and not any((directory / "checkpoints").glob("step-*")):
+        if is_rank_zero() and not stood and newest_checkpoint(directory / CHECKPOINTS) is None:
             shutil.rmtree(directory, ignore_errors=True)
         raise
-
-
-def _require_tokens_split(layout: Layout, shape: ModelShape) -> None:
-    """What Megatron-core asks to train a mixture of experts on tensor-parallel ranks, or to spread its experts."""
-    require(
-        shape.num_moe_experts is None or layout.tensor_model_parallel_size == 1 or layout.sequence_parallel,
-        f"trainer.tensor_model_parallel_size={layout.tensor_model_parallel_size} of a model with experts needs "
-        "sequence parallelism, as every rank would route every token. Set trainer.sequence_parallel=true.",
-    )
-
-
-def prepare_layout(layout: Layout, shape: ModelShape, *, seq_length: int = 1, seed: int = 0) -> None:
-    """Build the groups of a layout after checking that the model's dims split over it.
-
-    Args:
-        seq_length: of the samples that will run through the model.
-        seed: of what is drawn: new weights, dropout, generation.
-    """
-    shape.require_splits_over(
-        layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, layout.expert_model_parallel_size
-    )
-    if layout.expert_model_parallel_size > 1:
-        _require_tokens_split(layout, shape)
-    require(
-        seq_length <= shape.seq_length,
-        f"trainer.seq_length={seq_length} is longer than the model's context of {shape.seq_length} tokens. "
-        f"Set trainer.seq_length to at most {shape.seq_length}.",
-    )
-    require(
-        layout.context_parallel_size == 1 or platform.has_transformer_engine(),
-        f"trainer.context_parallel_size={layout.context_parallel_size} needs transformer-engine, whose attention "
-        "passes keys and values between ranks; this machine has none. Set trainer.context_parallel_size=1.",
-    )
-    use_layout(layout, seed=seed)
