@@ -25,6 +25,7 @@ from minitron_nemo.config.distillation import DistillationConfig, DivergenceConf
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
 from minitron_nemo.distillation.stored_teacher import INDICES, LOG_PROBS, TAIL_MASS
+from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.nemo.models import causal_mask
@@ -308,8 +309,8 @@ def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[i
     teacher, student = (open_model(path, key="path") for path in (run.teacher, run.student))
     prepare_layout(trainer(), student.shape, seed=0)
     config = DistillationConfig(TOP_K, cross_entropy_weight=0.1)
-    models = [open_core(model, trainer()) for model in (student, teacher)]
-    both = TeacherStudent(*models, config, vocab_size=student.vocab_size).train()
+    pupil, teaching = (open_core(model, trainer()) for model in (student, teacher))
+    both = TeacherStudent(pupil, LiveTeacher(teaching), config, vocab_size=student.vocab_size).train()
     stored = TeacherLogits.open(store, key="store")
     dataset = stored.samples_of(open_blend(DataConfig(prepared=run.data)), seed=seed, with_teacher=False)(
         max(samples) + 1
@@ -318,7 +319,8 @@ def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[i
     for index in samples:
         sample = {key: value[None] for key, value in dataset[index].items()}
         mask = causal_mask(SEQ_LENGTH, torch.device("cpu"))
-        total += float(both(sample["tokens"], sample["position_ids"], mask, sample["labels"]).mean())
+        loss = both(sample["tokens"], sample["position_ids"], mask, sample["labels"])
+        total += float(loss.sum / loss.count)
     return total / len(samples)
 
 

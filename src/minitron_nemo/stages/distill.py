@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
@@ -18,8 +18,9 @@ from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import DistillConfig
-from minitron_nemo.distillation.stored_teacher import require_stored_is_enough
-from minitron_nemo.nemo.models import DistillationGPTModel, EngineModel, StoredDistillationGPTModel
+from minitron_nemo.distillation.stored_teacher import TeacherInStore, require_stored_is_enough
+from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource
+from minitron_nemo.nemo.distillation import DistillationGPTModel
 from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.model_artifact import ModelInput, open_model, save_model
@@ -32,9 +33,24 @@ from minitron_nemo.text.tokenizer import tokenizer_digest
 def run(config: DistillConfig) -> Artifact:
     student = open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
     blend = open_blend(config.data)
-    lesson = _teacher_at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
+    lesson = _at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
+    model = DistillationGPTModel(
+        student.shape,
+        lesson.teacher,
+        config.distillation,
+        student_weights=student.path,
+        vocab_size=student.vocab_size,
+        plan=lesson.plan,
+        optim=build_optimizer(
+            config.training.optim,
+            steps=config.training.steps,
+            dtype=platform.dtype_of(config.trainer.precision),
+            teacher_lr=config.distillation.teacher_lr,
+        ),
+        **config.trainer.recomputation,
+    )
     return run_training(
-        lesson.model,
+        model,
         stage="distill",
         label="distillation",
         tokenizer_path=student.tokenizer,
@@ -44,33 +60,37 @@ def run(config: DistillConfig) -> Artifact:
         data=config.data,
         output=Path(config.output),
         config=config,
-        inputs=[*lesson.teacher, *student.artifacts, *(artifact for artifact, _ in blend)],
+        inputs=[*lesson.artifacts, *student.artifacts, *(artifact for artifact, _ in blend)],
         train_dataset=lesson.samples,
-        trained=partial(_keep_teacher, config, lesson),
+        trained=partial(_keep_teacher, config, lesson.artifacts, model),
     )
 
 
-def _keep_teacher(config: DistillConfig, lesson: _Lesson) -> None:
+def _keep_teacher(config: DistillConfig, inputs: list[Artifact], model: DistillationGPTModel) -> None:
     """Write the teacher that was corrected, if it is asked for."""
     if config.corrected_teacher is None:
         return
-    assert isinstance(lesson.model, DistillationGPTModel)
     before = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
-    with writing(
-        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.teacher
-    ) as draft:
-        save_model(lesson.model.teacher_core, before.shape, before.tokenizer, draft.path)
+    with writing(config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=inputs) as draft:
+        save_model(model.corrected_teacher, before.shape, before.tokenizer, draft.path)
         draft.facts["vocab_size"] = before.vocab_size
         draft.metrics.update(parameters=before.shape.num_parameters, steps=config.training.steps)
 
 
 class _Lesson(NamedTuple):
-    model: EngineModel
-    teacher: list[Artifact]
-    samples: Callable[[int], Dataset] | None
+    """Who teaches, and what of."""
+
+    teacher: TeacherSource
+    artifacts: list[Artifact]
+    """What the teacher is read from."""
+    plan: PruningPlan | None = None
+    """By which the student was cut from it."""
+    samples: Callable[[int], Dataset] | None = None
+    """Where the teacher's answers come with them; None: those of the data."""
 
 
-def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
+def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
+    """The teacher is loaded beside the student."""
     teacher = open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     require(
         tokenizer_digest(teacher.tokenizer) == tokenizer_digest(student.tokenizer)
@@ -86,51 +106,26 @@ def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
         config.trainer.expert_model_parallel_size,
     )
     plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
-    model = DistillationGPTModel(
-        student.shape,
-        teacher.shape,
-        config.distillation,
-        student_weights=student.path,
-        teacher_weights=teacher.path,
-        vocab_size=student.vocab_size,
+    offload = platform.dtype_of(config.trainer.precision) if config.offload_teacher else None
+    return _Lesson(
+        TeacherAtHand(teacher.shape, teacher.path, offload),
+        teacher.artifacts,
         plan=None if plan is None else PruningPlan.load(plan),
-        optim=_optimizer(config),
-        offload_teacher=platform.dtype_of(config.trainer.precision) if config.offload_teacher else None,
-        **config.trainer.recomputation,
     )
-    return _Lesson(model, teacher.artifacts, None)
 
 
 def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifact, float]]) -> _Lesson:
+    """What the teacher said is read with the samples."""
     assert config.teacher_logits is not None
-    divergence = config.distillation.divergence
     require_stored_is_enough(config.distillation)
     store = TeacherLogits.open(config.teacher_logits, key="distill.teacher_logits")
     store.require_of_teacher(config.teacher)
     store.require_fits(
-        divergence,
+        config.distillation.divergence,
         seq_length=config.trainer.seq_length,
         vocab_size=student.vocab_size,
         tokenizer=tokenizer_digest(student.tokenizer),
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     samples = store.samples_of(blend, seed=config.data.seed, with_teacher=parallel_state.is_pipeline_last_stage())
-    model = StoredDistillationGPTModel(
-        student.shape,
-        config.distillation,
-        student_weights=student.path,
-        vocab_size=student.vocab_size,
-        temperature=store.format.temperature,
-        optim=_optimizer(config),
-        **config.trainer.recomputation,
-    )
-    return _Lesson(model, [store.artifact], samples)
-
-
-def _optimizer(config: DistillConfig) -> Any:
-    return build_optimizer(
-        config.training.optim,
-        steps=config.training.steps,
-        dtype=platform.dtype_of(config.trainer.precision),
-        teacher_lr=config.distillation.teacher_lr,
-    )
+    return _Lesson(TeacherInStore(store.format.temperature), [store.artifact], samples=samples)
