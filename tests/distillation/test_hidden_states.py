@@ -22,6 +22,7 @@ from torch.testing import assert_close
 from importance.gathering_attention import build_context_parallel_gpt
 from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.distillation.hidden_states import STATE_LOSSES, relation_divergence
+from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
@@ -137,7 +138,7 @@ def build_pair(
     student = build(STUDENT, seed=seed, finalize_model_grads_func=finalize_model_grads, **overrides).train()
     teacher = build(TEACHER, seed=2, dtype=student.config.params_dtype)
     config = DistillationConfig(hidden_states=hidden, cross_entropy_weight=cross_entropy_weight)
-    return TeacherStudent(student, teacher, config, vocab_size=REAL_VOCABULARY)
+    return TeacherStudent(student, LiveTeacher(teacher), config, vocab_size=REAL_VOCABULARY)
 
 
 def step(wrapped: DistributedDataParallel, micro_batch: int) -> None:
@@ -153,7 +154,7 @@ def step(wrapped: DistributedDataParallel, micro_batch: int) -> None:
         batch = next(batches)
         mask = batch["loss_mask"]
         output = model(batch["tokens"], batch["position_ids"], causal_mask(S), labels=batch["labels"], loss_mask=mask)
-        return output, lambda loss: ((loss * mask).sum(), mask.sum().int(), {})
+        return output, lambda loss: (loss.sum, loss.count.int(), {})
 
     wrapped.zero_grad_buffer()
     get_forward_backward_func()(

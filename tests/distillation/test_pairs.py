@@ -11,6 +11,7 @@ import torch
 from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.distillation.pairs import layer_mapping, pairs_of
 from minitron_nemo.distillation.projection import build_projections
+from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
@@ -153,7 +154,7 @@ def hidden_losses_of_a_pruned_model(
         projection="per_pair",
         projection_init="plan",
     )
-    model = TeacherStudent(student, teacher, DistillationConfig(hidden_states=config), plan=cut)
+    model = TeacherStudent(student, LiveTeacher(teacher), DistillationConfig(hidden_states=config), plan=cut)
     model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), causal_mask(tokens.shape[1]), labels=tokens)
     model.end_step()
     return {name: value for name, value in model.step_losses().items() if name.startswith("hidden/")}

@@ -16,13 +16,11 @@ from torch.testing import assert_close
 
 from importance.gathering_attention import build_context_parallel_gpt, positions_on
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
-from minitron_nemo.distillation.stored_teacher import StoredTeacherStudent, top_k_of_head
-from minitron_nemo.distillation.teacher_student import (
-    TeacherStudent,
-    adjust_tensor_shapes_fn,
-    output_weight,
-    without_logits,
-)
+from minitron_nemo.distillation.loss import LOSS, Loss
+from minitron_nemo.distillation.output_head import output_weight, without_logits
+from minitron_nemo.distillation.stored_teacher import StoredTeacher, require_stored_is_enough, top_k_of_head
+from minitron_nemo.distillation.teacher import LiveTeacher
+from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.divergence.fused_linear import OutputHead
 from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.parallel import Groups
@@ -104,8 +102,8 @@ def test_the_teacher_says_the_same_on_every_layout(
 # ---- training from it ------------------------------------------------------------------------------------------------
 
 
-def student_of(config: DistillationConfig, student: Any) -> StoredTeacherStudent:
-    return StoredTeacherStudent(student, config, temperature=FORMAT.temperature, vocab_size=REAL_VOCABULARY)
+def student_of(config: DistillationConfig, student: Any) -> TeacherStudent:
+    return TeacherStudent(student, StoredTeacher(FORMAT.temperature), config, vocab_size=REAL_VOCABULARY)
 
 
 def inputs_of(samples: Tensor) -> dict[str, Tensor]:
@@ -120,7 +118,7 @@ def inputs_of(samples: Tensor) -> dict[str, Tensor]:
     }
 
 
-def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def run(model: Any, batch: dict[str, Tensor]) -> Loss:
     own = {key: batch[key] for key in ("labels", "loss_mask", *STORED) if key in batch}
     return model(batch["tokens"], batch["position_ids"], causal_mask(S), **own)
 
@@ -138,7 +136,7 @@ def one_step(tokens: Tensor, stored: dict[str, Tensor] | None, config: Distillat
     overrides = {"deallocate_pipeline_outputs": True, "finalize_model_grads_func": finalize_model_grads}
     student = build_gpt(STUDENT, seed=1, **overrides).train()
     if stored is None:
-        teacher = build_gpt(TEACHER, seed=2, **overrides)
+        teacher = LiveTeacher(build_gpt(TEACHER, seed=2, **overrides))
         model = TeacherStudent(student, teacher, config, vocab_size=REAL_VOCABULARY)
     else:
         model = student_of(config, student)
@@ -152,7 +150,7 @@ def one_step(tokens: Tensor, stored: dict[str, Tensor] | None, config: Distillat
 
     def forward_step(batches: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(batches)
-        return run(model, batch), lambda loss: ((loss * batch["loss_mask"]).mean(), loss.detach().clone())
+        return run(model, batch), lambda loss: (loss.sum / batch["loss_mask"].numel(), loss.report[LOSS])
 
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -220,7 +218,7 @@ def losses_by_sample(tokens: Tensor, stored: dict[str, Tensor], rows: int) -> di
     for start in range(0, len(mine), rows):
         numbers = list(mine[start : start + rows])
         batch = inputs_of(samples[numbers]) | {key: value[numbers] for key, value in stored.items()}
-        found |= zip(numbers, run(model, get_batch_on_this_cp_rank(batch)).detach(), strict=True)
+        found |= zip(numbers, run(model, get_batch_on_this_cp_rank(batch)).report[LOSS], strict=True)
     return found
 
 
@@ -246,6 +244,8 @@ def test_a_sample_has_the_same_loss_in_any_batch_and_on_any_layout(
 def test_what_is_not_stored_cannot_be_asked_for() -> None:
     hidden = DistillationConfig(FORMAT.divergence, hidden_states=HiddenStateConfig(enabled=True))
     with pytest.raises(ValueError, match=r"hidden_states.enabled=true needs .* only its likeliest tokens are stored"):
-        StoredTeacherStudent(None, hidden)
+        require_stored_is_enough(hidden)
     with pytest.raises(ValueError, match=r"divergence.kind=forward_kl needs all; use divergence.kind=top_k"):
-        StoredTeacherStudent(None, DistillationConfig())
+        require_stored_is_enough(DistillationConfig())
+    with pytest.raises(ValueError, match=r"teacher_lr=0.001 needs the teacher's weights, .* Set it to 0"):
+        require_stored_is_enough(DistillationConfig(FORMAT.divergence, teacher_lr=1e-3))

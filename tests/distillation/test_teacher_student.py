@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
+from minitron_nemo.distillation.loss import LOSS, Loss
+from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
@@ -38,7 +40,8 @@ def tokens() -> Tensor:
 
 def teacher_student(shape: ModelShape, config: DistillationConfig | None = None, **overrides: Any) -> TeacherStudent:
     student = build_gpt(shape, seed=1, **overrides).train()
-    return TeacherStudent(student, build_gpt(TEACHER, seed=2, **overrides), config, vocab_size=REAL_VOCABULARY)
+    teacher = LiveTeacher(build_gpt(TEACHER, seed=2, **overrides))
+    return TeacherStudent(student, teacher, config, vocab_size=REAL_VOCABULARY)
 
 
 def loss_mask(batch: Tensor) -> Tensor:
@@ -52,7 +55,6 @@ def step(
     config: DistillationConfig | None = None,
     *,
     training: bool = True,
-    masked: bool = False,
 ) -> dict[str, Any]:
     """On a rank: one step through the real schedule.
 
@@ -72,9 +74,15 @@ def step(
         inputs, labels = batch[:, :-1], batch[:, 1:]
         positions = torch.arange(S).expand(B, S)
         mask = loss_mask(batch)
-        told = {"loss_mask": mask} if masked else {}  # a model that is not told must bear any weighting
-        output = model(inputs, positions, causal_mask(S), labels=labels, **told)
-        return output, lambda loss: ((loss * mask).mean(), loss.detach().clone())
+
+        def reduce(loss: Tensor | Loss) -> tuple[Tensor, Tensor]:
+            if isinstance(loss, Tensor):  # in evaluation
+                return (loss * mask).mean(), loss
+            assert loss.count == mask.sum()
+            assert not any(values.requires_grad for values in loss.report.values())
+            return loss.sum / mask.numel(), loss.report[LOSS]
+
+        return model(inputs, positions, causal_mask(S), labels=labels, loss_mask=mask), reduce
 
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -99,7 +107,7 @@ def step(
     return {
         "losses": torch.stack(losses) if losses else None,
         "gradients": gradients(model.student, shape) if training else {},
-        "teacher_gradients": gradients(model.teacher, TEACHER) if model.teacher_learns else {},
+        "teacher_gradients": gradients(model.teacher.model, TEACHER) if model.teacher.learns else {},
         "teacher_has_gradient": any(
             parameter.grad is not None or hasattr(parameter, "main_grad") for parameter in model.teacher.parameters()
         ),
@@ -157,9 +165,8 @@ CONFIGS = {
 def test_a_step_gives_the_losses_and_gradients_of_one_process_by_hand(
     ranks: Ranks, tokens: Tensor, shape: ModelShape, config: DistillationConfig, layout: str
 ) -> None:
-    masked = config.cross_entropy_weight > 0
     (expected,) = ranks("single").run(step_by_hand, tokens, shape, config)
-    results = ranks(layout).run(step, tokens, shape, config, masked=masked)
+    results = ranks(layout).run(step, tokens, shape, config)
 
     assert any(result["losses"] is not None for result in results)
     for rank, result in enumerate(results):
@@ -198,7 +205,7 @@ def like_its_teacher(config: DistillationConfig | None = None, **overrides: Any)
     if student.post_process:
         with torch.no_grad():
             student.decoder.final_layernorm.weight[::2] *= 0.4
-    return TeacherStudent(student, teacher, config, vocab_size=REAL_VOCABULARY)
+    return TeacherStudent(student, LiveTeacher(teacher), config, vocab_size=REAL_VOCABULARY)
 
 
 def watch(tokens: Tensor, hidden_states: bool) -> dict[str, dict[str, Tensor]]:
@@ -213,7 +220,13 @@ def watch(tokens: Tensor, hidden_states: bool) -> dict[str, dict[str, Tensor]]:
         batch = next(batches)
         mask = loss_mask(batch)
         output = model(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:], loss_mask=mask)
-        return output, lambda loss: ((loss * mask).sum(), mask.sum().int(), loss.detach().clone())
+
+        def reduce(loss: Tensor | Loss) -> tuple[Tensor, Tensor, Tensor]:
+            if isinstance(loss, Tensor):  # in evaluation
+                return (loss * mask).sum(), mask.sum().int(), loss
+            return loss.sum, loss.count.int(), loss.report[LOSS]
+
+        return output, reduce
 
     def run(training: bool) -> list[Tensor]:
         model.train(training)
@@ -245,7 +258,7 @@ def watch_by_hand(tokens: Tensor) -> dict[str, float]:
     for batch in tokens:
         arguments = (batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S))
         student, teacher = (
-            each(*arguments).detach().double()[..., :REAL_VOCABULARY] for each in (model.student, model.teacher)
+            each(*arguments).detach().double()[..., :REAL_VOCABULARY] for each in (model.student, model.teacher.model)
         )
         log_p, log_q = teacher.log_softmax(-1), student.log_softmax(-1)
         for row, mask in enumerate(loss_mask(batch)):
@@ -276,7 +289,7 @@ def test_steps_and_validations_measure_divergence_and_agreement_alike_on_every_l
 
 def evaluate_without_a_working_teacher() -> bool:
     model = teacher_student(STUDENT).eval()
-    model.teacher.forward = None  # calling it would raise
+    model.teacher.run = None  # calling it would raise
     inputs = torch.zeros(1, S, dtype=torch.long)
     return bool(model(inputs, torch.arange(S)[None], causal_mask(S), labels=inputs).isfinite().all())
 
@@ -285,17 +298,19 @@ def test_the_teacher_does_not_run_in_an_evaluation_that_is_no_validation(ranks: 
     assert all(ranks("single").run(evaluate_without_a_working_teacher))
 
 
-def loss_of_a_student_that_is_its_teacher(tokens: Tensor) -> Tensor:
-    model = TeacherStudent(build_gpt(TEACHER, seed=2).train(), build_gpt(TEACHER, seed=2))
+def loss_of_a_student_that_is_its_teacher(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    model = TeacherStudent(build_gpt(TEACHER, seed=2).train(), LiveTeacher(build_gpt(TEACHER, seed=2)))
     batch = tokens[0]
-    return model(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:])
+    loss = model(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:])
+    assert loss.count == B * S  # not told a mask, it counts every token
+    return loss.sum.detach(), loss.report[LOSS]
 
 
 @pytest.mark.parametrize("layout", ["single", "tp2"])
 def test_the_loss_is_zero_when_the_student_is_the_teacher(ranks: Ranks, tokens: Tensor, layout: str) -> None:
-    for loss in ranks(layout).run(loss_of_a_student_that_is_its_teacher, tokens):
-        assert loss.shape == (B, S)
-        assert loss.count_nonzero() == 0
+    for total, per_token in ranks(layout).run(loss_of_a_student_that_is_its_teacher, tokens):
+        assert per_token.shape == (B, S)
+        assert total == per_token.count_nonzero() == 0
 
 
 def keys_of_checkpoints(shape: ModelShape) -> dict[str, list[str]]:
@@ -387,24 +402,24 @@ def test_the_teacher_stays_in_eval_mode(ranks: Ranks) -> None:
     assert ranks("single").run(modes) == [[False, True, False, False]]
 
 
-def bf16_step(tokens: Tensor) -> Tensor:
+def bf16_step(tokens: Tensor) -> list[Tensor]:
     student, teacher = (build_gpt(shape, dtype=torch.bfloat16, seed=1) for shape in (STUDENT, TEACHER))
-    model = TeacherStudent(student.train(), teacher, DistillationConfig(cross_entropy_weight=0.5))
+    model = TeacherStudent(student.train(), LiveTeacher(teacher), DistillationConfig(cross_entropy_weight=0.5))
     wrapped = Float16Module(model.config, model)
     batch = tokens[0]
     loss = wrapped(batch[:, :-1], torch.arange(S).expand(B, S), causal_mask(S), labels=batch[:, 1:])
-    loss.mean().backward()
+    loss.sum.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.student.parameters())
-    return loss
+    return [loss.sum.detach(), *loss.report.values()]
 
 
 def test_bf16_models_give_a_float32_loss(ranks: Ranks, tokens: Tensor) -> None:
-    (loss,) = ranks("single").run(bf16_step, tokens)
-    assert loss.dtype == torch.float32 and loss.isfinite().all()
+    (values,) = ranks("single").run(bf16_step, tokens)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in values)
 
 
 def build_mismatched(what: str) -> None:
-    teacher = build_gpt(TEACHER)
+    teacher = LiveTeacher(build_gpt(TEACHER))
     if what == "vocabulary":
         TeacherStudent(build_gpt(smaller(STUDENT, padded_vocab_size=62)), teacher)
     if what == "sequence_parallel":

@@ -22,11 +22,12 @@ from support.tiny_run import TinyRun, read_weights, trainer_values
 STUDENT_LR, TEACHER_LR = 1e-2, 2e-3
 CLIP = 0.05  # far below both models' norms of gradients, so that a common norm would show
 STEPS = 4
+LATER_TEACHER_LR, LATER_STEPS = 1e-7, 2
 HIDDEN_STATES = HiddenStateConfig(enabled=True, mapping="plan", projection_init="plan")
 """With a projection that learns and a balance that goes by the step before, both of which a resumed run needs."""
 
 
-def shared(run: TinyRun, lr: float) -> dict[str, Any]:
+def shared(run: TinyRun, lr: float, steps: int = STEPS, **training: Any) -> dict[str, Any]:
     layout = current_layout()
     values = trainer_values(
         tensor_model_parallel_size=layout.tp,
@@ -36,7 +37,7 @@ def shared(run: TinyRun, lr: float) -> dict[str, Any]:
     optim = OptimConfig(lr=lr, min_lr=lr / 10, warmup_steps=1, clip_grad=CLIP)
     return {
         "trainer": TrainerConfig(**values),
-        "training": TrainingConfig(steps=STEPS, checkpoint_every=0, optim=optim),
+        "training": TrainingConfig(steps=steps, checkpoint_every=0, optim=optim, **training),
         "data": DataConfig(prepared=run.data),
     }
 
@@ -49,7 +50,22 @@ def run_both(run: TinyRun, output: str) -> None:
             distillation=DistillationConfig(hidden_states=HIDDEN_STATES, teacher_lr=TEACHER_LR),
             corrected_teacher=output + " teacher",
             output=output,
-            **shared(run, STUDENT_LR),
+            **shared(run, STUDENT_LR, keep_optimizer=True),
+        )
+    )
+
+
+def go_on(run: TinyRun, before: str, output: str) -> None:
+    """At another rate of the student, and a teacher that hardly moves."""
+    distill.run(
+        distill.DistillConfig(
+            teacher=run.teacher,
+            student=before,
+            distillation=DistillationConfig(hidden_states=HIDDEN_STATES, teacher_lr=LATER_TEACHER_LR),
+            plan=run.student,
+            corrected_teacher=output + " teacher",
+            output=output,
+            **shared(run, STUDENT_LR / 2, steps=LATER_STEPS, continue_from=before),
         )
     )
 
@@ -133,6 +149,17 @@ def test_both_resume_to_the_bit(ranks: Ranks, tiny_run: TinyRun, both: str) -> N
     for kind in ("", " teacher"):
         [found], [expected] = (ranks("single").run(read_weights, path + kind) for path in (output, both))
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_both_go_on_in_a_phase_of_other_rates(ranks: Ranks, tiny_run: TinyRun, both: str) -> None:
+    output = str(tiny_run.directory / "both in a later phase")
+    ranks("single").run(go_on, tiny_run, both, output)
+    moved = {}
+    for kind in ("", " teacher"):
+        [found], [before] = (ranks("single").run(read_weights, path + kind) for path in (output, both))
+        moved[kind] = max(float((found[name] - tensor).abs().max()) for name, tensor in before.items())
+    at_most = LATER_STEPS * 10 * LATER_TEACHER_LR  # Adam's steps are of the rate's size
+    assert 0 < moved[" teacher"] <= at_most < moved[""]
 
 
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2"])

@@ -25,6 +25,8 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
+from minitron_nemo.distillation.stored_teacher import INDICES
+from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
 from minitron_nemo.runtime.layout import prepare_layout
@@ -305,10 +307,10 @@ def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[i
     teacher, student = (engine.open_model(path, key="path") for path in (run.teacher, run.student))
     prepare_layout(trainer(), student.shape, seq_length=SEQ_LENGTH, seed=0)
     config = DistillationConfig(TOP_K, cross_entropy_weight=0.1)
-    models = [
-        engine.open_core(model, trainer(), platform.dtype_of(trainer().precision)) for model in (student, teacher)
-    ]
-    both = TeacherStudent(*models, config, vocab_size=student.vocab_size).train()
+    teaching, pupil = (
+        engine.open_core(model, trainer(), platform.dtype_of(trainer().precision)) for model in (teacher, student)
+    )
+    both = TeacherStudent(pupil, LiveTeacher(teaching), config, vocab_size=student.vocab_size).train()
     stored = TeacherLogits.open(store, key="store")
     dataset = stored.samples_of(open_blend(DataConfig(prepared=run.data)), seed=seed, with_teacher=False)(
         max(samples) + 1
@@ -316,7 +318,8 @@ def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[i
     total = 0.0
     for index in samples:
         sample = {key: value[None] for key, value in dataset[index].items()}
-        total += float(both(sample["tokens"], sample["position_ids"], None, sample["labels"]).mean())
+        loss = both(sample["tokens"], sample["position_ids"], None, sample["labels"])
+        total += float(loss.sum / loss.count)
     return total / len(samples)
 
 

@@ -1,4 +1,4 @@
-"""A student trained on what its teacher once said, with no teacher in memory.
+"""The teacher that is not there: what it once said of the tokens, read from the batch.
 
 What is stored of a token is what the divergence `top_k` reads: the teacher's k likeliest tokens and the mass of the
 rest. It travels in the batch beside the tokens, so that data and context parallelism share it out as they do these.
@@ -6,117 +6,90 @@ rest. It travels in the batch beside the tokens, so that data and context parall
     teacher_log_probs   of the k tokens, in nats                     [b, s/cp, k]   float16 or float32
     teacher_tail_mass   probability of all others                    [b, s/cp]      float32
     teacher_indices     of the k tokens, global                      [b, s/cp, k]   int32
-    loss                that of `TeacherStudent`, one value a token  [b, s/cp]      float32
 
-Communication: what the student does by itself; tp in the loss and in `top_k_of_head` (see top_k.py).
+Communication: tp in `top_k_of_head` (see top_k.py).
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig
-from minitron_nemo.distillation.teacher_student import TeacherStudent, without_logits
+from minitron_nemo.distillation.loss import Walk
+from minitron_nemo.distillation.teacher import Load, Tokens
 from minitron_nemo.divergence.formulas import Vocabulary
 from minitron_nemo.divergence.fused_linear import LOGITS_BYTES, OutputHead
 from minitron_nemo.divergence.streamed import require_kind_reads_top_k, top_k_of_rows
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.top_k import STORED, TopKTeacher
 from minitron_nemo.parallel import group_size
 
 
-class StoredTeacherStudent(TeacherStudent):
-    """One pipeline stage of the student; all that a `TeacherStudent` does but run a teacher.
+class StoredTeacher:
+    """Answers with what is stored of the batch's tokens; no weights, and no channels in the pipeline's message.
 
     Args:
-        student: trained; its TransformerConfig is this module's.
-        config: its divergence must read what is stored.
         temperature: of the stored answers.
-        vocab_size: real entries of the padded vocabulary; None: all are real.
-    Raises: ValueError: a loss that needs more than is stored.
     """
 
-    teacher_is_here = False
+    message_width = 0
+    reads = STORED
+    can_validate = False
+    model = None
+    learns = False
 
-    def __init__(
-        self,
-        student: GPTModel,
-        config: DistillationConfig,
-        *,
-        temperature: float = 1.0,
-        vocab_size: int | None = None,
-    ) -> None:
-        require_stored_is_enough(config)
-        super().__init__(student, _Nobody(student), config, vocab_size=vocab_size)
+    def __init__(self, temperature: float = 1.0) -> None:
         self.temperature = temperature
-        self._answer: TopKTeacher | None = None
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor | None = None,
-        loss_mask: Tensor | None = None,
-        *,
-        teacher_log_probs: Tensor | None = None,
-        teacher_tail_mass: Tensor | None = None,
-        teacher_indices: Tensor | None = None,
-        **model_arguments: Any,
-    ) -> Tensor:
-        """As `TeacherStudent.forward`. The teacher's answers are read on the last stage, in training.
+    def meet(self, student: GPTModel, config: DistillationConfig) -> None:
+        require_stored_is_enough(config)
 
-        Communicates: tp, in the student and in the loss.
-        """
-        tokens = (input_ids, position_ids, attention_mask)
-        if not self.training or (self.post_process and labels is None):
-            return self.student(*tokens, labels=labels, **model_arguments)
-        self._begin_micro_batch()
-        with without_logits(self.student):
-            hidden = self.student(*tokens, **model_arguments)
-        if not self.post_process:
-            return hidden
-        assert teacher_log_probs is not None and teacher_tail_mass is not None and teacher_indices is not None
-        self._answer = TopKTeacher.from_logits(
-            teacher_indices.transpose(0, 1).long(),
-            self.temperature * teacher_log_probs.transpose(0, 1).float(),  # the teacher's logits, up to a constant
-            teacher_tail_mass.t(),
+    def receive(self, message: Tensor | None) -> None: ...
+
+    def run(self, tokens: Tokens, **model_arguments: Any) -> None: ...
+
+    def answer(self, output: Tensor | None, said: Mapping[str, Tensor]) -> TopKTeacher:
+        log_probs, tail_mass, indices = (said[key] for key in STORED)
+        return TopKTeacher.from_logits(
+            indices.transpose(0, 1).long(),
+            self.temperature * log_probs.transpose(0, 1).float(),  # the teacher's logits, up to a constant
+            tail_mass.t(),
             self.temperature,
         )
-        weights = torch.ones_like(input_ids) if loss_mask is None else loss_mask
-        self._sums.add_tokens(weights.sum(), copies=group_size(self.student.pg_collection.tp))
-        loss = self._loss(hidden, hidden, labels, loss_mask)
-        self._answer = None
-        return loss
 
-    def _teacher_answer(self, teacher_hidden: Tensor) -> TopKTeacher:
-        assert self._answer is not None
-        return self._answer
+    def own_loss(self, output: Tensor | None, labels: Tensor | None, weights: Tensor, walk: Walk) -> None: ...
 
 
-class _Nobody(nn.Module):
-    """Stands where the teacher would: no weights, and no channels in the pipeline's message."""
+@dataclass(frozen=True)
+class TeacherInStore:
+    """A store whose answers come with the batches."""
 
-    def __init__(self, student: GPTModel) -> None:
-        super().__init__()
-        self.config = copy.copy(student.config)
-        self.config.hidden_size = 0
-        self.vocab_size = student.vocab_size
-        self.pre_process, self.post_process = student.pre_process, student.post_process
+    temperature: float = 1.0
+    """Of the stored answers."""
 
-    def set_input_tensor(self, input_tensor: Tensor | None) -> None: ...
+    def open(self, load: Load) -> StoredTeacher:
+        return StoredTeacher(self.temperature)
+
+    def flops_per_token(self, seq_length: int, *, learns: bool) -> int:
+        return 0
 
 
 def require_stored_is_enough(config: DistillationConfig) -> None:
     """Raises: ValueError: `config` asks for more of the teacher than its k likeliest tokens."""
     require_kind_reads_top_k(config.divergence)
+    require(
+        config.teacher_lr == 0,
+        f"distillation.teacher_lr={config.teacher_lr} needs the teacher's weights, and only its likeliest tokens are "
+        "stored. Set it to 0, or distil with the teacher in memory (distill.teacher_logits=null).",
+    )
     require(
         not config.hidden_states.enabled,
         "distillation.hidden_states.enabled=true needs the teacher's hidden states, and only its likeliest tokens are "

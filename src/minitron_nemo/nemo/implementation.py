@@ -8,20 +8,14 @@ from typing import Any
 from minitron_nemo import platform
 from minitron_nemo.nemo.context import shape_from_context, write_context
 from minitron_nemo.nemo.data_module import build_data_module
+from minitron_nemo.nemo.distillation import DistillationGPTModel
 from minitron_nemo.nemo.downstream import best_kept
-from minitron_nemo.nemo.models import (
-    CrossEntropyGPTModel,
-    DistillationGPTModel,
-    EngineModel,
-    StoredDistillationGPTModel,
-    meta_core,
-    new_core,
-)
+from minitron_nemo.nemo.models import CrossEntropyGPTModel, EngineModel, meta_core, new_core
 from minitron_nemo.nemo.optim import build_optimizer
 from minitron_nemo.nemo.trainer import fit
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
 from minitron_nemo.runtime.model_artifact import CONTEXT
-from minitron_nemo.runtime.training_run import LiveTeacher, StoredTeacher, Trained, TrainingRun
+from minitron_nemo.runtime.training_run import Trained, TrainingRun
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer import load_tokenizer
 
@@ -49,7 +43,7 @@ def train(run: TrainingRun) -> Trained:
     best = best_kept(run.directory) if run.training.downstream.keep_best else None
     if best is not None:
         load_weights(model.core, best[0])
-    teacher = model.teacher_core if isinstance(model, DistillationGPTModel) else None
+    teacher = model.corrected_teacher if isinstance(model, DistillationGPTModel) else None
     return Trained(model.core, history, teacher_core=teacher, best=best and best[1])
 
 
@@ -67,16 +61,12 @@ def _model(run: TrainingRun) -> EngineModel:
     if config is None or teacher is None:
         return CrossEntropyGPTModel(trainee.shape, initial=trainee.weights, **options)
     assert trainee.weights is not None
-    options |= {"student_weights": trainee.weights, "vocab_size": trainee.vocab_size}
-    if isinstance(teacher, StoredTeacher):
-        return StoredDistillationGPTModel(trainee.shape, config, temperature=teacher.temperature, **options)
-    assert isinstance(teacher, LiveTeacher)
     return DistillationGPTModel(
         trainee.shape,
-        teacher.shape,
+        teacher,
         config,
-        teacher_weights=teacher.weights,
-        plan=teacher.plan,
-        offload_teacher=dtype if teacher.on_host else None,
+        student_weights=trainee.weights,
+        vocab_size=trainee.vocab_size,
+        plan=trainee.plan,
         **options,
     )

@@ -22,16 +22,11 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import DistillationConfig
 from minitron_nemo.config.trainer import Layout
-from minitron_nemo.distillation.offload import keep_on_host
-from minitron_nemo.distillation.stored_teacher import StoredTeacherStudent
-from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
 from minitron_nemo.layer_spec import plain_block_spec, transformer_fields, uneven_stages
-from minitron_nemo.plan import PruningPlan
 from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
-from minitron_nemo.runtime.step import data_step, distillation_step, forward_step
+from minitron_nemo.runtime.step import data_step, forward_step
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
 
@@ -127,106 +122,6 @@ class CrossEntropyGPTModel(EngineModel):
         return core
 
 
-class DistillationGPTModel(EngineModel):
-    """Student and frozen teacher under one strategy; what is trained, saved and evaluated is the student."""
-
-    def __init__(
-        self,
-        student: ModelShape,
-        teacher: ModelShape,
-        config: DistillationConfig,
-        *,
-        student_weights: Path,
-        teacher_weights: Path,
-        vocab_size: int,
-        plan: PruningPlan | None = None,
-        offload_teacher: torch.dtype | None = None,
-        optim: Any = None,
-        **overrides: Any,
-    ) -> None:
-        """
-        Args:
-            plan: by which the student was cut from the teacher; hidden losses may ask for it.
-            offload_teacher: keeps the teacher's layers in host memory, in this type, that of its forward pass.
-            overrides: fields of the student's TransformerConfig.
-        """
-        super().__init__(
-            nemo_config(student, forward_step_fn=distillation_step, data_step_fn=data_step, **overrides), optim=optim
-        )
-        self.plan, self.offload_teacher = plan, offload_teacher
-        self.shape, self.teacher_shape = student, teacher
-        self.distillation, self.vocab_size = config, vocab_size
-        self.student_weights, self.teacher_weights = student_weights, teacher_weights
-
-    def build(self, vp_stage: int | None) -> torch.nn.Module:
-        student = build_core(self.config, self.shape, vp_stage=vp_stage)
-        load_weights(student, self.student_weights)
-        teacher_config = nemo_config(
-            self.teacher_shape, **{name: getattr(self.config, name) for name in _LAYOUT_FIELDS}
-        )
-        teacher = build_core(teacher_config, self.teacher_shape, vp_stage=vp_stage)
-        load_weights(teacher, self.teacher_weights)
-        if self.offload_teacher is not None:
-            keep_on_host(teacher.decoder.layers, dtype=self.offload_teacher, device=platform.device())
-        return TeacherStudent(student, teacher, self.distillation, vocab_size=self.vocab_size, plan=self.plan)
-
-    def training_flops_per_token(self, seq_length: int) -> int:
-        """The student's forward and backward pass and the teacher's forward pass, its backward too where it learns."""
-        return super().training_flops_per_token(seq_length) + self.teacher_shape.flops_per_token(
-            seq_length, training=self.distillation.teacher_lr > 0
-        )
-
-    @property
-    def teacher_core(self) -> MCoreGPTModel:
-        """The teacher's bare Megatron-core part on this rank."""
-        both = teacher_student_in(self.module)
-        assert both is not None
-        return both.teacher
-
-    def forward(self, **inputs: Any) -> torch.Tensor:
-        """See `TeacherStudent.forward`; NeMo's own signature knows no loss mask."""
-        losses: torch.Tensor = self.module(**inputs)
-        return losses
-
-
-class StoredDistillationGPTModel(EngineModel):
-    """The student alone, trained on its teacher's stored answers, which come with the batches."""
-
-    def __init__(
-        self,
-        student: ModelShape,
-        config: DistillationConfig,
-        *,
-        student_weights: Path,
-        vocab_size: int,
-        temperature: float,
-        optim: Any = None,
-        **overrides: Any,
-    ) -> None:
-        """
-        Args:
-            temperature: of the stored answers.
-            overrides: fields of the student's TransformerConfig.
-        """
-        super().__init__(
-            nemo_config(student, forward_step_fn=distillation_step, data_step_fn=data_step, **overrides), optim=optim
-        )
-        self.shape, self.distillation, self.vocab_size = student, config, vocab_size
-        self.student_weights, self.temperature = student_weights, temperature
-
-    def build(self, vp_stage: int | None) -> torch.nn.Module:
-        student = build_core(self.config, self.shape, vp_stage=vp_stage)
-        load_weights(student, self.student_weights)
-        return StoredTeacherStudent(
-            student, self.distillation, temperature=self.temperature, vocab_size=self.vocab_size
-        )
-
-    def forward(self, **inputs: Any) -> torch.Tensor:
-        """See `StoredTeacherStudent.forward`."""
-        losses: torch.Tensor = self.module(**inputs)
-        return losses
-
-
 _LAYOUT_FIELDS = (*Layout().of_model, "pipeline_dtype", "params_dtype", "bf16")
 """What a second model on the same ranks takes over from the first one's config."""
 
@@ -260,3 +155,10 @@ def build_core(config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = N
     core = config.configure_model(None, vp_stage=vp_stage)
     apply_rope_scaling(core, shape)
     return core
+
+
+def build_beside(config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = None) -> MCoreGPTModel:
+    """This rank's part of a second model, laid out and in the precision as the one of `config`."""
+    return build_core(
+        nemo_config(shape, **{name: getattr(config, name) for name in _LAYOUT_FIELDS}), shape, vp_stage=vp_stage
+    )

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from minitron_nemo import platform
 from minitron_nemo.config.training import OptimConfig
+from minitron_nemo.distillation.teacher_student import teacher_student_in
 
 
 def lr_multiplier(step: int, *, config: OptimConfig, steps: int) -> float:
@@ -42,7 +43,7 @@ class WarmupDecay(LRSchedulerModule):
     def __init__(self, config: OptimConfig, steps: int, teacher_factor: float = 1.0) -> None:
         """
         Args:
-            teacher_factor: the teacher's rate by the student's, where it learns too.
+            teacher_factor: the rate of a teacher that learns, by the student's.
         """
         super().__init__()
         self.config, self.teacher_factor = config, teacher_factor
@@ -52,13 +53,30 @@ class WarmupDecay(LRSchedulerModule):
         def scaled(factor: float) -> Callable[[int], float]:
             return lambda step: factor * lr_multiplier(step, config=self.config, steps=self.max_steps)
 
-        factors = [self.teacher_factor if _is_teachers_group(group) else 1.0 for group in optimizers.param_groups]
+        groups = optimizers.param_groups
+        for group in groups:
+            group["lr"] = self.config.lr  # what all multipliers are of
+        factors = [self.teacher_factor if _is_teachers(group) else 1.0 for group in groups]
         schedule = LambdaLR(optimizers, [scaled(factor) for factor in factors])
         return {"optimizer": optimizers, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+_TEACHERS = 0.0
+"""What Megatron multiplies the rate of a teacher's parameters by. It makes groups of parameters by weight decay and
+this number alone, and knows the groups of a checkpoint by them, so it is not the rate that they get, which may be
+another when training goes on: `WarmupDecay` sets that."""
+
+
+def _is_teachers(group: dict[str, Any]) -> bool:
+    """Of a group of parameters; also where this rank holds none of them."""
+    return group["pre_lr_mult"] == _TEACHERS  # NeMo's name for it, once it is applied
+
+
 class SkippingOptimizer(MegatronOptimizerModule):
-    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment."""
+    """Megatron's optimizer; a step whose gradient is not finite changes no weight and no moment.
+
+    The parameters of a teacher that learns are groups of their own.
+    """
 
     skipped = False
     """Whether the last step was skipped; the same on every rank, as they share the gradient's norm."""
@@ -67,6 +85,11 @@ class SkippingOptimizer(MegatronOptimizerModule):
     neither's step depends on the other's. None: there is one model, which Megatron clips."""
 
     def optimizers(self, model: Any) -> list[torch.optim.Optimizer]:
+        both = teacher_student_in(model)
+        teacher = None if both is None else both.learning_teacher
+        if teacher is not None:
+            of_teacher = set(teacher.parameters())
+            self.scale_lr_cond, self.lr_mult = lambda _, parameter: parameter in of_teacher, _TEACHERS
         [optimizer] = super().optimizers(model)
         megatron = optimizer.mcore_optimizer
         prepare_grads, get_grad_norm = megatron.prepare_grads, megatron.get_grad_norm
@@ -89,23 +112,11 @@ class SkippingOptimizer(MegatronOptimizerModule):
         return [optimizer]
 
 
-_TEACHERS_MARK = math.nextafter(1.0, 0.0)
-"""Multiplier of the teacher's rate for Megatron, which makes groups of parameters by it and knows them again by it."""
-
-
-def _is_teachers(name: str, _: torch.nn.Parameter) -> bool:
-    return "teacher" in name.split(".")
-
-
-def _is_teachers_group(group: dict[str, Any]) -> bool:
-    return group["pre_lr_mult"] == _TEACHERS_MARK  # NeMo's name for it, once it is applied
-
-
 def _clip_by_its_norm(megatron: Any, norm_of: Callable[[], float], max_norm: float, *, teachers: bool) -> float:
     """Clip the gradients of one of two models and return their norm before. Communicates: as Megatron's norm does."""
     parts = megatron.chained_optimizers
     for part in parts:
-        groups = (group for group in part.param_groups if _is_teachers_group(group) == teachers)
+        groups = (group for group in part.param_groups if _is_teachers(group) == teachers)
         chosen = [parameter for group in groups for parameter in group["params"]]
         part.get_parameters = lambda chosen=chosen: chosen  # what norm and clipping go by
     try:
@@ -143,8 +154,6 @@ def build_optimizer(
             use_distributed_optimizer=platform.supports_distributed_optimizer(),
         ),
         lr_scheduler=WarmupDecay(config, steps, teacher_lr / config.lr),
-        scale_lr_cond=_is_teachers if teacher_learns else None,
-        lr_mult=_TEACHERS_MARK,
     )
     if teacher_learns:
         optimizer.clip_apart = config.clip_grad

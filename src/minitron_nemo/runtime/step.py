@@ -17,6 +17,7 @@ from typing import Any
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from minitron_nemo.distillation.loss import Loss
 from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.text.documents import DOCUMENT_STARTS, documents_of, documents_on_this_cp_rank
 
@@ -43,18 +44,19 @@ def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
 
 def forward_step(model: Any, batch: Mapping[str, Any]) -> Tensor:
     """Per-token loss [b, s/cp] on the last stage (logits without labels), the passing activation on the others."""
-    output: Tensor = model(**_model_inputs(batch))
+    output: Tensor = model(**model_inputs(batch))
     return output
 
 
-def distillation_step(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def distillation_step(model: Any, batch: Mapping[str, Any]) -> Tensor | Loss:
     """As `forward_step`, of a model that forms its gradients with the loss and must know how tokens are weighed."""
     stored = {key: batch[key] for key in STORED if key in batch}
-    output: Tensor = model(**_model_inputs(batch), loss_mask=batch["loss_mask"], **stored)
+    output: Tensor | Loss = model(**model_inputs(batch), loss_mask=batch["loss_mask"], **stored)
     return output
 
 
-def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a Megatron-core model's forward pass."""
     return {
         "input_ids": batch["tokens"],
         "position_ids": batch["position_ids"],

@@ -22,8 +22,8 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
+from minitron_nemo.distillation.output_head import output_weight, without_logits
 from minitron_nemo.distillation.stored_teacher import top_k_of_head
-from minitron_nemo.distillation.teacher_student import output_weight, without_logits
 from minitron_nemo.divergence.fused_linear import OutputHead
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.parallel import (

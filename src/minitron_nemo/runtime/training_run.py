@@ -21,6 +21,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
+from minitron_nemo.distillation.teacher import TeacherSource
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.questions import Question
@@ -29,27 +30,6 @@ HISTORY = "history.jsonl"
 CHECKPOINTS = "checkpoints"
 OPTIMIZER = "optimizer"
 """Folder of an artifact with the last checkpoint of its run."""
-
-
-@dataclass(frozen=True)
-class LiveTeacher:
-    """A teacher that runs beside the student."""
-
-    shape: ModelShape
-    weights: Path
-    """Of a model artifact."""
-    plan: PruningPlan | None = None
-    """By which the student was cut from it; hidden losses may ask for it."""
-    on_host: bool = False
-    """Its layers stay in host memory; each visits the device when its turn comes."""
-
-
-@dataclass(frozen=True)
-class StoredTeacher:
-    """A teacher whose answers come with the batches."""
-
-    temperature: float
-    """Of the answers."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +43,10 @@ class Trainee:
     """Rows of the embedding that are tokens; the rest is padding."""
     weights: Path | None = None
     """Of the model artifact that training starts from; None: random."""
-    teacher: LiveTeacher | StoredTeacher | None = None
+    teacher: TeacherSource | None = None
     """None: the next token is learned."""
+    plan: PruningPlan | None = None
+    """By which it was cut from the teacher; hidden losses may ask for it."""
     distillation: DistillationConfig | None = None
     """Given where there is a teacher."""
 
@@ -96,7 +78,7 @@ class Trained:
     history: list[dict[str, Any]]
     """On rank 0; empty elsewhere."""
     teacher_core: MCoreGPTModel | None = None
-    """This rank's part of a teacher that ran beside it."""
+    """This rank's part of a teacher that learned beside it."""
     best: dict[str, Any] | None = None
     """The best evaluation, {step, downstream_accuracy}, where its weights were to be kept."""
 

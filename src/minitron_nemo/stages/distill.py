@@ -13,16 +13,17 @@ from typing import NamedTuple
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from minitron_nemo import engine
+from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import DistillConfig
-from minitron_nemo.distillation.stored_teacher import require_stored_is_enough
+from minitron_nemo.distillation.stored_teacher import TeacherInStore, require_stored_is_enough
+from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
-from minitron_nemo.runtime.training_run import LiveTeacher, StoredTeacher, Trained, Trainee
+from minitron_nemo.runtime.training_run import Trained, Trainee
 from minitron_nemo.stages.training import run_training
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import TeacherLogits
@@ -32,7 +33,7 @@ from minitron_nemo.text.tokenizer import tokenizer_digest
 def run(config: DistillConfig) -> Artifact:
     student = engine.open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
     blend = open_blend(config.data)
-    lesson = _teacher_at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
+    lesson = _at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
     return run_training(
         Trainee(
             student.shape,
@@ -40,6 +41,7 @@ def run(config: DistillConfig) -> Artifact:
             student.vocab_size,
             weights=student.path,
             teacher=lesson.teacher,
+            plan=lesson.plan,
             distillation=config.distillation,
         ),
         stage="distill",
@@ -49,7 +51,7 @@ def run(config: DistillConfig) -> Artifact:
         data=config.data,
         output=Path(config.output),
         config=config,
-        inputs=[*lesson.inputs, *student.artifacts, *(artifact for artifact, _ in blend)],
+        inputs=[*lesson.artifacts, *student.artifacts, *(artifact for artifact, _ in blend)],
         train_dataset=lesson.samples,
         trained=partial(_keep_teacher, config, lesson),
     )
@@ -62,7 +64,7 @@ def _keep_teacher(config: DistillConfig, lesson: _Lesson, trained: Trained) -> N
     assert trained.teacher_core is not None
     before = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     with writing(
-        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.inputs
+        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.artifacts
     ) as draft:
         engine.save_model(trained.teacher_core, before.shape, before.tokenizer, draft.path)
         draft.facts["vocab_size"] = before.vocab_size
@@ -70,13 +72,19 @@ def _keep_teacher(config: DistillConfig, lesson: _Lesson, trained: Trained) -> N
 
 
 class _Lesson(NamedTuple):
-    teacher: LiveTeacher | StoredTeacher
-    inputs: list[Artifact]
-    """That hold what the teacher says."""
-    samples: Callable[[int], Dataset] | None
+    """Who teaches, and what of."""
+
+    teacher: TeacherSource
+    artifacts: list[Artifact]
+    """What the teacher is read from."""
+    plan: PruningPlan | None = None
+    """By which the student was cut from it."""
+    samples: Callable[[int], Dataset] | None = None
+    """Where the teacher's answers come with them; None: those of the data."""
 
 
-def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
+def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
+    """The teacher is loaded beside the student."""
     teacher = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
     require(
         tokenizer_digest(teacher.tokenizer) == tokenizer_digest(student.tokenizer)
@@ -88,27 +96,26 @@ def _teacher_at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     require_splits(teacher.shape, config.trainer)
     plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
-    live = LiveTeacher(
-        teacher.shape,
-        teacher.path,
+    offload = platform.dtype_of(config.trainer.precision) if config.offload_teacher else None
+    return _Lesson(
+        TeacherAtHand(teacher.shape, teacher.path, offload),
+        teacher.artifacts,
         plan=None if plan is None else PruningPlan.load(plan),
-        on_host=config.offload_teacher,
     )
-    return _Lesson(live, teacher.artifacts, None)
 
 
 def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifact, float]]) -> _Lesson:
+    """What the teacher said is read with the samples."""
     assert config.teacher_logits is not None
-    divergence = config.distillation.divergence
     require_stored_is_enough(config.distillation)
     store = TeacherLogits.open(config.teacher_logits, key="distill.teacher_logits")
     store.require_of_teacher(config.teacher)
     store.require_fits(
-        divergence,
+        config.distillation.divergence,
         seq_length=config.trainer.seq_length,
         vocab_size=student.vocab_size,
         tokenizer=tokenizer_digest(student.tokenizer),
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     samples = store.samples_of(blend, seed=config.data.seed, with_teacher=parallel_state.is_pipeline_last_stage())
-    return _Lesson(StoredTeacher(store.format.temperature), [store.artifact], samples)
+    return _Lesson(TeacherInStore(store.format.temperature), [store.artifact], samples=samples)
