@@ -25,7 +25,6 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.distillation.stored_teacher import INDICES
 from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent
 from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
