@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -11,8 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_nemo.parallel import agree, barrier, is_rank_zero, rank, rank_zero_says, rank_zero_works, world_size
-from support.ranks import Ranks
+from minitron_nemo.parallel import agree, barrier, rank, rank_zero_says, rank_zero_works, world_size
+from support.ranks import SOURCES, Ranks
 
 
 def work_and_leave_a_trace(directory: Path) -> list[str]:
@@ -86,12 +88,15 @@ def test_all_ranks_hear_rank_zero_and_agree_on_its_numbers(ranks: Ranks) -> None
         assert agreed.tolist() == [0.0, 1.0]
 
 
+ALONE = """
+from minitron_nemo.parallel import *
+assert (rank(), world_size(), is_rank_zero(), world()) == (0, 1, True, None)
+barrier()
+print(rank_zero_says("said"), rank_zero_works(lambda: "worked"), agree(torch.ones(1)).item())
+"""
+
+
 def test_a_plain_process_is_a_run_of_one_rank() -> None:
-    if dist.is_initialized():
-        pytest.skip("another test of this process has set torch.distributed up")
-    assert is_rank_zero() and world_size() == 1
-    barrier()
-    assert rank_zero_says("alone") == "alone" and rank_zero_works(os.getpid) == os.getpid()
-    assert agree(torch.ones(2)).tolist() == [1.0, 1.0]
-    with pytest.raises(KeyError):
-        rank_zero_works(lambda: {}["absent"])
+    environment = os.environ | {"PYTHONPATH": str(SOURCES)}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "said worked 1.0\n"

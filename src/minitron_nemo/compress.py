@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.checks import require
-from minitron_nemo.parallel import is_rank_zero
+from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import Step, config_of, stage_module
 from minitron_nemo.standing import serves
 
@@ -34,7 +35,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     for number, step in enumerate(steps, start=1):
         values = configs[step.name]
         say(f"[{number}/{len(steps)}] {step.name}")
-        if serves(values, overwrite=config.compress.overwrite):
+        if rank_zero_works(partial(serves, values, overwrite=config.compress.overwrite)):
             say(f"    complete: {values.output}")
             continue
         stage_module(step.stage).run(values)

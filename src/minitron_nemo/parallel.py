@@ -16,14 +16,14 @@ from __future__ import annotations
 import copy
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def rank_zero_says(value: T) -> T:
 
 
 def agree(value: Tensor) -> Tensor:
-    """Rank 0's tensor on every rank, where all have one of this shape and dtype. Communicates: all ranks.
+    """Rank 0's tensor on every rank; each has one of this shape and dtype on its device. Communicates: all ranks.
 
     For choices that follow from numbers: of nearly equal ones another processor may choose others.
     """
@@ -202,6 +202,30 @@ def broadcast_from(tensor: Tensor, *, source: int, group: ProcessGroup | None) -
         assert group is not None
         dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
     return tensor
+
+
+def send_to(tensor: Tensor, *, to: int, group: ProcessGroup) -> Work:
+    """Begin to send to the rank whose index within `group` is `to`; the tensor must last until the work is waited for.
+
+    The other rank calls `receive_from`.
+    """
+    work = dist.isend(tensor, dist.get_global_rank(group, to), group=group)
+    assert work is not None
+    return work
+
+
+def receive_from(buffer: Tensor, *, source: int, group: ProcessGroup) -> Tensor:
+    """The buffer, filled with what the rank whose index within `group` is `source` sends."""
+    dist.recv(buffer, dist.get_global_rank(group, source), group=group)
+    return buffer
+
+
+def exchange(mine: Sequence[Tensor], theirs: Sequence[Tensor], *, to: int, source: int, group: ProcessGroup) -> None:
+    """Send tensors to one rank of `group` and fill buffers from another; each is called so on its side."""
+    transfers = [dist.P2POp(dist.isend, each.contiguous(), dist.get_global_rank(group, to), group) for each in mine]
+    transfers += [dist.P2POp(dist.irecv, each, dist.get_global_rank(group, source), group) for each in theirs]
+    for work in dist.batch_isend_irecv(transfers):
+        work.wait()
 
 
 def gather_objects(local: T, *, group: ProcessGroup | None) -> list[T]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.axes import (
     ParameterAxes,
@@ -37,6 +36,7 @@ from minitron_nemo.axes import (
 from minitron_nemo.checks import require
 from minitron_nemo.parallel import (
     Groups,
+    ProcessGroup,
     all_gather_shards,
     broadcast_from,
     gather_objects,

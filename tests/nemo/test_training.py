@@ -367,11 +367,11 @@ def test_a_run_killed_between_its_last_step_and_its_artifact_trains_no_more(
 
 
 def run_but_write_nothing(run: TinyRun, output: str) -> None:
-    from minitron_nemo.stages import training
+    from minitron_nemo import engine
 
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr(training, "save_model", killed)
+        changed.setattr(engine, "save_model", killed)
         run_pretrain(run, output, keep_optimizer=True, **FIRST_PHASE)
