@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 import json
 from collections.abc import Callable
@@ -10,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
 from minitron_nemo.importance import Aggregation, Importance
 from minitron_nemo.stages import distill, estimate_importance, evaluate, pretrain, prune
@@ -267,3 +271,10 @@ def test_held_out_loss_is_the_same_on_every_layout(ranks: Ranks, tiny_run: TinyR
     for layout in LAYOUTS:
         losses = ranks(layout).run(run_evaluate, tiny_run, str(tiny_run.directory / f"{layout} evaluation"))
         assert losses == pytest.approx([expected] * 2, rel=0, abs=EVALUATION_TOLERANCE), layout
+
+
+def test_every_parallel_size_of_a_layout_is_megatrons_under_the_same_name() -> None:
+    known = inspect.signature(parallel_state.initialize_model_parallel).parameters
+    for name in Layout().sizes:
+        assert name in known and hasattr(parallel_state, f"get_{name.removesuffix('_size')}_world_size"), name
+    assert set(Layout().of_model) <= {field.name for field in dataclasses.fields(TransformerConfig)}
