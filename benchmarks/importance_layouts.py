@@ -23,7 +23,8 @@ sys.path[:0] = [str(TESTS), str(TESTS / "importance")]
 
 from importance_on_ranks import estimate  # noqa: E402
 
-from minitron_nemo.importance import WIDTH_AXES, Aggregation, Importance  # noqa: E402
+from minitron_nemo.aggregation import Aggregation  # noqa: E402
+from minitron_nemo.scores import WIDTH_AXES, Importance  # noqa: E402
 from support.megatron import TINY  # noqa: E402
 from support.ranks import Ranks  # noqa: E402
 

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pruning_examples import random_plan
 from torch import Tensor
 
 from minitron_nemo.axes import parameter_names
@@ -17,6 +16,7 @@ from minitron_nemo.pruning import prune_into
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 from support.megatron import build_gpt
+from support.plans import random_plan
 from support.ranks import Ranks
 
 EXAMPLES = settings(
