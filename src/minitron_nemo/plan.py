@@ -200,11 +200,6 @@ class PruningPlan:
             return False
         return getattr(self.source, DIM_OF_AXIS[axis]) == getattr(self.target, DIM_OF_AXIS[axis])
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the student is the teacher."""
-        return self.norm_scale is None and all(self._stays_whole(axis) for axis in axes_of(self.source))
-
     def describe(self) -> str:
         """A few lines a person reads before paying for the run."""
         dims = self.source.prunable_dims

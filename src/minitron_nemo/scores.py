@@ -38,7 +38,6 @@ from minitron_nemo.shape import ModelShape
 
 STREAM, NORM = "stream", "norm"
 """Names of the second moments of the residual stream among the moments."""
-WIDTH_AXES = ("hidden", "ffn", "head", "group")
 TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"
 GREEDY = "greedy"
 """Depth scores of single layers: a layer's place in the order that layers were dropped in, one after another, from 0;

@@ -44,7 +44,7 @@ def test_groups_are_pruned_whole() -> None:
 
 def test_full_size_plan_is_the_identity() -> None:
     plan = plan_from_importance(random_scores(), TINY, TINY)
-    assert plan.is_identity
+    assert plan.source == plan.target
     assert plan.hidden.tolist() == list(range(24))
     assert plan.ffn.tolist() == [list(range(40))] * 4
     assert plan.head.tolist() == [list(range(6))] * 4

@@ -26,10 +26,10 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig
 from minitron_nemo.distillation.loss import Walk
 from minitron_nemo.distillation.teacher import Load, Tokens
-from minitron_nemo.divergence.formulas import Vocabulary
 from minitron_nemo.divergence.fused_linear import LOGITS_BYTES, OutputHead
 from minitron_nemo.divergence.streamed import require_kind_reads_top_k, top_k_of_rows
 from minitron_nemo.divergence.top_k import STORED, TopKTeacher
+from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.parallel import group_size
 
 

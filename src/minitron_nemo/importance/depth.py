@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
-from minitron_nemo.divergence.formulas import Vocabulary
-from minitron_nemo.divergence.streamed import CHUNK_ELEMENTS, forward_kl
+from minitron_nemo.divergence.rows import CHUNK_ELEMENTS
+from minitron_nemo.divergence.streamed import forward_kl
+from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups, all_reduce_max, all_reduce_sum, broadcast_from, group_rank, group_size
