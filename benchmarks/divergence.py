@@ -133,8 +133,8 @@ def modelopt_loss(student: Any, teacher: Any, tp_group: Any) -> Any:
 def own_loss_part(student: Any, teacher: Any, weights: Any, tp_group: Any) -> Any:
     """The gradient of the weighted sum with respect to logits, as the fused contender forms it in a chunk."""
     from minitron_nemo.config.distillation import DivergenceConfig
-    from minitron_nemo.divergence.rows import Rows
     from minitron_nemo.divergence.streamed import row_losses
+    from minitron_nemo.divergence.token_rows import Rows
     from minitron_nemo.divergence.vocabulary import Vocabulary
 
     rows, vocab = student.detach().flatten(0, 1), student.shape[-1]

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import require, require_files
 from minitron_nemo.shape import DIM_OF_AXIS, PRUNABLE_AXES, ModelShape
 
 _BESIDE_AXES = ("head_partner", "norm_scale")
@@ -243,13 +243,8 @@ class PruningPlan:
     def load(cls, folder: Path | str) -> PruningPlan:
         """Read and check what `save` wrote. Raises: FileNotFoundError: a file is missing. ValueError: not a plan."""
         folder = Path(folder)
-        for file in (INDICES, DESCRIPTION):
-            require(
-                (folder / file).is_file(),
-                f"{folder} holds no pruning plan: {file} is missing. Run the prune stage to its end, or save a plan "
-                "there.",
-                FileNotFoundError,
-            )
+        mend = "Run the prune stage to its end, or save a plan there."
+        require_files(folder, (INDICES, DESCRIPTION), "pruning plan", mend)
         description = json.loads((folder / DESCRIPTION).read_text())
         entries = load_file(folder / INDICES)
         known = {*PRUNABLE_AXES, *_BESIDE_AXES} - {"layer"}

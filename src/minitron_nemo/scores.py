@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.aggregation import Aggregation, aggregate_samples, aggregate_sequence
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import did_you_mean, require, require_files
 from minitron_nemo.shape import ModelShape
 
 STREAM, NORM = "stream", "norm"
@@ -224,13 +224,8 @@ class Importance:
     def load(cls, folder: Path | str) -> Importance:
         """Read what `save` wrote. Raises: FileNotFoundError: a file is missing."""
         folder = Path(folder)
-        for file in (TENSORS, DESCRIPTION):
-            require(
-                (folder / file).is_file(),
-                f"{folder} holds no importance scores: {file} is missing. Run the estimate-importance stage to its "
-                "end.",
-                FileNotFoundError,
-            )
+        mend = "Run the estimate-importance stage to its end."
+        require_files(folder, (TENSORS, DESCRIPTION), "importance scores", mend)
         description = json.loads((folder / DESCRIPTION).read_text())
         moments: dict[str, Tensor] = {}
         depth: dict[str, dict[int, Tensor]] = {}

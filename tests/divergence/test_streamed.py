@@ -23,7 +23,7 @@ from divergences_by_hand import (
 from torch.testing import assert_close
 
 from minitron_nemo.config.distillation import DivergenceConfig
-from minitron_nemo.divergence import rows
+from minitron_nemo.divergence import token_rows
 from minitron_nemo.divergence.streamed import divergence
 
 
@@ -32,7 +32,7 @@ from minitron_nemo.divergence.streamed import divergence
 def test_values_and_gradients_match_autograd_in_float64(
     monkeypatch: pytest.MonkeyPatch, kind: str, setting: str, chunk_elements: int
 ) -> None:
-    monkeypatch.setattr(rows, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(token_rows, "CHUNK_ELEMENTS", chunk_elements)
     config, case = config_of(kind, **SETTINGS[setting]), Case.random()
     student, teacher = (logits.float() for logits in case.logits())
     case.logits = lambda: (student.double(), teacher.double())  # type: ignore[method-assign]

@@ -37,7 +37,7 @@ from minitron_nemo.divergence.formulas import (
     softmaxes,
     tempered,
 )
-from minitron_nemo.divergence.rows import Rows, TeacherRows, chunks, real_rows
+from minitron_nemo.divergence.token_rows import Rows, TeacherRows, chunks, real_rows
 from minitron_nemo.divergence.top_k import TopKTeacher, top_k_of, top_k_of_chunk
 from minitron_nemo.divergence.vocabulary import Reduced, Reductions, Vocabulary
 from minitron_nemo.parallel import all_reduce_sum

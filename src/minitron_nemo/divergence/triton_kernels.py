@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minitron_nemo.config.distillation import DivergenceConfig
 from minitron_nemo.divergence.formulas import cross_entropy, scores
-from minitron_nemo.divergence.rows import Rows
+from minitron_nemo.divergence.token_rows import Rows
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary
 
 BLOCK = 4096

@@ -36,8 +36,8 @@ from torch import Tensor, nn
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
-from minitron_nemo.divergence.rows import CHUNK_ELEMENTS
 from minitron_nemo.divergence.streamed import forward_kl
+from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep

@@ -76,14 +76,14 @@ def pruned_parameters(teacher: nn.Module, plan: PruningPlan, groups: Groups) -> 
             norms[name] = full
         if name == EMBEDDING and plan.unties:
             embedding = full
-        target_name = target_of(name, plan)
+        target_name = target_name_of(name, plan)
         if target_name is not None:
             yield cut(full, target_name)
     if embedding is not None:
         yield cut(embedding, OUTPUT)
 
 
-def target_of(name: str, plan: PruningPlan) -> str | None:
+def target_name_of(name: str, plan: PruningPlan) -> str | None:
     """The student's name for the teacher's parameter `name`; None: its layer or its expert is dropped."""
     layer, expert = layer_of(name), expert_of(name)
     if layer is None:
