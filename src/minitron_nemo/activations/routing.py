@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.checks import require
-from minitron_nemo.parallel import Groups, all_gather_shards, group_rank, group_size
+from minitron_nemo.parallel import Groups, ProcessGroup, all_gather_shards, group_rank, group_size
 
 SeeExpert = Callable[[int, Tensor, Tensor], None]
 """(local expert, its neurons [t, f/etp], its outputs [t, h]), both of the tokens it was handed."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from minitron_nemo.parallel import all_reduce_sum
+from minitron_nemo.parallel import ProcessGroup, all_reduce_sum
 
 
 @dataclass(frozen=True)

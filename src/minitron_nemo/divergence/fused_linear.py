@@ -31,7 +31,6 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
@@ -40,7 +39,7 @@ from minitron_nemo.divergence.streamed import require_kind_reads_top_k, row_loss
 from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS, Rows, TeacherRows
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.divergence.vocabulary import Reduced, Vocabulary
-from minitron_nemo.parallel import group_size
+from minitron_nemo.parallel import ProcessGroup, group_size
 
 LOGITS_BYTES = 256 << 20
 """Of one chunk, both models: at a vocabulary of 128k, 512 tokens in bf16. Fewer tokens make thin matrix products."""

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
@@ -40,7 +39,7 @@ from minitron_nemo.divergence.formulas import (
 from minitron_nemo.divergence.token_rows import Rows, TeacherRows, chunks, real_rows
 from minitron_nemo.divergence.top_k import TopKTeacher, top_k_of, top_k_of_chunk
 from minitron_nemo.divergence.vocabulary import Reduced, Reductions, Vocabulary
-from minitron_nemo.parallel import all_reduce_sum
+from minitron_nemo.parallel import ProcessGroup, all_reduce_sum
 
 
 class TokenLosses(NamedTuple):

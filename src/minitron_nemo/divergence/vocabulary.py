@@ -14,10 +14,16 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
-from minitron_nemo.parallel import all_gather_shards, all_reduce_max, all_reduce_sum, group_rank, group_size
+from minitron_nemo.parallel import (
+    ProcessGroup,
+    all_gather_shards,
+    all_reduce_max,
+    all_reduce_sum,
+    group_rank,
+    group_size,
+)
 
 
 @dataclass(frozen=True)

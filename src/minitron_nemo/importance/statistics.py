@@ -17,12 +17,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.activations.tokens import TokenMask
 from minitron_nemo.aggregation import aggregate_sequence
 from minitron_nemo.importance import cpu_kernels
-from minitron_nemo.parallel import all_reduce_sum
+from minitron_nemo.parallel import ProcessGroup, all_reduce_sum
 
 BLOCK_ELEMENTS = 1 << 26  # a float32 block of 256 MiB
 BLOCK_TOKENS = 256  # where there are so many: with fewer, adding the blocks costs as much as making them

@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.checks import require
 from minitron_nemo.importance.statistics import add_over, add_samples, partial_sums
-from minitron_nemo.parallel import group_size
+from minitron_nemo.parallel import ProcessGroup, group_size
 
 
 class Watch:

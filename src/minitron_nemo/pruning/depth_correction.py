@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -33,7 +32,7 @@ from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import DepthCorrectionConfig
-from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects
+from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects, receive_from, send_to
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.least_squares import multiple_of, regress
@@ -158,7 +157,7 @@ class _Sender:
         self.finish()  # it was taken before the stages in front began this micro-batch
         stream = stream.detach().clone()  # the schedule frees its own once sent on
         assert self._pp is not None
-        self._sending = dist.isend(stream, dist.get_global_rank(self._pp, self._stage), group=self._pp), stream
+        self._sending = send_to(stream, to=self._stage, group=self._pp), stream
 
     def finish(self) -> None:
         """Wait until what was sent last is taken."""
@@ -217,8 +216,8 @@ class _RunWatch:
             return
         if self._last_stage is not None:
             assert self._groups.pp is not None
-            self._end = torch.empty_like(self._start)
-            dist.recv(self._end, dist.get_global_rank(self._groups.pp, self._last_stage), group=self._groups.pp)
+            buffer = torch.empty_like(self._start)
+            self._end = receive_from(buffer, source=self._last_stage, group=self._groups.pp)
         added = self._end.float() - self._start.float()
         whole = torch.cat(all_gather_shards(added, group=self._gathers))  # [s/cp, b, h]
         rows = rows_that_count(whole, self._current, f"decoder.layers.{self.last}")

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch
-from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, group_rank, group_size
+from minitron_nemo.parallel import Groups, ProcessGroup, all_gather_shards, all_reduce_sum, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
 TOKENS_AT_ONCE = 4096  # float32 copies of the input and sums of its products reach no further
