@@ -36,10 +36,11 @@ import torch
 from ranking import SAMPLES, Bench, of_sets
 from torch import Tensor, nn
 
-from minitron_nemo.axes import norm_gamma, norm_number, norm_of
+from minitron_nemo.axes import norm_number, norm_of
+from minitron_nemo.axis_expressions import norm_gamma
 from minitron_nemo.cli import quieten
 from minitron_nemo.config.pruning import SurgeryConfig
-from minitron_nemo.importance.hooks import NORMS
+from minitron_nemo.places import EMBEDDING, FINAL_NORM, OUTPUT, norms_in
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
@@ -57,8 +58,7 @@ RESULT = Path(__file__).parent / "results" / "basis_variants.json"
 @torch.no_grad()
 def moments_of_norms(bench: Bench) -> tuple[Tensor, Tensor]:
     """Of what enters each norm, tokens normalised and raw: two of [2l+1, h, h] float64, means over tokens."""
-    norms = [getattr(layer, norm) for layer in bench.core.decoder.layers for norm, _ in NORMS]
-    norms.append(bench.core.decoder.final_layernorm)
+    norms = [norm.module for norm in norms_in(bench.core).values()]
     h = bench.shape.hidden_size
     sums = torch.zeros(2, len(norms), h, h, dtype=torch.float64)
     samples = bench.batches(TRAIN, SAMPLES, seed=0)
@@ -92,9 +92,9 @@ def consumers_of_norms(bench: Bench) -> Tensor:
         if norm is not None and number is not None and weight.dim() == 2:
             folded = (weight * norm_gamma(parameters[norm], bench.shape)).double()
             grams[number] += folded.t() @ folded / len(folded)
-    if not any(name.startswith("output_layer.") for name in parameters):  # tied
-        embedding = parameters["embedding.word_embeddings.weight"]
-        gamma = norm_gamma(parameters["decoder.final_layernorm.weight"], bench.shape)
+    if OUTPUT not in parameters:  # tied
+        embedding = parameters[EMBEDDING]
+        gamma = norm_gamma(parameters[f"{FINAL_NORM}.weight"], bench.shape)
         folded = (embedding * gamma).double()
         grams[-1] = folded.t() @ folded / len(folded)
     return grams

@@ -133,13 +133,14 @@ def modelopt_loss(student: Any, teacher: Any, tp_group: Any) -> Any:
 def own_loss_part(student: Any, teacher: Any, weights: Any, tp_group: Any) -> Any:
     """The gradient of the weighted sum with respect to logits, as the fused contender forms it in a chunk."""
     from minitron_nemo.config.distillation import DivergenceConfig
-    from minitron_nemo.divergence.formulas import Vocabulary
     from minitron_nemo.divergence.streamed import row_losses
+    from minitron_nemo.divergence.token_rows import Rows
+    from minitron_nemo.divergence.vocabulary import Vocabulary
 
     rows, vocab = student.detach().flatten(0, 1), student.shape[-1]
     out = rows.new_empty(rows.shape)
     vocabulary = Vocabulary.split(vocab, None, tp_group)
-    row_losses(rows, teacher.flatten(0, 1), None, DivergenceConfig(), vocabulary, weights=weights.t(), out=out)
+    row_losses(Rows(rows, teacher.flatten(0, 1), None, weights.t(), out), DivergenceConfig(), vocabulary)
     return out.view_as(student)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from minitron_nemo import platform
 from minitron_nemo.importance import ImportanceEstimator
-from minitron_nemo.importance.hooks import Watch
+from minitron_nemo.importance.watches import Watch
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
 

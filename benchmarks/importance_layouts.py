@@ -23,7 +23,8 @@ sys.path[:0] = [str(TESTS), str(TESTS / "importance")]
 
 from importance_on_ranks import estimate  # noqa: E402
 
-from minitron_nemo.importance import WIDTH_AXES, Aggregation, Importance  # noqa: E402
+from minitron_nemo.aggregation import Aggregation  # noqa: E402
+from minitron_nemo.scores import Importance  # noqa: E402
 from support.megatron import TINY  # noqa: E402
 from support.ranks import Ranks  # noqa: E402
 
@@ -31,6 +32,7 @@ LAYOUTS = ("tp2", "tp2-sp", "pp2", "cp2", "dp2", "tp2-pp2", "tp2-dp2")
 SHAPE = dataclasses.replace(TINY, num_layers=4, seq_length=64)
 NUM_SAMPLES, TOKENS, MICRO_BATCH = 16, 64, 2
 LIMIT = 1e-5
+AXES = ("hidden", "ffn", "head", "group")
 
 
 def samples() -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,14 +63,14 @@ def main() -> int:
     try:
         [alone] = ranks("single").run(estimate, *samples(), micro_batch=MICRO_BATCH, shape=SHAPE)
         table = {}
-        print(f"{'layout':10}" + "".join(f"{axis:>10}" for axis in WIDTH_AXES))
+        print(f"{'layout':10}" + "".join(f"{axis:>10}" for axis in AXES))
         for layout in LAYOUTS:
             everyone = ranks(layout).run(estimate, *samples(), micro_batch=MICRO_BATCH, shape=SHAPE)
-            by_rank = [{axis: largest_difference(each, alone, axis) for axis in WIDTH_AXES} for each in everyone]
+            by_rank = [{axis: largest_difference(each, alone, axis) for axis in AXES} for each in everyone]
             assert all(rank == by_rank[0] for rank in by_rank), f"ranks of {layout} differ"
             table[layout] = by_rank[0]
             worst = {axis: max(values.values()) for axis, values in by_rank[0].items()}
-            print(f"{layout:10}" + "".join(f"{worst[axis]:10.1e}" for axis in WIDTH_AXES), flush=True)
+            print(f"{layout:10}" + "".join(f"{worst[axis]:10.1e}" for axis in AXES), flush=True)
     finally:
         ranks.close()
     if save:

@@ -24,13 +24,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from minitron_nemo import engine
+from minitron_nemo.aggregation import Aggregation
 from minitron_nemo.cli import quieten
 from minitron_nemo.config.importance import DepthConfig, GreedyConfig, ImportanceConfig
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.config import shape_from_hf
-from minitron_nemo.importance import Aggregation, Importance
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance, prune_into
@@ -41,6 +41,7 @@ from minitron_nemo.quiet import hush
 from minitron_nemo.runtime.depth_sweep import estimate_depth
 from minitron_nemo.runtime.forward import estimate_importance, run_forward
 from minitron_nemo.runtime.layout import use_layout
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prepare_data
 from minitron_nemo.stages.import_hf import embedded_teacher

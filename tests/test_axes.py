@@ -9,20 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_nemo.axes import (
-    expert_of,
-    full_shape,
-    join_from_tp,
-    layer_of,
-    local_name,
-    name_in_spec,
-    parameter_axes,
-    parameter_names,
-    split_for_tp,
-    take,
-    with_expert,
-    with_layer,
-)
+from minitron_nemo.axes import full_shape, join_from_tp, parameter_axes, parameter_names, split_for_tp, take
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY, TINY_EXPERTS, bare_model
 
@@ -64,46 +51,11 @@ def test_the_table_splits_as_megatron_does(name: str) -> None:
         assert parameter_axes(parameter).tp_dim == split, parameter
 
 
-def test_transformer_engine_keeps_the_norms_inside_the_linear_that_follows() -> None:
-    shape = variant("nemotron")
-    names = parameter_names(shape, spec="transformer_engine")
-    assert "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight" in names
-    assert "decoder.layers.3.mlp.linear_fc1.layer_norm_bias" in names
-    assert "decoder.final_layernorm.weight" in names
-    assert not any(".input_layernorm" in name or ".pre_mlp_layernorm" in name for name in names)
-    assert [local_name(name) for name in names] == parameter_names(shape)
-    assert [full_shape(name, shape) for name in names] == [full_shape(n, shape) for n in parameter_names(shape)]
-    assert name_in_spec(LAYER + "input_layernorm.weight", "local", shape) == LAYER + "input_layernorm.weight"
-
-
-def test_transformer_engine_numbers_the_weights_of_experts_and_keeps_their_norm_apart() -> None:
-    names = parameter_names(TINY_EXPERTS, spec="transformer_engine")
-    assert LAYER + "mlp.experts.linear_fc2.weight3" in names
-    assert LAYER + "pre_mlp_layernorm.weight" in names  # an expert layer
-    assert "decoder.layers.1.mlp.linear_fc1.layer_norm_weight" in names  # a dense one
-    assert [local_name(name) for name in names] == parameter_names(TINY_EXPERTS)
-
-
 def test_an_unknown_parameter_is_named_beside_the_known_patterns() -> None:
     with pytest.raises(ValueError, match=r"Unknown parameter decoder.*mlp\.router\.bias: .*linear_fc1\.weight"):
         parameter_axes("decoder.layers.0.mlp.router.bias")
     with pytest.raises(ValueError, match=r"spec='te' is not known; use 'local' or 'transformer_engine'"):
         parameter_names(TINY, spec="te")
-
-
-def test_layer_indices_are_read_and_replaced() -> None:
-    assert layer_of("decoder.layers.12.mlp.linear_fc2.weight") == 12
-    assert layer_of("output_layer.weight") is None
-    assert with_layer("decoder.layers.12.mlp.linear_fc2.weight", 3) == "decoder.layers.3.mlp.linear_fc2.weight"
-    assert with_layer("output_layer.weight", 3) == "output_layer.weight"
-
-
-def test_expert_indices_are_read_and_replaced_in_either_spec() -> None:
-    third = "decoder.layers.12.mlp.experts.local_experts.3.linear_fc2.weight"
-    assert expert_of(third) == expert_of("decoder.layers.12.mlp.experts.linear_fc2.weight3") == 3
-    assert expert_of("decoder.layers.12.mlp.shared_experts.linear_fc2.weight") is None
-    assert with_expert(third, 10) == third.replace("experts.3.", "experts.10.")
-    assert with_expert("decoder.layers.12.mlp.router.weight", 10) == "decoder.layers.12.mlp.router.weight"
 
 
 @pytest.mark.parametrize("name", VARIANTS)

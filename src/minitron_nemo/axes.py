@@ -5,297 +5,37 @@
     ...mlp.experts.local_experts.{e}.linear_fc2.weight     (hidden, expert_ffn)    expert tp splits dim 1
 
 Pruning, tensor-parallel splitting, import, export and counting all read this table, so a new architecture is new rows.
-A dim is an axis expression: a named axis as it is (`hidden`, `ffn`, `vocab`, `kv_channels`), or one spelled out
-
-    QKV rows       group x (heads per group + 2) x kv_channels: per group its query heads, then key, then value
-    head columns   head x kv_channels
-    fc1 rows       [gate; up] x ffn where gated, else ffn; each tp rank holds [its gate; its up]
+A dim is an axis expression: a named axis as it is (`hidden`, `ffn`, `vocab`, `kv_channels`), or one spelled out, as
+axis_expressions.py does.
 
 Full means not split: what one rank holds at tensor_model_parallel_size=1, under its global layer and expert index.
-Names are those of the bare `megatron.core` GPTModel, in the local spec; the transformer-engine spec keeps the two layer
-norms inside the linear that follows and numbers the weights of experts (`local_name`, `name_in_spec`). Nothing here
+Names are those of the bare `megatron.core` GPTModel, in the local spec; places.py knows the other. Nothing here
 communicates.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minitron_nemo.axis_expressions import Axis, Fc1Rows, HeadColumns, KeptOfAxes, Named, NormGamma, QkvRows
 from minitron_nemo.checks import require
+from minitron_nemo.places import (
+    EMBEDDING,
+    EXPERT,
+    FINAL_NORM,
+    LAYER,
+    NORMS_OF_LAYER,
+    OUTPUT,
+    layer_of,
+    name_in_spec,
+    pattern_of,
+)
 from minitron_nemo.shape import ModelShape
-
-Kept = Mapping[str, Tensor]
-"""Named axis (`hidden`, `ffn`, `head`, `group`, `expert`, `expert_ffn`, `shared_expert_ffn`) -> kept global indices
-[k], int64, for one parameter's layer, and for its expert where it has one.
-An axis that is absent is kept whole. `hidden` may be a basis instead: [h, k] of a floating dtype, orthonormal columns.
-`head_partner` [k] int64 names for each kept head a dropped head of its group that is merged into it, or -1
-(`QueryRows`). Of a turned stream `folded` [h] is what a parameter's hidden channels are multiplied by before the basis:
-for what reads a norm, the norm's gamma. `norm_scale`, a scalar, multiplies the gamma of a norm (`NormGamma`)."""
-
-# ---- axis expressions ------------------------------------------------------------------------------------------------
-
-
-class Axis:
-    """What one dim of a parameter is made of."""
-
-    def size(self, shape: ModelShape) -> int:
-        """Length of the dim in full form."""
-        raise NotImplementedError
-
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        """Positions along this dim that stay, in the order of the result; None: all of them."""
-        raise NotImplementedError
-
-    def stretches(self, shape: ModelShape) -> tuple[int, ...]:
-        """Lengths of the consecutive stretches that tensor parallelism splits each by itself."""
-        return (self.size(shape),)
-
-    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
-        """`full` with this dim cut down to what is kept: the one place where a plan entry meets a weight."""
-        rows = self.kept_rows(shape, kept)
-        return full if rows is None else _choose(full, dim, rows)
-
-    def mixes(self, kept: Kept) -> bool:
-        """Whether `reduce` makes new entries of this dim's, rather than only leaving some out."""
-        return False
-
-    def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
-        """The axes of the separate matrices fused along dim 0; a plain axis fuses nothing."""
-        return (self,)
-
-    def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-        """The separate matrices fused along dim 0, one for each of `parts`."""
-        return (full,)
-
-    def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-        """Inverse of `unfuse`, for pruned parts too."""
-        (full,) = parts
-        return full
-
-
-class Fused(Axis):
-    """Several matrices in one, along dim 0: each is cut along its own axis."""
-
-    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
-        assert dim == 0
-        whole = self.unfuse(full, shape)
-        cut = [part.reduce(piece, 0, shape, kept) for part, piece in zip(self.parts(shape), whole, strict=True)]
-        if all(after is before for after, before in zip(cut, whole, strict=True)):
-            return full
-        return self.fuse(cut, shape)
-
-
-_DIM_OF_AXIS = {
-    "hidden": "hidden_size",
-    "ffn": "ffn_hidden_size",
-    "vocab": "padded_vocab_size",
-    "kv_channels": "kv_channels",
-    "expert": "num_moe_experts",
-    "expert_ffn": "moe_ffn_hidden_size",
-    "shared_expert_ffn": "moe_shared_expert_intermediate_size",
-}
-
-
-@dataclass(frozen=True)
-class Named(Axis):
-    """A named axis as it is."""
-
-    axis: str
-
-    def size(self, shape: ModelShape) -> int:
-        return getattr(shape, _DIM_OF_AXIS[self.axis])
-
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        return kept.get(self.axis)
-
-    def mixes(self, kept: Kept) -> bool:
-        entry = kept.get(self.axis)
-        return entry is not None and entry.is_floating_point()
-
-    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
-        if not self.mixes(kept):
-            return super().reduce(full, dim, shape, kept)
-        dtype = torch.promote_types(full.dtype, torch.float32)  # products of bf16 entries, over thousands of channels
-        entries = full.movedim(dim, -1).to(dtype)
-        if "folded" in kept:
-            entries = entries * kept["folded"].to(full.device, dtype)
-        turned = entries @ kept[self.axis].to(full.device, dtype)
-        return turned.to(full.dtype).movedim(-1, dim).contiguous()
-
-
-@dataclass(frozen=True)
-class NormGamma(Named):
-    """The channels of a norm's weight; stored as gamma, or as gamma - 1 (LayerNorm1p)."""
-
-    def mixes(self, kept: Kept) -> bool:
-        return super().mixes(kept) or "norm_scale" in kept
-
-    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
-        """The kept channels' gamma, or 1 in a turned stream, where the readers have taken it in; times the scale."""
-        if not self.mixes(kept):
-            return super().reduce(full, dim, shape, kept)
-        gamma, rows = norm_gamma(full, shape), self.kept_rows(shape, kept)
-        if super().mixes(kept):
-            gamma = gamma.new_ones(kept[self.axis].size(1))
-        elif rows is not None:
-            gamma = _choose(gamma, dim, rows)
-        if "norm_scale" in kept:
-            gamma = gamma * kept["norm_scale"].to(gamma)
-        return (gamma - _gamma_offset(shape)).to(full.dtype)
-
-
-def norm_gamma(stored: Tensor, shape: ModelShape) -> Tensor:
-    """What a norm multiplies by, from its weight as it is stored; float32 at least."""
-    return stored.to(torch.promote_types(stored.dtype, torch.float32)) + _gamma_offset(shape)
-
-
-def _gamma_offset(shape: ModelShape) -> float:
-    return 1.0 if shape.normalization == "LayerNorm1p" else 0.0
-
-
-@dataclass(frozen=True)
-class HeadColumns(Axis):
-    """head x kv_channels: what the output projection reads."""
-
-    def size(self, shape: ModelShape) -> int:
-        return shape.query_projection_size
-
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        grouped = kept_heads_by_group(shape, kept)
-        if grouped is None:
-            return None
-        return _rows_of_blocks([head for _, heads in grouped for head in heads], shape.kv_channels)
-
-
-@dataclass(frozen=True)
-class QueryRows(HeadColumns):
-    """head x kv_channels of the query projection, where a dropped head may leave its difference to a kept one."""
-
-    def mixes(self, kept: Kept) -> bool:
-        return "head_partner" in kept
-
-    def reduce(self, full: Tensor, dim: int, shape: ModelShape, kept: Kept) -> Tensor:
-        """Kept heads; one with a partner becomes head + (head - partner) (arXiv:2407.14679, section 2.3)."""
-        cut = super().reduce(full, dim, shape, kept)
-        partner = kept.get("head_partner")
-        if partner is None:
-            return cut
-        assert dim == 0
-        partner = partner.to(full.device)
-        paired = partner >= 0
-        heads, channels = cut.unflatten(0, (-1, shape.kv_channels)).clone(), (-1, shape.kv_channels)
-        theirs = full.unflatten(0, channels).index_select(0, partner[paired])
-        heads[paired] = (2 * heads[paired].float() - theirs.float()).to(full.dtype)
-        return heads.flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class GroupRows(Axis):
-    """group x kv_channels: rows of the key or the value projection."""
-
-    def size(self, shape: ModelShape) -> int:
-        return shape.num_query_groups * shape.kv_channels
-
-    def kept_rows(self, shape: ModelShape, kept: Kept) -> Tensor | None:
-        grouped = kept_heads_by_group(shape, kept)
-        return None if grouped is None else _rows_of_blocks([group for group, _ in grouped], shape.kv_channels)
-
-
-@dataclass(frozen=True)
-class Fc1Rows(Fused):
-    """[gate; up] x neurons where gated, else neurons."""
-
-    neurons: Named
-
-    def size(self, shape: ModelShape) -> int:
-        return sum(self.stretches(shape))
-
-    def stretches(self, shape: ModelShape) -> tuple[int, ...]:
-        return tuple(part.size(shape) for part in self.parts(shape))
-
-    def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
-        return (self.neurons,) * (2 if shape.gated_linear_unit else 1)
-
-    def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-        """gate, up: [f, ...] each; ungated: up alone."""
-        return full.split(list(self.stretches(shape)))
-
-    def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-        return torch.cat(list(parts))
-
-
-@dataclass(frozen=True)
-class QkvRows(Fused):
-    """group x (heads per group + 2) x kv_channels."""
-
-    def size(self, shape: ModelShape) -> int:
-        return shape.qkv_projection_size
-
-    def parts(self, shape: ModelShape) -> tuple[Axis, ...]:
-        return (QueryRows(), GroupRows(), GroupRows())
-
-    def unfuse(self, full: Tensor, shape: ModelShape) -> tuple[Tensor, ...]:
-        """query [n*d, ...], key [g*d, ...], value [g*d, ...], each head after head."""
-        blocks = full.unflatten(0, (shape.num_query_groups, shape.heads_per_group + 2, shape.kv_channels))
-        query, key, value = blocks.split([shape.heads_per_group, 1, 1], dim=1)
-        return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
-
-    def fuse(self, parts: Sequence[Tensor], shape: ModelShape) -> Tensor:
-        groups = parts[1].shape[0] // shape.kv_channels
-        blocks = [part.unflatten(0, (groups, -1, shape.kv_channels)) for part in parts]
-        return torch.cat(blocks, dim=1).flatten(0, 2)
-
-
-def kept_heads_by_group(shape: ModelShape, kept: Kept) -> list[tuple[int, list[int]]] | None:
-    """Each kept group with its kept heads, global indices, in the order the target model holds them; None: all stay.
-
-    Raises: ValueError: a kept head lies in a group that is not kept, or the groups keep unequal numbers of heads.
-    """
-    if "head" not in kept and "group" not in kept:
-        return None
-    per_group = shape.heads_per_group
-    groups = kept["group"].tolist() if "group" in kept else list(range(shape.num_query_groups))
-    if "head" in kept:
-        heads = kept["head"].tolist()
-    else:
-        heads = [group * per_group + slot for group in groups for slot in range(per_group)]
-    homeless = [head for head in heads if head // per_group not in groups]
-    require(
-        not homeless,
-        f"kept heads {homeless} belong to query groups that are not kept (kept groups: {groups}, {per_group} heads per "
-        "group). Keep their groups too, or drop these heads.",
-    )
-    grouped = [(group, [head for head in heads if head // per_group == group]) for group in groups]
-    counts = [len(heads_of_group) for _, heads_of_group in grouped]
-    require(
-        len(set(counts)) == 1 and counts[0] > 0,
-        f"the kept query groups {groups} would keep {counts} heads: each needs equally many, at least one. "
-        "Rank heads within their group.",
-    )
-    return grouped
-
-
-_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _choose(full: Tensor, dim: int, rows: Tensor) -> Tensor:
-    """`full.index_select(dim, rows)`; columns on CPU through numpy, whose gather is 2 to 4 times faster there."""
-    if dim == 0 or dim != full.dim() - 1 or full.device.type != "cpu":
-        return full.index_select(dim, rows.to(full.device))
-    as_integers = full.detach().view(_INTEGER_OF_SIZE[full.itemsize]).numpy()  # numpy has no bf16
-    return torch.from_numpy(as_integers.take(rows.cpu().numpy(), axis=-1)).view(full.dtype)
-
-
-def _rows_of_blocks(blocks: list[int], channels: int) -> Tensor:
-    """Rows of consecutive blocks of `channels` rows each: [len(blocks) * channels]."""
-    return (torch.tensor(blocks).unsqueeze(1) * channels + torch.arange(channels)).flatten()
-
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
@@ -364,12 +104,11 @@ _HIDDEN, _FFN, _VOCAB, _CHANNELS = Named("hidden"), Named("ffn"), Named("vocab")
 _GAMMA = NormGamma("hidden")
 _QKV, _HEADS, _FC1 = QkvRows(), HeadColumns(), Fc1Rows(_FFN)
 _EXPERT, _EXPERT_FFN, _SHARED_FFN = Named("expert"), Named("expert_ffn"), Named("shared_expert_ffn")
-_LAYER = "decoder.layers.{i}."
-_ATTENTION, _DENSE_MLP = _LAYER + "self_attention.", _LAYER + "mlp."
-_ROUTER, _SHARED = _LAYER + "mlp.router.", _LAYER + "mlp.shared_experts."
-_ONE_EXPERT = _LAYER + "mlp.experts.local_experts.{e}."
-_INPUT_NORM, _MLP_NORM = _LAYER + "input_layernorm.weight", _LAYER + "pre_mlp_layernorm.weight"
-_FINAL_NORM = "decoder.final_layernorm.weight"
+_ATTENTION, _DENSE_MLP = LAYER + "self_attention.", LAYER + "mlp."
+_ROUTER, _SHARED, _ONE_EXPERT = _DENSE_MLP + "router.", _DENSE_MLP + "shared_experts.", _DENSE_MLP + EXPERT
+_INPUT_NORM, _MLP_NORM = (LAYER + norm.name + ".weight" for norm in NORMS_OF_LAYER)
+_INPUT_NORM_BIAS, _MLP_NORM_BIAS = (LAYER + norm.name + ".bias" for norm in NORMS_OF_LAYER)
+_FINAL_NORM, _FINAL_NORM_BIAS = FINAL_NORM + ".weight", FINAL_NORM + ".bias"
 
 
 def _expert_row(
@@ -385,9 +124,9 @@ def _shared_row(
 
 
 AXIS_TABLE: tuple[ParameterAxes, ...] = (
-    ParameterAxes("embedding.word_embeddings.weight", (_VOCAB, _HIDDEN), tp_dim=0),
+    ParameterAxes(EMBEDDING, (_VOCAB, _HIDDEN), tp_dim=0),
     ParameterAxes(_INPUT_NORM, (_GAMMA,)),
-    ParameterAxes(_LAYER + "input_layernorm.bias", (_HIDDEN,), norm=_INPUT_NORM, present=_biased_norm),
+    ParameterAxes(_INPUT_NORM_BIAS, (_HIDDEN,), norm=_INPUT_NORM, present=_biased_norm),
     ParameterAxes(_ATTENTION + "linear_qkv.weight", (_QKV, _HIDDEN), tp_dim=0, norm=_INPUT_NORM),
     ParameterAxes(_ATTENTION + "linear_qkv.bias", (_QKV,), tp_dim=0, present=_qkv_bias),
     ParameterAxes(_ATTENTION + "q_layernorm.weight", (_CHANNELS,), present=_qk_norm),
@@ -397,7 +136,7 @@ AXIS_TABLE: tuple[ParameterAxes, ...] = (
     ParameterAxes(_ATTENTION + "linear_proj.weight", (_HIDDEN, _HEADS), tp_dim=1),
     ParameterAxes(_ATTENTION + "linear_proj.bias", (_HIDDEN,), present=_linear_bias),
     ParameterAxes(_MLP_NORM, (_GAMMA,)),
-    ParameterAxes(_LAYER + "pre_mlp_layernorm.bias", (_HIDDEN,), norm=_MLP_NORM, present=_biased_norm),
+    ParameterAxes(_MLP_NORM_BIAS, (_HIDDEN,), norm=_MLP_NORM, present=_biased_norm),
     ParameterAxes(_DENSE_MLP + "linear_fc1.weight", (_FC1, _HIDDEN), tp_dim=0, norm=_MLP_NORM, in_layer=_dense),
     ParameterAxes(_DENSE_MLP + "linear_fc1.bias", (_FC1,), tp_dim=0, present=_linear_bias, in_layer=_dense),
     ParameterAxes(_DENSE_MLP + "linear_fc2.weight", (_HIDDEN, _FFN), tp_dim=1, in_layer=_dense),
@@ -408,68 +147,16 @@ AXIS_TABLE: tuple[ParameterAxes, ...] = (
     _shared_row(_SHARED + "linear_fc1.weight", (Fc1Rows(_SHARED_FFN), _HIDDEN), tp_dim=0, norm=_MLP_NORM),
     _shared_row(_SHARED + "linear_fc2.weight", (_HIDDEN, _SHARED_FFN), tp_dim=1),
     ParameterAxes(_FINAL_NORM, (_GAMMA,)),
-    ParameterAxes("decoder.final_layernorm.bias", (_HIDDEN,), norm=_FINAL_NORM, present=_biased_norm),
-    ParameterAxes("output_layer.weight", (_VOCAB, _HIDDEN), tp_dim=0, norm=_FINAL_NORM, present=_untied),
+    ParameterAxes(_FINAL_NORM_BIAS, (_HIDDEN,), norm=_FINAL_NORM, present=_biased_norm),
+    ParameterAxes(OUTPUT, (_VOCAB, _HIDDEN), tp_dim=0, norm=_FINAL_NORM, present=_untied),
 )
 """Every parameter of a Megatron-core GPT model, in the order they are streamed; layers repeat as a block, and the
 experts within a layer."""
 
 _ROW_OF_PATTERN = {row.pattern: row for row in AXIS_TABLE}
 
-_TRANSFORMER_ENGINE_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
 
-# ---- names -----------------------------------------------------------------------------------------------------------
-
-_LAYER_INDEX = re.compile(r"^decoder\.layers\.(\d+)\.")
-_EXPERT_INDEX = re.compile(r"\.experts\.local_experts\.(\d+)\.")
-_GROUPED_EXPERT = re.compile(r"\.experts\.(linear_fc[12])\.weight(\d+)$")
-
-
-def layer_of(name: str) -> int | None:
-    """Global layer index, from 0, of a parameter; None outside the layers."""
-    found = _LAYER_INDEX.match(name)
-    return int(found.group(1)) if found else None
-
-
-def with_layer(name: str, index: int) -> str:
-    """The same parameter of layer `index`; a name outside the layers stays as it is."""
-    return _LAYER_INDEX.sub(f"decoder.layers.{index}.", name)
-
-
-def expert_of(name: str) -> int | None:
-    """Index, from 0, of the routed expert a parameter belongs to; None outside the experts."""
-    found = _EXPERT_INDEX.search(local_name(name))
-    return int(found.group(1)) if found else None
-
-
-def with_expert(name: str, index: int) -> str:
-    """The same parameter of expert `index`, local spec; a name outside the experts stays as it is."""
-    return _EXPERT_INDEX.sub(f".experts.local_experts.{index}.", local_name(name))
-
-
-def local_name(name: str) -> str:
-    """The local-spec name of a parameter named in either spec."""
-    for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
-        name = name.replace(fused, local)
-    return _GROUPED_EXPERT.sub(r".experts.local_experts.\2.\1.weight", name)
-
-
-def name_in_spec(name: str, spec: str, shape: ModelShape) -> str:
-    """A local-spec name as it is called in `spec`: "local" or "transformer_engine" (with grouped experts)."""
-    require(
-        spec in ("local", "transformer_engine"), f"spec={spec!r} is not known; use 'local' or 'transformer_engine'."
-    )
-    if spec == "local":
-        return name
-    layer = layer_of(name)
-    for local, fused in _TRANSFORMER_ENGINE_NAMES.items():
-        if "mlp" in fused and layer is not None and shape.has_experts(layer):
-            continue  # nothing to fuse it with: the router and every expert read this norm
-        name = name.replace(local, fused)
-    return re.sub(r"\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r".\2.weight\1", name)
+# ---- by name ---------------------------------------------------------------------------------------------------------
 
 
 def parameter_names(shape: ModelShape, spec: str = "local") -> list[str]:
@@ -492,8 +179,7 @@ def parameter_axes(name: str) -> ParameterAxes:
 
     Raises: ValueError: the table has no such parameter; lists those it has.
     """
-    pattern = _EXPERT_INDEX.sub(".experts.local_experts.{e}.", _LAYER_INDEX.sub(_LAYER, local_name(name)))
-    row = _ROW_OF_PATTERN.get(pattern)
+    row = _ROW_OF_PATTERN.get(pattern_of(name))
     require(
         row is not None,
         f"Unknown parameter {name}: the axis table has no row for it, so it can neither be split nor pruned. "
@@ -562,7 +248,7 @@ def join_from_tp(shards: Sequence[Tensor], axes: ParameterAxes, shape: ModelShap
 # ---- pruning ---------------------------------------------------------------------------------------------------------
 
 
-def take(full: Tensor, name: str, source_shape: ModelShape, kept: Kept) -> Tensor:
+def take(full: Tensor, name: str, source_shape: ModelShape, kept: KeptOfAxes) -> Tensor:
     """A full parameter pruned along its named axes: rows and columns in the target model's order.
 
     Args:

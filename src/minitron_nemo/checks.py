@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class Mistake(ValueError):
@@ -45,6 +46,12 @@ def require_divisible(name: str, value: int, by_name: str, by: int) -> None:
         f"{name}={value} cannot be split over {by_name}={by}. "
         f"Nearest that can: {nearest_multiples(value, by)}. Change {name} or {by_name}.",
     )
+
+
+def require_files(folder: Path, files: Iterable[str], what: str, mend: str) -> None:
+    """FileNotFoundError unless `folder` holds every one of `files`, which make up `what`."""
+    for file in files:
+        require((folder / file).is_file(), f"{folder} holds no {what}: {file} is missing. {mend}", FileNotFoundError)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from minitron_nemo import platform
 from minitron_nemo.attention import FusedCausalAttention
+from minitron_nemo.places import NORMS_OF_LAYER, PRE_MLP_NORM
 from minitron_nemo.shape import ModelShape
 
 if not hasattr(moe_utils, "te_general_gemm"):
@@ -145,11 +146,11 @@ def _layer_spec(config: TransformerConfig, *, experts: int | None) -> ModuleSpec
         layer.submodules.sharded_state_dict_keys_map = {
             ours: theirs
             for ours, theirs in layer.submodules.sharded_state_dict_keys_map.items()
-            if not ours.startswith("pre_mlp_layernorm")
+            if not ours.startswith(PRE_MLP_NORM.name)
         }
     layer.submodules.self_attention.submodules.core_attention = FusedCausalAttention
-    layer.submodules.input_layernorm = PlainNorm
-    layer.submodules.pre_mlp_layernorm = PlainNorm
+    for norm in NORMS_OF_LAYER:
+        setattr(layer.submodules, norm.name, PlainNorm)
     if config.qk_layernorm:
         layer.submodules.self_attention.submodules.q_layernorm = PlainNorm
         layer.submodules.self_attention.submodules.k_layernorm = PlainNorm

@@ -70,9 +70,10 @@ def rank_zero_says(value: T) -> T:
 
 
 def agree(value: Tensor) -> Tensor:
-    """Rank 0's tensor on every rank; each has one of this shape and dtype on its device. Communicates: all ranks.
+    """Rank 0's tensor on every rank, where all have one of this shape and dtype on their device.
 
     For choices that follow from numbers: of nearly equal ones another processor may choose others.
+    Communicates: all ranks.
     """
     return broadcast_from(value, source=0, group=world())
 

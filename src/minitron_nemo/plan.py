@@ -31,27 +31,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_nemo.checks import require
-from minitron_nemo.shape import ModelShape
+from minitron_nemo.checks import require, require_files
+from minitron_nemo.shape import DIM_OF_AXIS, PRUNABLE_AXES, ModelShape
 
-DIM_OF_AXIS = {
-    "hidden": "hidden_size",
-    "ffn": "ffn_hidden_size",
-    "head": "num_attention_heads",
-    "group": "num_query_groups",
-    "layer": "num_layers",
-    "expert": "num_moe_experts",
-    "expert_ffn": "moe_ffn_hidden_size",
-    "shared_expert_ffn": "moe_shared_expert_intermediate_size",
-}
 _BESIDE_AXES = ("head_partner", "norm_scale")
-_OF_A_LAYER = ("ffn", "head", "group", "expert", "shared_expert_ffn")
+OF_A_LAYER = ("ffn", "head", "group", "expert", "shared_expert_ffn")
+"""Axes of which every layer keeps its own, one row a layer."""
 INDICES, DESCRIPTION = "plan.safetensors", "plan.json"
 
 
 def axes_of(shape: ModelShape) -> list[str]:
     """The named axes a model of this shape has, as a plan calls them."""
-    return [axis for axis, dim in DIM_OF_AXIS.items() if dim in shape.prunable_dims]
+    return [axis for axis in PRUNABLE_AXES if DIM_OF_AXIS[axis] in shape.prunable_dims]
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         require_prunable(self.source, self.target)
-        for axis in DIM_OF_AXIS:
+        for axis in PRUNABLE_AXES:
             present = axis in axes_of(self.source)
             require(
                 (getattr(self, axis) is not None) == present,
@@ -104,7 +95,7 @@ class PruningPlan:
         if axis == "hidden" and self.has_basis:
             self._check_basis(have, keep)
             return
-        rows: tuple[int, ...] = (self.source.num_layers,) if axis in _OF_A_LAYER else ()
+        rows: tuple[int, ...] = (self.source.num_layers,) if axis in OF_A_LAYER else ()
         if axis == "expert_ffn":
             rows = (self.source.num_layers, self.source.num_moe_experts or 0)
         require(
@@ -195,7 +186,7 @@ class PruningPlan:
         """
         kept = {"hidden": self.hidden}
         if source_layer is not None:
-            kept |= {axis: getattr(self, axis)[source_layer] for axis in axes_of(self.source) if axis in _OF_A_LAYER}
+            kept |= {axis: getattr(self, axis)[source_layer] for axis in axes_of(self.source) if axis in OF_A_LAYER}
         if source_layer is not None and expert is not None:
             assert self.expert_ffn is not None
             kept["expert_ffn"] = self.expert_ffn[source_layer, expert]
@@ -208,11 +199,6 @@ class PruningPlan:
         if axis == "hidden" and self.has_basis:
             return False
         return getattr(self.source, DIM_OF_AXIS[axis]) == getattr(self.target, DIM_OF_AXIS[axis])
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the student is the teacher."""
-        return self.norm_scale is None and all(self._stays_whole(axis) for axis in axes_of(self.source))
 
     def describe(self) -> str:
         """A few lines a person reads before paying for the run."""
@@ -236,7 +222,7 @@ class PruningPlan:
         """Write the two files into `folder`; call it on one rank."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        entries = {axis: getattr(self, axis) for axis in (*DIM_OF_AXIS, *_BESIDE_AXES) if axis != "layer"}
+        entries = {axis: getattr(self, axis) for axis in (*PRUNABLE_AXES, *_BESIDE_AXES) if axis != "layer"}
         save_file(
             {axis: entry.contiguous().cpu() for axis, entry in entries.items() if entry is not None}, folder / INDICES
         )
@@ -257,16 +243,11 @@ class PruningPlan:
     def load(cls, folder: Path | str) -> PruningPlan:
         """Read and check what `save` wrote. Raises: FileNotFoundError: a file is missing. ValueError: not a plan."""
         folder = Path(folder)
-        for file in (INDICES, DESCRIPTION):
-            require(
-                (folder / file).is_file(),
-                f"{folder} holds no pruning plan: {file} is missing. Run the prune stage to its end, or save a plan "
-                "there.",
-                FileNotFoundError,
-            )
+        mend = "Run the prune stage to its end, or save a plan there."
+        require_files(folder, (INDICES, DESCRIPTION), "pruning plan", mend)
         description = json.loads((folder / DESCRIPTION).read_text())
         entries = load_file(folder / INDICES)
-        known = {*DIM_OF_AXIS, *_BESIDE_AXES} - {"layer"}
+        known = {*PRUNABLE_AXES, *_BESIDE_AXES} - {"layer"}
         require(
             set(entries) <= known,
             f"{folder / INDICES} holds {', '.join(sorted(set(entries) - known))}, which is no axis of a plan; known: "

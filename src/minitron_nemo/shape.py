@@ -25,6 +25,20 @@ PRUNABLE_DIMS = (
 )
 """Every dim that pruning can change; `ModelShape.prunable_dims` are those a model has."""
 
+DIM_OF_AXIS = {
+    "hidden": "hidden_size",
+    "ffn": "ffn_hidden_size",
+    "head": "num_attention_heads",
+    "group": "num_query_groups",
+    "layer": "num_layers",
+    "expert": "num_moe_experts",
+    "expert_ffn": "moe_ffn_hidden_size",
+    "shared_expert_ffn": "moe_shared_expert_intermediate_size",
+    "vocab": "padded_vocab_size",
+    "kv_channels": "kv_channels",
+}
+"""Named axis -> the dim that is its size."""
+PRUNABLE_AXES = tuple(axis for axis, dim in DIM_OF_AXIS.items() if dim in PRUNABLE_DIMS)
 
 _EXPERT_FIELDS = (
     "moe_ffn_hidden_size",

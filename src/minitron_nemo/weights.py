@@ -20,19 +20,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor, nn
 
-from minitron_nemo.axes import (
-    ParameterAxes,
-    expert_of,
-    full_shape,
-    join_from_tp,
-    layer_of,
-    local_name,
-    parameter_axes,
-    parameter_names,
-    split_for_tp,
-    with_expert,
-    with_layer,
-)
+from minitron_nemo.axes import ParameterAxes, full_shape, join_from_tp, parameter_axes, parameter_names, split_for_tp
 from minitron_nemo.checks import require
 from minitron_nemo.parallel import (
     Groups,
@@ -43,9 +31,8 @@ from minitron_nemo.parallel import (
     group_rank,
     group_size,
 )
+from minitron_nemo.places import EMBEDDING, OUTPUT, expert_of, layer_of, local_name, with_expert, with_layer
 from minitron_nemo.shape import ModelShape
-
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def bare_gpt(model: nn.Module) -> GPTModel:
@@ -101,7 +88,7 @@ def stream_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups) 
     on_stage = _first_holders({name: (parameter.dtype,) for name, parameter in mine.items()}, groups.ep)
     home_of = _first_holders(on_stage, groups.pp)  # name -> (pipeline stage, expert-parallel rank, dtype)
     if shape.share_embeddings_and_output_weights:
-        home_of.pop(_OUTPUT, None)
+        home_of.pop(OUTPUT, None)
     names = parameter_names(shape)
     _require_same_names(set(home_of), set(names))
     device = next(iter(mine.values())).device
@@ -144,15 +131,15 @@ def load_full_parameters(model: nn.Module, shape: ModelShape, groups: Groups, re
     Raises: ValueError: a parameter of another size than `shape` says, or one the model lacks on every stage.
     """
     mine = local_parameters(model)
-    if shape.share_embeddings_and_output_weights and _OUTPUT in mine and _EMBEDDING in mine:
-        del mine[_OUTPUT]  # one stage: the two names are one tensor, or the second is unused
+    if shape.share_embeddings_and_output_weights and OUTPUT in mine and EMBEDDING in mine:
+        del mine[OUTPUT]  # one stage: the two names are one tensor, or the second is unused
     with torch.no_grad():
-        for name in [*parameter_names(shape), _OUTPUT]:
+        for name in [*parameter_names(shape), OUTPUT]:
             parameter = mine.pop(name, None)
             if parameter is None:
                 continue
-            tied = name == _OUTPUT and shape.share_embeddings_and_output_weights
-            full = read(_EMBEDDING if tied else name)
+            tied = name == OUTPUT and shape.share_embeddings_and_output_weights
+            full = read(EMBEDDING if tied else name)
             _require_sizes(name, full, full_shape(name, shape))
             row = parameter_axes(name)
             tp = _tp_of(row, groups)

@@ -19,7 +19,6 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.testing import assert_close
 
-from importance.gathering_attention import build_context_parallel_gpt
 from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.distillation.hidden_states import STATE_LOSSES, relation_divergence
 from minitron_nemo.distillation.teacher import LiveTeacher
@@ -27,6 +26,7 @@ from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_te
 from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import local_parameters, stream_full_parameters
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, build_gpt, causal_mask, smaller
 from support.ranks import Ranks
 

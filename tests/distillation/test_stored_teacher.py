@@ -14,7 +14,6 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.testing import assert_close
 
-from importance.gathering_attention import build_context_parallel_gpt, positions_on
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.distillation.loss import LOSS, Loss
 from minitron_nemo.distillation.output_head import output_weight, without_logits
@@ -26,6 +25,7 @@ from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.parallel import Groups
 from minitron_nemo.text.teacher_store import StoreFormat
 from minitron_nemo.weights import stream_full_parameters
+from support.gathering_attention import build_context_parallel_gpt, positions_on
 from support.megatron import TINY, build_gpt, causal_mask, run_gpt, smaller
 from support.ranks import Ranks
 

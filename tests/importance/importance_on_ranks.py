@@ -6,15 +6,16 @@ import dataclasses
 from typing import Any
 
 import torch
-from gathering_attention import build_context_parallel_gpt
 from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.importance import Importance, ImportanceEstimator
+from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.parallel import Groups
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, build_gpt, run_gpt
 
 NUM_SAMPLES, TOKENS = 6, 12

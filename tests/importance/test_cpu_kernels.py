@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from minitron_nemo.activations.tokens import TokenMask
 from minitron_nemo.importance import cpu_kernels, statistics
-from minitron_nemo.importance.statistics import TokenMask, sums_of_tokens
+from minitron_nemo.importance.statistics import sums_of_tokens
 
 Sums = Callable[[Tensor, TokenMask], Tensor]
 
@@ -22,7 +23,7 @@ def by_kernel(activation: Tensor, mask: TokenMask) -> Tensor:
 
 
 def by_torch(activation: Tensor, mask: TokenMask) -> Tensor:
-    return sums_of_tokens(activation, mask.kept)
+    return sums_of_tokens(activation, mask.positions)
 
 
 both = pytest.mark.parametrize("sums_of", [by_kernel, by_torch], ids=["kernel", "torch"])

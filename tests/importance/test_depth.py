@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from gathering_attention import build_context_parallel_gpt
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import get_batch_on_this_cp_rank
@@ -20,6 +19,7 @@ from minitron_nemo.importance.depth import DepthEstimator, DepthScores
 from minitron_nemo.importance.removal import LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups
 from support.depth_by_hand import block_influence_by_hand, costs_by_hand, whole_logits, without_layers
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, build_gpt, causal_mask
 from support.ranks import Ranks
 

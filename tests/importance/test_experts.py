@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from importance_by_hand import PAIRS
 from torch import Tensor
 
-from minitron_nemo.importance import Importance, ImportanceEstimator
+from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
+from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.importance.experts import expert_moments, watch_experts
-from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.scores import moments_of_sequence
-from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.parallel import Groups, group_rank, group_size
+from minitron_nemo.scores import Importance, moments_of_sequence
 from support.megatron import TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller
 from support.ranks import Ranks
 
@@ -29,7 +28,7 @@ MASKS[2][1] = 0  # a sample of which nothing counts
 def estimate(batches: list[Tensor], masks: list[Tensor], **overrides: Any) -> dict[str, Tensor]:
     """Moments of this rank's share of the batches, merged over all ranks."""
     model, groups = build_gpt(SHAPE, **overrides), Groups.from_megatron()
-    current, handles = MicroBatch(), []
+    current, handles = AnnouncedBatch(call="Call announce", give="Announce"), []
     watches = watch_experts(model, SHAPE, groups, current, handles)
     mine = slice(group_rank(groups.dp), None, group_size(groups.dp))
     with torch.no_grad():
@@ -103,16 +102,6 @@ def test_masked_tokens_contribute_nothing_and_the_micro_batch_size_changes_nothi
     assert_same(estimate(list(rows.split(1)), list(masks.split(1))), by_hand(BATCHES, MASKS), "one sample at a time")
     nothing = estimate(BATCHES, [torch.zeros(2, 8)] * 4)
     assert all(tensor.abs().max() == 0 for tensor in nothing.values())
-
-
-def test_a_forward_pass_that_was_not_announced_is_refused() -> None:
-    model, current = build_gpt(SHAPE), MicroBatch()
-    watch_experts(model, SHAPE, Groups.from_megatron(), current, [])
-    with pytest.raises(RuntimeError, match=r"decoder\.layers\.0\.mlp saw forward pass 1, but 0 micro-batches"):
-        run_gpt(model, BATCHES[0])
-    current.announce(mark_tokens_over(torch.ones(2, 7), groups=[]))
-    with pytest.raises(ValueError, match=r"routes 16 tokens, but the loss mask announced 14 on this rank"):
-        run_gpt(model, BATCHES[0])
 
 
 def importance_of(batches: list[Tensor], masks: list[Tensor], model: Any = None) -> Importance:

@@ -12,15 +12,16 @@ from importance_on_ranks import NUM_SAMPLES, SHAPE, TOKENS, build_model, estimat
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.identity_op import IdentityOp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing import assert_close
 
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.importance import Importance, ImportanceEstimator
+from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import Groups
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
-from support.megatron import TINY_EXPERTS, build_gpt, causal_mask, run_gpt
+from support.megatron import TINY_EXPERTS, build_gpt, causal_mask, fuse_norms, run_gpt
 from support.ranks import Ranks
 
 AXES = ("hidden", "ffn", "head", "group")
@@ -218,22 +219,6 @@ def test_estimating_changes_neither_outputs_nor_weights_nor_modes() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.decoder.layers.modules())
 
 
-def fuse_norms(model: nn.Module) -> nn.Module:
-    """The same model with its norms inside the linears that follow, under transformer-engine's names."""
-    for layer in model.decoder.layers:
-        for name, linear in (
-            ("input_layernorm", layer.self_attention.linear_qkv),
-            ("pre_mlp_layernorm", layer.mlp.linear_fc1),
-        ):
-            norm, plain_forward = getattr(layer, name), linear.forward
-            linear.register_parameter("layer_norm_weight", norm.weight)
-            if norm.bias is not None:
-                linear.register_parameter("layer_norm_bias", norm.bias)
-            linear.forward = lambda x, norm=norm, forward=plain_forward: forward(norm(x))
-            setattr(layer, name, IdentityOp())
-    return model
-
-
 def estimate_fused(tokens: Tensor, mask: Tensor, shape: ModelShape) -> Importance:
     model = fuse_norms(build_gpt(shape))
     with ImportanceEstimator(model, shape, Groups.from_megatron()) as estimator, torch.no_grad():
@@ -261,45 +246,6 @@ def test_merged_halves_are_one_pass_over_both() -> None:
     assert len(merged.origin["merged"]) == 2
 
 
-def test_merged_depth_scores_weigh_each_run_by_its_own_depth_samples(tmp_path: Any) -> None:
-    first, second = (
-        dataclasses.replace(random_scores(SHAPE, seed=1), num_samples=1024, depth={"loss": {1: scores}})
-        for scores in (torch.tensor([1.0, 4.0]), torch.tensor([2.0, 1.0]))
-    )
-    first = dataclasses.replace(first, depth_samples={"loss": 100})
-    second = dataclasses.replace(second, depth_samples={"loss": 300})
-    second.save(tmp_path)
-    merged = Importance.merge([first, Importance.load(tmp_path)])
-    assert_close(merged.layer_scores("loss"), torch.tensor([(1 * 1.0 + 3 * 2.0) / 4, (1 * 4.0 + 3 * 1.0) / 4]))
-    assert merged.depth_samples == {"loss": 400}
-
-
-def test_depth_scores_that_are_no_mean_over_known_samples_do_not_merge() -> None:
-    depth = {"loss": {1: torch.rand(2)}, "order": {1: torch.tensor([1.0, 2.0])}}
-    part = dataclasses.replace(random_scores(SHAPE, seed=1), depth=depth, depth_samples={"loss": 8})
-    with pytest.raises(ValueError, match=r"Depth scores order are no mean over a known number of samples.*depth=False"):
-        Importance.merge([part, part])
-    other = dataclasses.replace(part, depth={}, depth_samples={})
-    assert Importance.merge([part, other], depth=False).depth == {}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"tokenizer_digest": "other"}, r"the tokenizer's digest is None in the first and other in another"),
-        ({"origin": {"head_norm": "after"}}, r"importance.head_norm is before in the first and after in another"),
-        ({"depth": {"loss": {1: torch.zeros(2)}}}, r"depth metrics and their block sizes is \{\} in the first"),
-        ({"shape": dataclasses.replace(SHAPE, rotary_base=5.0)}, r"the model's rotary_base is 10000.0 in the first"),
-    ],
-)
-def test_runs_of_different_measurements_do_not_merge(changes: dict[str, Any], message: str) -> None:
-    first = estimate(*make_samples())
-    if "origin" in changes:
-        changes = {"origin": {**first.origin, **changes["origin"]}}
-    with pytest.raises(ValueError, match=message):
-        Importance.merge([first, dataclasses.replace(first, **changes)])
-
-
 def test_weight_magnitude_is_the_norm_of_a_structures_weights() -> None:
     layers = build_gpt(SHAPE).decoder.layers
     f, d = SHAPE.ffn_hidden_size, SHAPE.kv_channels
@@ -325,15 +271,6 @@ def test_random_scores_are_those_of_the_seed() -> None:
     for axis in AXES:
         assert not torch.equal(other.scores(axis), first.scores(axis)), axis
         assert first.scores(axis).unique().numel() == first.scores(axis).numel(), f"{axis} has ties"
-
-
-def test_importance_round_trips_through_files(tmp_path: Any) -> None:
-    importance = estimate(*make_samples())
-    importance.save(tmp_path / "importance")
-    again = Importance.load(tmp_path / "importance")
-    assert_same_scores(again, importance, "read again", rtol=0)
-    assert (again.shape, again.num_samples, again.origin) == (SHAPE, NUM_SAMPLES, importance.origin)
-    assert again.origin["head_norm"] == "before"
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -436,10 +373,7 @@ def test_every_rank_stops_with_one_message_where_one_of_them_is_not_finite(ranks
     assert second == first
 
 
-def test_unknown_aggregation_error_names_the_near_one() -> None:
-    importance = estimate(*make_samples())
-    with pytest.raises(ValueError, match=r"sequence_aggregation=means is not an aggregation; did you mean mean\?"):
-        importance.scores("ffn", sequence="means")
+def test_values_that_cannot_work_are_named() -> None:
     with pytest.raises(ValueError, match=r"importance.head_norm=befor is not known; did you mean before\?"):
         ImportanceConfig(head_norm="befor")
     with pytest.raises(ValueError, match=r"importance.neurons=pre is not known; .*pre_activation"):

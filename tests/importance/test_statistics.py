@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron_nemo.importance.statistics import add_over, aggregate_sequence, mark_tokens_over, partial_sums
+from minitron_nemo.activations.tokens import mark_tokens_over
+from minitron_nemo.aggregation import aggregate_sequence
+from minitron_nemo.importance.statistics import add_over, partial_sums
 from minitron_nemo.parallel import Groups
 from support.ranks import Ranks
 

@@ -13,7 +13,6 @@ from nemo.collections import llm
 
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.config.trainer import Layout
-from minitron_nemo.importance import Importance
 from minitron_nemo.nemo.models import (
     CrossEntropyGPTModel,
     build_core,
@@ -26,6 +25,7 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.runtime.forward import estimate_importance
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone

@@ -6,20 +6,21 @@ import dataclasses
 
 import pytest
 import torch
-from pruning_examples import random_plan, random_scores
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.config.pruning import SurgeryConfig
-from minitron_nemo.importance import Importance, ImportanceEstimator
+from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, run_gpt
+from support.plans import random_plan, random_scores
 from support.ranks import Ranks
 
 Weights = dict[str, Tensor]

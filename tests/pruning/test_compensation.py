@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
-from pruning_examples import random_plan
 from torch import Tensor
 
-from importance.gathering_attention import build_context_parallel_gpt
 from minitron_nemo.config.pruning import CompensationConfig
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
@@ -24,7 +22,9 @@ from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.compensation import Compensation, compensate
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, causal_mask, run_gpt, smaller
+from support.plans import random_plan
 from support.ranks import Ranks
 
 Weights = dict[str, Tensor]

@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from pruning_examples import random_scores
 from test_compensation import EXPERTS, MASK, TOKENS, Weights, assert_same, calibration, full_weights
 from torch import Tensor
 
-from importance.gathering_attention import build_context_parallel_gpt
 from minitron_nemo.config.pruning import DepthCorrectionConfig
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.pruning.depth_correction import CorrectedRun, correct_depth
 from minitron_nemo.shape import ModelShape
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, build_gpt, run_gpt, smaller
+from support.plans import random_scores
 from support.ranks import Ranks
 
 SHAPE = smaller(TINY, num_layers=8)

@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from pruning_examples import random_plan
 from torch import Tensor
 
 from minitron_nemo.parallel import Groups
@@ -17,6 +16,7 @@ from minitron_nemo.pruning.iterative import targets_of_rounds
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 from support.megatron import TINY, build_gpt
+from support.plans import random_plan
 
 NEMOTRON = ModelShape("nemotron", 32, 6144, 24576, 48, 8, 128, 256000, gated_linear_unit=False)
 

@@ -19,8 +19,6 @@ from rich.console import Console
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.stages import ReportConfig
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.scores import moment_sizes
 from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.report import summary, summary_table
 from minitron_nemo.report.correlation import ranks as places
@@ -29,6 +27,7 @@ from minitron_nemo.report.figures import GRID, INK, PAPER, SERIES, smoothed
 from minitron_nemo.report.rows import count, order_of
 from minitron_nemo.report.run import read_history
 from minitron_nemo.report.scores import kept_mask, share_kept_from_top
+from minitron_nemo.scores import Importance, moment_sizes
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.report import run
 

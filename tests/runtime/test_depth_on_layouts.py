@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.importance import DEPTH_METRICS, DepthConfig, GreedyConfig, ImportanceConfig
 from minitron_nemo.config.trainer import TrainerConfig
-from minitron_nemo.importance import Importance
 from minitron_nemo.importance.depth import DepthScores
 from minitron_nemo.runtime.depth_sweep import estimate_depth, greedy_layers
+from minitron_nemo.scores import Importance
 from minitron_nemo.stages import estimate_importance
 from minitron_nemo.text.questions import Question, read_questions
 from support.depth_by_hand import costs_by_hand, whole_logits, without_layers

@@ -16,12 +16,13 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from minitron_nemo.aggregation import Aggregation
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.importance import Aggregation, Importance
+from minitron_nemo.scores import Importance
 from minitron_nemo.stages import distill, estimate_importance, evaluate, pretrain, prune
 from support.ranks import Ranks, current_layout
 from support.tiny_run import TARGET, TinyRun, read_weights, trainer_values

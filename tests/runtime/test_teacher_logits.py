@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from importance.gathering_attention import build_context_parallel_gpt
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.data import DataConfig
@@ -36,6 +35,7 @@ from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import StoredSamples, TeacherLogits, stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
 from support.artifacts import full_disk
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, smaller
 from support.ranks import Ranks, current_layout
 from support.tiny import SEQ_LENGTH, VOCAB_SIZE

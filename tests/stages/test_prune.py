@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from minitron_nemo.artifact import open_artifact
-from minitron_nemo.importance import Importance
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.composition import compose
+from minitron_nemo.scores import Importance
 from support.artifacts import contents
 from support.door import Door
 from support.tiny import TinyChain

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -126,6 +127,22 @@ def build_gpt(
     model = bare_model(shape, dtype=dtype, **overrides)
     load_full_parameters(model, shape, Groups.from_megatron(), lambda name: random_parameter(name, shape, seed=seed))
     return model.eval()
+
+
+def fuse_norms(model: GPTModel) -> GPTModel:
+    """The same model with its norms inside the linears that follow, under transformer-engine's names."""
+    for layer in model.decoder.layers:
+        for name, linear in (
+            ("input_layernorm", layer.self_attention.linear_qkv),
+            ("pre_mlp_layernorm", layer.mlp.linear_fc1),
+        ):
+            norm, plain_forward = getattr(layer, name), linear.forward
+            linear.register_parameter("layer_norm_weight", norm.weight)
+            if norm.bias is not None:
+                linear.register_parameter("layer_norm_bias", norm.bias)
+            linear.forward = lambda x, norm=norm, forward=plain_forward: forward(norm(x))
+            setattr(layer, name, IdentityOp())
+    return model
 
 
 def causal_mask(seq_length: int) -> Tensor:

@@ -8,10 +8,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing import assert_close
 
-from importance.gathering_attention import build_context_parallel_gpt
 from minitron_nemo.parallel import Groups
 from minitron_nemo.text.documents import documents_of, documents_on_this_cp_rank, indices_on_rank, pad_documents
 from minitron_nemo.weights import stream_full_parameters
+from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, build_gpt, causal_mask
 from support.ranks import Ranks
 

@@ -16,11 +16,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_nemo.config.distillation import HiddenStateConfig
-from minitron_nemo.parallel import all_reduce_sum
+from minitron_nemo.parallel import all_reduce_sum, world
 
 _TOKENS = "tokens"
 
@@ -53,7 +52,7 @@ class StepSums:
 
         Communicates: over all ranks, one all-reduce.
         """
-        sums = all_reduce_sum(self._sums(device), group=dist.group.WORLD)
+        sums = all_reduce_sum(self._sums(device), group=world())
         self._local, self.micro_batches = None, 0
         means = sums / sums[-1].clamp(min=1)  # a step without a supervised token has sums of 0
         return dict(zip(self.parts[:-1], means.unbind(), strict=False))

@@ -38,7 +38,6 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_viewless_tensor
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
 from minitron_nemo import platform
@@ -47,7 +46,7 @@ from minitron_nemo.config.distillation import HiddenStateConfig
 from minitron_nemo.distillation.balance import Balance, StepSums
 from minitron_nemo.distillation.pairs import State, gamma_at, pairs_of, watch
 from minitron_nemo.distillation.projection import SHARED, build_projections
-from minitron_nemo.parallel import all_reduce_sum, group_rank, group_size
+from minitron_nemo.parallel import ProcessGroup, all_reduce_sum, group_rank, group_size
 from minitron_nemo.plan import PruningPlan
 
 

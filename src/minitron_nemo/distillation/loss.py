@@ -19,11 +19,11 @@ from typing import TypeAlias, TypedDict
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.config.distillation import TOP_K, DistillationConfig, DivergenceConfig
 from minitron_nemo.divergence.fused_linear import OutputHead, WeightedLoss, fused_linear_loss
 from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.parallel import ProcessGroup
 
 LOSS, DIVERGENCE, CROSS_ENTROPY, AGREEMENT = "loss", "divergence", "cross_entropy", "agreement"
 TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import HiddenStateConfig
-from minitron_nemo.importance.hooks import fused_norm
+from minitron_nemo.places import INPUT_NORM, PRE_MLP_NORM, BuiltNorm, final_norm_in, norm_in
 from minitron_nemo.plan import PruningPlan
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
@@ -122,22 +122,18 @@ def watch(model: GPTModel, reading: Reading, see: See) -> RemovableHandle:
     """
     if reading.module == "embedding":
         return model.embedding.register_forward_hook(_on_output(see))
-    if reading.module == "norm" and reading.layer == model.config.num_layers:
-        return model.decoder.final_layernorm.register_forward_hook(_on_output(see))
+    if reading.module in _NORMS:
+        norm = _norm_at(model, reading)
+        if norm.is_fused:
+            return norm.module.register_forward_pre_hook(_on_input(see, norm.recomputed()))
+        return norm.module.register_forward_hook(_on_output(see))
     layer = _layer_at(model, reading)
     if reading.module == "layer":
         return layer.register_forward_hook(_on_first_output(see))
     if reading.module == "attention":
         return layer.self_attention.register_forward_hook(_on_biased_output(see))
-    if reading.module == "core_attention":
-        return layer.self_attention.core_attention.register_forward_pre_hook(_on_queries_keys_values(see))
-    norm_name, linear_name = _NORMS[reading.module]
-    norm = getattr(layer, norm_name)
-    if getattr(norm, "weight", None) is not None:
-        return norm.register_forward_hook(_on_output(see))
-    linear = layer.get_submodule(linear_name)
-    normalise = fused_norm(linear, model.config, f"decoder.layers.{reading.layer}.{linear_name}")
-    return linear.register_forward_pre_hook(_on_input(see, normalise))
+    assert reading.module == "core_attention"
+    return layer.self_attention.core_attention.register_forward_pre_hook(_on_queries_keys_values(see))
 
 
 def gamma_at(model: GPTModel, reading: Reading) -> Tensor | None:
@@ -146,23 +142,22 @@ def gamma_at(model: GPTModel, reading: Reading) -> Tensor | None:
     Args:
         model: holds the layer on this pipeline stage.
     """
-    if reading.module not in _NORMS:
-        return None
+    return _norm_at(model, reading).gamma().detach() if reading.module in _NORMS else None
+
+
+_NORMS = {"norm": INPUT_NORM, "mlp_norm": PRE_MLP_NORM}
+
+
+def _norm_at(model: GPTModel, reading: Reading) -> BuiltNorm:
     if reading.module == "norm" and reading.layer == model.config.num_layers:
-        weight = model.decoder.final_layernorm.weight
-    else:
-        layer, (norm, linear) = _layer_at(model, reading), _NORMS[reading.module]
-        weight = getattr(getattr(layer, norm), "weight", None)
-        if weight is None:
-            weight = layer.get_submodule(linear).layer_norm_weight
-    return weight.detach().float() + float(model.config.layernorm_zero_centered_gamma)
+        final = final_norm_in(model)
+        assert final is not None, "the final norm is on the last pipeline stage"
+        return final
+    return norm_in(_layer_at(model, reading), _NORMS[reading.module])
 
 
 def _layer_at(model: GPTModel, reading: Reading) -> Any:
     return next(layer for layer in model.decoder.layers if layer.layer_number == reading.layer + 1)
-
-
-_NORMS = {"norm": ("input_layernorm", "self_attention.linear_qkv"), "mlp_norm": ("pre_mlp_layernorm", "mlp.linear_fc1")}
 
 
 def _reading(place: str, layer: int, after_layernorm: bool) -> Reading:

@@ -86,8 +86,8 @@ def _random_weight(sizes: tuple[int, int], number: int) -> Tensor:
 def _plan_weight(sizes: tuple[int, int], plan: PruningPlan | None, gamma: Tensor) -> Tensor:
     """The exact embedding: each student channel where the teacher has it, or along its direction in the basis.
 
-    Behind a norm the student's channels carry their gamma, a basis none (axes.NormGamma): there it takes the teacher's,
-    [h_teacher]. For several pairs it is their mean, and the start is not exact.
+    Behind a norm the student's channels carry their gamma, a basis none (`axis_expressions.NormGamma`): there it takes
+    the teacher's, [h_teacher]. For several pairs it is their mean, and the start is not exact.
     """
     plan = require_plan(plan, "projection_init")
     planned = (plan.source.hidden_size, plan.target.hidden_size)

@@ -20,17 +20,16 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig
 from minitron_nemo.distillation.loss import Walk
 from minitron_nemo.distillation.teacher import Load, Tokens
-from minitron_nemo.divergence.formulas import Vocabulary
 from minitron_nemo.divergence.fused_linear import LOGITS_BYTES, OutputHead
 from minitron_nemo.divergence.streamed import require_kind_reads_top_k, top_k_of_rows
 from minitron_nemo.divergence.top_k import STORED, TopKTeacher
-from minitron_nemo.parallel import group_size
+from minitron_nemo.divergence.vocabulary import Vocabulary
+from minitron_nemo.parallel import ProcessGroup, group_size
 
 
 class StoredTeacher:

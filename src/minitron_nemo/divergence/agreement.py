@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_nemo.divergence.formulas import Vocabulary
 from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.parallel import all_gather_shards, all_reduce_max
 
 BLOCK = 256  # columns; at a vocabulary of 128k the maximum of maxima takes a fifth of the time of torch.max on a CPU

@@ -12,112 +12,18 @@ float64 for float64 logits. A formula reads its chunk, agrees over tp on a few n
 divergence and a function that forms the gradient from what the formula still holds. Where no gradient waits for the
 divergence (SUMMED_AT_THE_END, and the cross-entropy), it returns this rank's part.
 
-Communication: tp, in `Reductions` alone: [n] values or a few of them, in the forward pass only.
+Communication: tp, in `vocabulary.Reductions` alone: [n] values or a few of them, in the forward pass only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from minitron_nemo.checks import require
-from minitron_nemo.parallel import all_gather_shards, all_reduce_max, all_reduce_sum, group_rank, group_size
-
-# ---- the vocabulary, split over tp -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The real entries, global and here; padding comes last and does not exist for a loss."""
-
-    size: int
-    first: int
-    """Global index of this rank's first column."""
-    columns: int
-    """Columns of every rank, padding included."""
-    local: int
-    """Real columns of this rank; 0 where it holds padding alone."""
-    group: ProcessGroup | None
-
-    @classmethod
-    def split(cls, local_columns: int, vocab_size: int | None, group: ProcessGroup | None) -> Vocabulary:
-        """Of logits with `local_columns` columns on each rank. Raises: ValueError: vocab_size is not within them."""
-        padded = local_columns * group_size(group)
-        size = padded if vocab_size is None else vocab_size
-        require(
-            0 < size <= padded,
-            f"vocab_size={vocab_size} must be between 1 and the logits' padded vocabulary of {padded}.",
-        )
-        first = group_rank(group) * local_columns
-        return cls(size, first, local_columns, min(max(size - first, 0), local_columns), group)
-
-    def local_columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of these global indices are here, and their columns; for those elsewhere, any column of this rank."""
-        here = (index >= self.first) & (index < self.first + self.local)
-        return here, torch.where(here, index - self.first, 0)
-
-    def entries(self, rows: Tensor, index: Tensor) -> Tensor:
-        """rows [n, v/tp] at the global `index` [n, k]; 0 where it is on another rank."""
-        here, columns = self.local_columns(index)
-        return torch.where(here, rows.gather(-1, columns), 0.0) if self.local > 0 else rows.new_zeros(index.shape)
-
-
-class Reductions:
-    """What the ranks agree on, chunk by chunk: reduced and kept in the forward pass, read again in the backward pass.
-
-    Values have the tokens in their last dimension. They are kept in one tensor for all chunks: many small ones, made
-    between the large temporaries, would leave the CPU's heap full of holes.
-    """
-
-    def __init__(self, group: ProcessGroup | None, num_tokens: int, kept: list[Tensor] | None = None) -> None:
-        self.group = group
-        self.kept: list[Tensor] = kept if kept is not None else []
-        """[..., num_tokens], in the order of the reductions"""
-        self._num_tokens, self._again = num_tokens, kept is not None
-        self._chunk, self._next = slice(None), 0
-
-    def at(self, chunk: slice) -> Reductions:
-        """The same, about to reduce for these tokens."""
-        self._chunk, self._next = chunk, 0
-        return self
-
-    def max(self, local: Callable[[], Tensor]) -> Tensor:
-        return self._agree(all_reduce_max, local)
-
-    def sum(self, local: Callable[[], Tensor]) -> Tensor:
-        return self._agree(all_reduce_sum, local)
-
-    def logsumexp(self, local: Callable[[], Tensor]) -> Tensor:
-        return self._agree(lambda value, group: torch.stack(all_gather_shards(value, group=group)).logsumexp(0), local)
-
-    def own(self, local: Callable[[], Tensor]) -> Tensor:
-        """This rank's, which is kept only."""
-        return self._agree(lambda value, group: value, local)
-
-    def _agree(self, reduce: Callable[..., Tensor], local: Callable[[], Tensor]) -> Tensor:
-        number, self._next = self._next, self._next + 1
-        if not self._again:
-            value = reduce(local(), group=self.group)
-            if number == len(self.kept):
-                self.kept.append(value.new_empty(*value.shape[:-1], self._num_tokens))
-            self.kept[number][..., self._chunk] = value
-        return self.kept[number][..., self._chunk]
-
-
-def row_max(rows: Tensor) -> Tensor:
-    """[n]; -inf where this rank holds padding alone."""
-    return rows.amax(-1) if rows.shape[1] > 0 else rows.new_full(rows.shape[:1], float("-inf"))
-
-
-def column(per_token: Tensor, like: Tensor) -> Tensor:
-    """[n] of any dtype as [n, 1] of the dtype of `like`."""
-    return per_token.to(like.dtype).unsqueeze(-1)
-
+from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary, column, row_max
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
@@ -164,7 +70,7 @@ class Softmax(NamedTuple):
 def softmaxes(all_scores: Sequence[Tensor], reduce: Reductions) -> list[Softmax]:
     """Of several models' scores [n, v/tp] at once. Communicates: tp, one gather of [models, n]."""
     # The exponentials are of the rank's own maximum, and do not wait for the others'.
-    maxima = reduce.own(lambda: torch.stack([row_max(scores) for scores in all_scores]))
+    maxima = reduce.store_local(lambda: torch.stack([row_max(scores) for scores in all_scores]))
     exponentials = [(scores - maximum.unsqueeze(-1)).exp_() for scores, maximum in zip(all_scores, maxima, strict=True)]
     log_sums = reduce.logsumexp(lambda: maxima.double() + torch.stack([e.sum(-1) for e in exponentials]).double().log())
     factors = (maxima - log_sums).exp().to(maxima.dtype)
@@ -195,7 +101,7 @@ def forward_kl_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, redu
     """sum p_T log(p_T / p_S); gradient p_S - p_T."""
     difference = p_s - p_t
     # In place: what is allocated anew for every chunk costs more than the arithmetic.
-    divergence = reduce.own(lambda: log_ratio.mul_(p_t).add_(difference).sum(-1))
+    divergence = reduce.store_local(lambda: log_ratio.mul_(p_t).add_(difference).sum(-1))
     return divergence, lambda: difference
 
 
@@ -257,7 +163,7 @@ def cosine_of(teacher: Tensor, student: Tensor, vocab_size: int, reduce: Reducti
 def mse_of(teacher: Tensor, student: Tensor, vocab_size: int, reduce: Reductions) -> Result:
     """mean (S - T)^2 over the real vocabulary; gradient 2 (S - T) / v."""
     difference = student - teacher
-    divergence = reduce.own(lambda: difference.square().sum(-1) / vocab_size)
+    divergence = reduce.store_local(lambda: difference.square().sum(-1) / vocab_size)
     return divergence, lambda: difference * (2 / vocab_size)
 
 

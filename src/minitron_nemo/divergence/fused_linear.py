@@ -31,22 +31,15 @@ import torch
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
 from minitron_nemo.divergence.agreement import top_1_agreement
-from minitron_nemo.divergence.formulas import Vocabulary
-from minitron_nemo.divergence.streamed import (
-    CHUNK_ELEMENTS,
-    Kept,
-    TeacherRows,
-    require_kind_reads_top_k,
-    row_losses,
-    top_k_of_rows,
-)
+from minitron_nemo.divergence.streamed import require_kind_reads_top_k, row_losses, top_k_of_rows
+from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS, Rows, TeacherRows
 from minitron_nemo.divergence.top_k import TopKTeacher
-from minitron_nemo.parallel import all_gather_shards, group_rank, group_size
+from minitron_nemo.divergence.vocabulary import Reduced, Vocabulary
+from minitron_nemo.parallel import ProcessGroup, group_size
 
 LOGITS_BYTES = 256 << 20
 """Of one chunk, both models: at a vocabulary of 128k, 512 tokens in bf16. Fewer tokens make thin matrix products."""
@@ -158,18 +151,6 @@ def fused_linear_divergence(
     return FusedLosses(*job.per_token(_PerToken.apply(*inputs, job, gradient_accumulation_fusion)))
 
 
-def vocabulary_like(weight: Tensor, rows: int, *, tp_group: ProcessGroup | None) -> Tensor:
-    """A constant output weight [any/tp, h] as [rows, h] on each rank: its vocabulary split as another model's is.
-
-    Rows past the end are zeros, which `vocab_size` must exclude. For a teacher whose vocabulary was padded to another
-    multiple; once, when the models are set up.
-    Communicates: tp, one gather of the weight.
-    """
-    whole = torch.cat(all_gather_shards(weight.detach(), group=tp_group))
-    mine = whole[group_rank(tp_group) * rows :][:rows]
-    return torch.nn.functional.pad(mine, (0, 0, 0, rows - mine.shape[0]))
-
-
 # ---- what both ways share --------------------------------------------------------------------------------------------
 
 
@@ -183,7 +164,7 @@ class _Job:
     """[s, b]"""
     tokens_per_chunk: int
     stored: TopKTeacher | None
-    agreed: list[Tensor] | None
+    agreement: list[Tensor] | None
     """Of each chunk, once its logits were there; None: not asked for."""
 
     def chunks(self) -> list[slice]:
@@ -192,7 +173,7 @@ class _Job:
 
     def per_token(self, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         divergence, *cross_entropy = (row.view(self.tokens) for row in losses)
-        agreement = torch.cat(self.agreed).view(self.tokens) if self.agreed is not None else None
+        agreement = torch.cat(self.agreement).view(self.tokens) if self.agreement is not None else None
         return divergence, cross_entropy[0] if cross_entropy else None, agreement
 
 
@@ -229,8 +210,8 @@ def _prepare(
         require(
             teacher.weight.shape[0] == weight.shape[0],
             f"the teacher's output weight has {teacher.weight.shape[0]} rows of the padded vocabulary, the student's "
-            f"{weight.shape[0]}; distillation compares them token by token. If the tokenizer is the same, split the "
-            "teacher's as the student's with vocabulary_like.",
+            f"{weight.shape[0]}; distillation compares them token by token. If the tokenizer is the same, pad both "
+            "vocabularies alike.",
         )
         with torch.no_grad():
             teacher_hidden, teacher_weight = _for_autocast(*teacher)
@@ -265,10 +246,10 @@ def _for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
 
 
-class _KeptOfChunk(NamedTuple):
-    """What a chunk's backward pass reads again."""
+class _Reread(NamedTuple):
+    """What a chunk's backward pass reads again of its forward pass."""
 
-    reductions: Kept
+    reduced: Reduced
     top_k: TopKTeacher | None
     """of kind=top_k, so that the teacher's logits are not formed a second time"""
 
@@ -277,19 +258,19 @@ def _walk(
     job: _Job,
     inputs: _Inputs,
     *,
-    kept: list[_KeptOfChunk] | None = None,
+    reread: list[_Reread] | None = None,
     weights: Tensor | None = None,
     gradients: _Gradients | None = None,
-) -> tuple[Tensor, list[_KeptOfChunk]]:
+) -> tuple[Tensor, list[_Reread]]:
     """The losses [1 or 2, n] of all chunks; with weights of that shape, also the gradients of their weighted sum."""
     student_hidden, student_weight, teacher_hidden, teacher_weight, labels = inputs
     local = job.vocabulary.local
 
-    def walk_chunk(chunk: slice, kept: _KeptOfChunk | None) -> tuple[Tensor, _KeptOfChunk]:  # its logits die with it
+    def walk_chunk(chunk: slice, before: _Reread | None) -> tuple[Tensor, _Reread]:  # its logits die with it
         student = student_hidden[chunk] @ student_weight[:local].t()
         teacher: TeacherRows
-        if kept is not None and kept.top_k is not None:
-            teacher = kept.top_k
+        if before is not None and before.top_k is not None:
+            teacher = before.top_k
         elif job.stored is not None:
             teacher = job.stored[chunk]
         else:
@@ -297,27 +278,27 @@ def _walk(
             teacher = teacher_hidden[chunk] @ teacher_weight[:local].t()
             if job.config.kind == TOP_K:
                 teacher = top_k_of_rows(teacher, job.config, job.vocabulary)
-        if job.agreed is not None and kept is None:  # before the student's logits make room for their gradient
-            job.agreed.append(top_1_agreement(student, teacher, job.vocabulary))
-        losses, reductions = row_losses(
+        if job.agreement is not None and before is None:  # now: the student's logits make room for their gradient
+            job.agreement.append(top_1_agreement(student, teacher, job.vocabulary))
+        rows = Rows(
             student,
             teacher,
             labels[chunk] if labels is not None else None,
-            job.config,
-            job.vocabulary,
-            kept=kept.reductions if kept is not None else None,
-            weights=weights[:, chunk] if weights is not None else None,
-            out=student if weights is not None else None,
+            weights[:, chunk] if weights is not None else None,
+            student if weights is not None else None,
         )
+        reduced = before.reduced if before is not None else None
+        losses, reduced = row_losses(rows, job.config, job.vocabulary, reduced=reduced)
         if gradients is not None:
             gradients.add(chunk, student)
-        return losses, _KeptOfChunk(reductions, teacher if isinstance(teacher, TopKTeacher) else None)
+        return losses, _Reread(reduced, teacher if isinstance(teacher, TopKTeacher) else None)
 
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         parts = [
-            walk_chunk(chunk, kept[number] if kept is not None else None) for number, chunk in enumerate(job.chunks())
+            walk_chunk(chunk, reread[number] if reread is not None else None)
+            for number, chunk in enumerate(job.chunks())
         ]
-    return torch.cat([losses for losses, _ in parts], -1), [kept for _, kept in parts]
+    return torch.cat([losses for losses, _ in parts], -1), [read for _, read in parts]
 
 
 class _Gradients:
@@ -384,7 +365,7 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *inputs, ctx.job, fusion = arguments
-        losses, ctx.kept = _walk(ctx.job, tuple(inputs))
+        losses, ctx.reread = _walk(ctx.job, tuple(inputs))
         ctx.save_for_backward(*inputs)
         ctx.to_main_grad = fusion and hasattr(inputs[1], "main_grad")
         return losses
@@ -395,7 +376,7 @@ class _PerToken(torch.autograd.Function):
         inputs = ctx.saved_tensors
         main_grad = inputs[1].main_grad if ctx.to_main_grad else None
         gradients = _Gradients(ctx.job, inputs, ctx.needs_input_grad, main_grad=main_grad)
-        _walk(ctx.job, inputs, kept=ctx.kept, weights=weights, gradients=gradients)
+        _walk(ctx.job, inputs, reread=ctx.reread, weights=weights, gradients=gradients)
         return gradients.hidden, _hand_over(inputs[1], gradients.weight, ctx.to_main_grad), *[None] * 5
 
 

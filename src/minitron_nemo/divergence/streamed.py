@@ -3,7 +3,7 @@
     logits      of student and teacher                       [s, b, v/tp]    bf16 or fp32
     divergence  one value per token                          [s, b]          float32, equal on every tp rank
 
-The divergences are those of kinds.py and top_k.py. This module walks over chunks of tokens, and does so again in the
+The divergences are those of formulas.py and top_k.py. This module walks over chunks of tokens, and does so again in the
 backward pass: beyond the inputs and the student's gradient, only values per token and one chunk are alive. The inputs
 are never overwritten.
 
@@ -14,14 +14,12 @@ gradient waits for it; after the last chunk, one sum of the losses.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
@@ -29,10 +27,8 @@ from minitron_nemo.divergence.formulas import (
     OF_PROBABILITIES,
     OF_SCORES,
     SUMMED_AT_THE_END,
-    Reductions,
     Result,
     Softmax,
-    Vocabulary,
     cross_entropy_of,
     gradient_of_logits,
     log_ratio,
@@ -40,15 +36,10 @@ from minitron_nemo.divergence.formulas import (
     softmaxes,
     tempered,
 )
+from minitron_nemo.divergence.token_rows import Rows, TeacherRows, chunks, real_rows
 from minitron_nemo.divergence.top_k import TopKTeacher, top_k_of, top_k_of_chunk
-from minitron_nemo.parallel import all_reduce_sum, group_size
-
-CHUNK_ELEMENTS = 1 << 22  # logits of one chunk: 16 MiB in float32, large beside a kernel launch, small beside the whole
-CPU_CHUNK_ELEMENTS = 1 << 17  # what a chunk's temporaries leave in a core's cache, which they are read from ten times
-CPU_CHUNK_ELEMENTS_OF_RANKS = 1 << 19  # with smaller ones the chunks' reductions take more time than their arithmetic
-
-TeacherRows: TypeAlias = Tensor | TopKTeacher
-"""Logits [n, v/tp], or what is known of them."""
+from minitron_nemo.divergence.vocabulary import Reduced, Reductions, Vocabulary
+from minitron_nemo.parallel import ProcessGroup, all_reduce_sum
 
 
 class TokenLosses(NamedTuple):
@@ -167,7 +158,7 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         student = real_rows(student_logits, vocabulary)
         rows = real_rows(teacher, vocabulary) if isinstance(teacher, Tensor) else teacher
-        losses, ctx.kept = row_losses(student, rows, labels, config, vocabulary)
+        losses, ctx.reduced = row_losses(Rows(student, rows, labels), config, vocabulary)
         # Saved as autograd saves: logits that are overwritten before the backward pass raise an error there.
         ctx.save_for_backward(student_logits, teacher if isinstance(teacher, Tensor) else None, labels)
         ctx.top_k, ctx.config, ctx.vocabulary = teacher, config, vocabulary
@@ -184,25 +175,11 @@ class _Divergence(torch.autograd.Function):
         gradient_rows = gradient.view(-1, gradient.shape[-1])
         gradient_rows[:, vocabulary.local :] = 0
         out = gradient_rows[:, : vocabulary.local]
-        row_losses(student, rows, labels, ctx.config, vocabulary, kept=ctx.kept, weights=weights, out=out)
+        row_losses(Rows(student, rows, labels, weights, out), ctx.config, vocabulary, reduced=ctx.reduced)
         return gradient, None, None, None, None
 
 
 # ---- rows: tokens of a vocabulary's real columns ---------------------------------------------------------------------
-
-
-def real_rows(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """[n, real columns], a view of contiguous logits [s, b, v/tp]."""
-    return logits.detach().reshape(-1, logits.shape[-1])[:, : vocabulary.local]
-
-
-def chunks(rows: Tensor, vocabulary: Vocabulary) -> Iterator[slice]:
-    """The same on every rank, whatever it holds of the padding: each chunk has its reductions."""
-    on_cpu = CPU_CHUNK_ELEMENTS if group_size(vocabulary.group) == 1 else CPU_CHUNK_ELEMENTS_OF_RANKS
-    elements = CHUNK_ELEMENTS if rows.is_cuda else min(CHUNK_ELEMENTS, on_cpu)
-    step = max(1, elements // vocabulary.columns)
-    for start in range(0, rows.shape[0], step):
-        yield slice(start, start + step)
 
 
 def top_k_of_rows(teacher: Tensor, config: DivergenceConfig, vocabulary: Vocabulary) -> TopKTeacher:
@@ -220,89 +197,53 @@ def top_k_of_rows(teacher: Tensor, config: DivergenceConfig, vocabulary: Vocabul
     return answer
 
 
-Kept: TypeAlias = list[Tensor]
-"""What the ranks agreed on; see `Reductions`."""
-
-
 def row_losses(
-    student: Tensor,
-    teacher: TeacherRows,
-    labels: Tensor | None,
-    config: DivergenceConfig,
-    vocabulary: Vocabulary,
-    *,
-    kept: Kept | None = None,
-    weights: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Kept]:
+    rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, *, reduced: Reduced | None = None
+) -> tuple[Tensor, Reduced]:
     """Divergence and cross-entropy of n tokens, and on request the gradient of their weighted sum.
 
     Args:
-        student, teacher: [n, real columns]; for kind=top_k the teacher is a TopKTeacher.
-        labels: [n] or None.
-        kept: what the forward pass returned; nothing is communicated then.
-        weights: as the losses returned.
-        out: [n, real columns], gets the gradient with respect to the student's logits; may be `student` itself.
+        rows: for kind=top_k their teacher is a TopKTeacher.
+        reduced: what the forward pass returned; nothing is communicated then.
     Returns: [1, n] divergence, or [2, n] with the cross-entropy on the labels, some of it this rank's part only where
-        `kept` is given; and what the ranks agreed on.
-    Communicates: tp, unless `kept` is given.
+        `reduced` is given; and what the ranks agreed on.
+    Communicates: tp, unless `reduced` is given.
     """
+    student = rows.student
     dtype = torch.promote_types(student.dtype, torch.float32)
-    losses = torch.empty(1 if labels is None else 2, student.shape[0], dtype=dtype, device=student.device)
+    losses = torch.empty(1 if rows.labels is None else 2, student.shape[0], dtype=dtype, device=student.device)
     kernels = _kernels(student, config)
-    reduce = Reductions(vocabulary.group, student.shape[0], kept)
+    chunk_losses = _chunk_losses if kernels is None else kernels.chunk_losses
+    reduce = Reductions(vocabulary.group, student.shape[0], reduced)
     for chunk in chunks(student, vocabulary) if kernels is None else [slice(None)]:
-        arguments = (
-            student[chunk],
-            teacher[chunk],
-            labels[chunk] if labels is not None else None,
-            config,
-            vocabulary,
-            reduce.at(chunk),
-            weights[:, chunk] if weights is not None else None,
-            out[chunk] if out is not None else None,
-        )
-        losses[:, chunk] = kernels.chunk_losses(*arguments) if kernels is not None else _chunk_losses(*arguments)
+        losses[:, chunk] = chunk_losses(rows[chunk], config, vocabulary, reduce.at(chunk))
     parts = losses if config.kind in SUMMED_AT_THE_END else losses[1:]
-    if kept is None and len(parts) > 0:
+    if reduced is None and len(parts) > 0:
         parts.copy_(all_reduce_sum(parts, group=vocabulary.group))
-    return losses, reduce.kept
+    return losses, reduce.reduced
 
 
-def _chunk_losses(
-    student: Tensor,
-    teacher: TeacherRows,
-    labels: Tensor | None,
-    config: DivergenceConfig,
-    vocabulary: Vocabulary,
-    reduce: Reductions,
-    weights: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
+def _chunk_losses(rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions) -> Tensor:
     """`row_losses` of one chunk; where they are summed up over the ranks at the end, this rank's part."""
-    student_scores = scores(student, config.student_logit_scale, config.student_softcap)
-    results = _chunk_results(student_scores, teacher, labels, config, vocabulary, reduce)
-    if weights is not None and out is not None:
+    student_scores = scores(rows.student, config.student_logit_scale, config.student_softcap)
+    results = _chunk_results(student_scores, rows, config, vocabulary, reduce)
+    if rows.weights is not None and rows.out is not None:
         of_scores = (config.factor / config.temperature, 1.0)  # cross-entropy is of the scores before the temperature
         gradients = [
             gradient().mul_((weight * factor).unsqueeze(-1))
-            for (_, gradient), weight, factor in zip(results, weights, of_scores, strict=False)
+            for (_, gradient), weight, factor in zip(results, rows.weights, of_scores, strict=False)
         ]
         gradient = gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
-        out.copy_(gradient_of_logits(gradient, student_scores, config.student_logit_scale, config.student_softcap))
+        rows.out.copy_(gradient_of_logits(gradient, student_scores, config.student_logit_scale, config.student_softcap))
     values = [value for value, _ in results]
     return torch.stack([values[0] * config.factor, *values[1:]])
 
 
 def _chunk_results(
-    student_scores: Tensor,
-    teacher: TeacherRows,
-    labels: Tensor | None,
-    config: DivergenceConfig,
-    vocabulary: Vocabulary,
-    reduce: Reductions,
+    student_scores: Tensor, rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions
 ) -> list[Result]:
     """Divergence of the tempered scores and, with labels, the cross-entropy of the student's own."""
+    teacher, labels = rows.teacher, rows.labels
     student = tempered(student_scores, config.temperature)
     own: list[Softmax] = []  # the student's softmax at temperature 1
     if isinstance(teacher, TopKTeacher):

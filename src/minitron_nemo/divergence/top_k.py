@@ -21,7 +21,8 @@ from torch import Tensor
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DivergenceConfig
-from minitron_nemo.divergence.formulas import Reductions, Result, Vocabulary, column, row_max, scores, tempered
+from minitron_nemo.divergence.formulas import Result, scores, tempered
+from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary, column, row_max
 from minitron_nemo.parallel import all_gather_shards
 
 LOG_PROBS, TAIL_MASS, INDICES = "teacher_log_probs", "teacher_tail_mass", "teacher_indices"

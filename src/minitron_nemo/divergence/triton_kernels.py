@@ -5,7 +5,7 @@ gradient, which is written where it is wanted. In PyTorch the same takes over te
     logits      [n, v/tp], columns contiguous      bf16, fp16 or fp32; arithmetic in float32
     one program a row, which walks over its columns in blocks
 
-The formulas are those of kinds.py. Importing this module needs triton.
+The formulas are those of formulas.py. Importing this module needs triton.
 """
 
 from __future__ import annotations
@@ -16,26 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from minitron_nemo.config.distillation import DivergenceConfig
-from minitron_nemo.divergence.formulas import Reductions, Vocabulary, cross_entropy, scores
+from minitron_nemo.divergence.formulas import cross_entropy, scores
+from minitron_nemo.divergence.token_rows import Rows
+from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary
 
 BLOCK = 4096
 NUM_WARPS = 8
 
 
-def chunk_losses(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor | None,
-    config: DivergenceConfig,
-    vocabulary: Vocabulary,
-    reduce: Reductions,
-    weights: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """As `divergence._chunk_losses`, for kind=forward_kl and any number of rows.
+def chunk_losses(rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions) -> Tensor:
+    """As `streamed._chunk_losses`, for kind=forward_kl and any number of rows.
 
     Communicates: tp, a maximum and a sum.
     """
+    student, teacher, labels = rows.student, rows.teacher, rows.labels
+    assert isinstance(teacher, Tensor), "forward KL reads all of the teacher's logits"
     of_student = (config.student_logit_scale, config.student_softcap)
     of_teacher = (config.teacher_logit_scale, config.teacher_softcap)
     # The softmaxes: of both models and, for the cross-entropy, of the student at temperature 1.
@@ -61,9 +56,7 @@ def chunk_losses(
     if labels is not None:
         here, columns = vocabulary.local_columns(labels)
         index = torch.where(here, columns, -1)
-    local_kl = _divergence_and_gradient(
-        student, teacher, maxima, inverse_sums, log_ratio_of_sums, index, labels, config, weights, out
-    )
+    local_kl = _divergence_and_gradient(rows, teacher, maxima, inverse_sums, log_ratio_of_sums, index, config)
     losses = [local_kl * config.factor]
     if labels is not None:
         label_scores = scores(vocabulary.entries(student, labels.unsqueeze(-1)).squeeze(-1), *of_student)
@@ -94,18 +87,18 @@ def max_and_sum(logits: Tensor, scale: float, softcap: float | None, temperature
 
 
 def _divergence_and_gradient(
-    student: Tensor,
+    rows: Rows,
     teacher: Tensor,
     maxima: Tensor,
     inverse_sums: Tensor,
     log_ratio_of_sums: Tensor,
     index: Tensor | None,
-    labels: Tensor | None,
     config: DivergenceConfig,
-    weights: Tensor | None,
-    out: Tensor | None,
 ) -> Tensor:
-    """This rank's part of the divergence [n] and, into `out`, the gradient of the weighted losses; one read of both."""
+    """This rank's part of the divergence [n] and, into `rows.out`, the gradient of the weighted losses; one read of
+    both.
+    """
+    student, labels, weights, out = rows.student, rows.labels, rows.weights, rows.out
     divergence = torch.zeros(student.shape[0], dtype=torch.float32, device=student.device)
     if student.shape[1] == 0:
         return divergence
@@ -152,6 +145,13 @@ def _scores(logits, scale, softcap, CAPPED: tl.constexpr):
     if CAPPED:
         scores = softcap * _tanh(scores / softcap)
     return scores
+
+
+@triton.jit
+def _gradient_of_logits(gradient, scores, scale, softcap, CAPPED: tl.constexpr):
+    if CAPPED:
+        gradient *= 1 - (scores / softcap) * (scores / softcap)
+    return gradient * scale
 
 
 @triton.jit
@@ -249,8 +249,6 @@ def _kl_and_gradient(
             if WITH_LABELS:
                 own_p = tl.exp(scores_s - own_max) * own_inverse
                 gradient += weight_ce * (own_p - tl.where(columns == label, 1.0, 0.0))
-            if STUDENT_CAPPED:
-                gradient *= 1 - (scores_s / student_softcap) * (scores_s / student_softcap)
-            gradient *= student_scale
+            gradient = _gradient_of_logits(gradient, scores_s, student_scale, student_softcap, STUDENT_CAPPED)
             tl.store(out + row * out_stride + columns, gradient.to(out.dtype.element_ty), mask=real)
     tl.store(divergence + row, total)

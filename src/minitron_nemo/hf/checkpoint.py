@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minitron_nemo.axes import Named, full_shape, parameter_axes, parameter_names
+from minitron_nemo.axes import full_shape, parameter_axes, parameter_names
+from minitron_nemo.axis_expressions import Named
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, read_json, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import Config, Family, family_of

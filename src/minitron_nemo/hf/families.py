@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minitron_nemo.axes import expert_of, layer_of, parameter_axes
+from minitron_nemo.axes import parameter_axes
 from minitron_nemo.checks import require
+from minitron_nemo.places import expert_of, layer_of
 from minitron_nemo.shape import ModelShape
 
 Config = Mapping[str, Any]

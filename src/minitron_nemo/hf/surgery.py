@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron_nemo.axes import Axis, Kept, parameter_names, part_axes
+from minitron_nemo.axes import parameter_names, part_axes
+from minitron_nemo.axis_expressions import Axis, KeptOfAxes
 from minitron_nemo.checks import require
 from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import family_of
 from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTensor
+from minitron_nemo.places import EMBEDDING
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
 from minitron_nemo.shape import ModelShape
@@ -90,7 +92,7 @@ class _Cut:
     sizes: tuple[int, ...]
     stored: StoredTensor
     axes: tuple[Axis, ...]
-    kept: Kept
+    kept: KeptOfAxes
 
     def blocks(self, shape: ModelShape) -> Iterator[Tensor]:
         """The pruned tensor's rows, in order; `shape` is the source's."""
@@ -149,7 +151,7 @@ def _second_copy_of_tied_embeddings(checkpoint: Checkpoint, found: dict[str, lis
     """The output layer that some checkpoints hold beside the embedding it is tied to: left out, if it is the same."""
     output = "lm_head.weight"
     if output in checkpoint.tensors:
-        (embedding,) = found["embedding.word_embeddings.weight"]
+        (embedding,) = found[EMBEDDING]
         copy = checkpoint.find(output, embedding.shape)
         require(
             copy.dtype == embedding.dtype

@@ -12,9 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from minitron_nemo.axes import HeadColumns, Named, expert_of, layer_of, parameter_axes, part_axes
-from minitron_nemo.importance.scores import Importance, moment_sizes
+from minitron_nemo.axes import parameter_axes, part_axes
+from minitron_nemo.axis_expressions import HeadColumns, Named
 from minitron_nemo.parallel import Groups
+from minitron_nemo.places import expert_of, layer_of
+from minitron_nemo.scores import Importance, moment_sizes
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 

@@ -23,10 +23,17 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, gather_objects, group_rank, group_size
+from minitron_nemo.parallel import (
+    Groups,
+    all_reduce_sum,
+    broadcast_from,
+    exchange,
+    gather_objects,
+    group_rank,
+    group_size,
+)
 
 BLOCK_ELEMENTS = 1 << 21
 """Values of the float64 copy of a block of tokens' states: 16 MiB."""
@@ -92,12 +99,9 @@ class BlockInfluence:
         group = self.groups.pp
         assert group is not None
         rank, size = group_rank(group), group_size(group)
-        to, source = (dist.get_global_rank(group, (rank + step) % size) for step in (distance, -distance))
+        to, source = ((rank + step) % size for step in (distance, -distance))
         theirs = [torch.empty_like(like) for _ in range(num_theirs)]
-        transfers = [dist.P2POp(dist.isend, state.contiguous(), to, group) for state in mine]
-        transfers += [dist.P2POp(dist.irecv, state, source, group) for state in theirs]
-        for work in dist.batch_isend_irecv(transfers):
-            work.wait()
+        exchange(mine, theirs, to=to, source=source, group=group)
         return theirs
 
     def _add_pairs(

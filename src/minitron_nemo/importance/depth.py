@@ -13,10 +13,10 @@ Larger means more important. The metrics (`full` is the intact model, `removed` 
     kl               KL(full || removed), nats per token                   arXiv:2504.11409, 256 samples
     squared_error    sum (M_full - M_removed)^2 / sum M_full^2, M logits   arXiv:2511.16664; without the divisor, which
                                                                            changes no rank, arXiv:2508.14444
-    accuracy         accuracy(full) - accuracy(removed) on a task          arXiv:2408.11796; see engine/depth.py
+    accuracy         accuracy(full) - accuracy(removed) on a task          arXiv:2408.11796; see runtime/depth_sweep.py
 
 By any of them layers can also be dropped greedily, with importance estimated again after every drop (arXiv:2508.14444,
-arXiv:2511.16664); the metric `greedy` is the order they went in, see engine/depth.py.
+arXiv:2511.16664); the metric `greedy` is the order they went in, see runtime/depth_sweep.py.
 
 Block influence needs one forward pass for all n. The others share the passes of one sweep (see removal.py). Means are
 over all tokens that count, of all samples: each token weighs the same, whatever sample and micro-batch it is in.
@@ -36,8 +36,9 @@ from torch import Tensor, nn
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
-from minitron_nemo.divergence.formulas import Vocabulary
-from minitron_nemo.divergence.streamed import CHUNK_ELEMENTS, forward_kl
+from minitron_nemo.divergence.streamed import forward_kl
+from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
+from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
 from minitron_nemo.parallel import Groups, all_reduce_max, all_reduce_sum, broadcast_from, group_rank, group_size

@@ -9,28 +9,29 @@
 Forward passes only, no gradients (arXiv:2407.14679, Importance Analysis). The result is the same on every layout and
 for every micro-batch size, up to float rounding, and equal on every rank.
 
-Communication: while streaming see `hooks`; at the end, once: tp gathers neurons and heads, dp adds samples, pp puts the
-layers together.
+Communication: while streaming see `watches`; at the end, once: tp gathers neurons and heads, dp adds samples, pp puts
+the layers together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end
+from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance.experts import ExpertWatch, expert_moments, watch_experts
-from minitron_nemo.importance.hooks import PLACES, AxisWatches, MicroBatch, watch_layers
-from minitron_nemo.importance.scores import Importance
-from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.importance.stream import StreamMoments
+from minitron_nemo.importance.watches import AxisWatches
+from minitron_nemo.importance.width import PLACES, watch_layers
 from minitron_nemo.parallel import (
     Groups,
     all_gather_shards,
@@ -40,6 +41,7 @@ from minitron_nemo.parallel import (
     group_rank,
     group_size,
 )
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import bare_gpt
 
@@ -61,12 +63,11 @@ class ImportanceEstimator:
         self.groups = groups
         self.config = config or ImportanceConfig()
         self._model: Any = bare_gpt(model)
-        self._current = MicroBatch()
+        self._current = AnnouncedBatch(call="Call estimator.sample(loss_mask)", give="Give estimator.sample")
         self._axes: dict[str, AxisWatches] = {}
         self._experts: list[ExpertWatch] = []
         self._stream: StreamMoments | None = None
-        self._handles: list[RemovableHandle] = []
-        self._training: list[nn.Module] = []
+        self._closing = ExitStack()
         self._num_samples = torch.zeros((), dtype=torch.float64, device=self._device)
         # rows of the micro-batches announced on this rank, fillers included: all, before the last, closed
         self._num_rows = self._rows_before = self._closed_rows = 0
@@ -74,42 +75,28 @@ class ImportanceEstimator:
     def __enter__(self) -> ImportanceEstimator:
         """Hook the model. Raises: ValueError: its dims are not those of `shape`, or its layers cannot be scored."""
         self._require_same_dims()
-        try:
-            self._axes = watch_layers(
-                self._model,
-                self.shape,
-                self.groups,
-                self._current,
-                self._handles,
-                head_norm=self.config.head_norm,
-                neurons=self.config.neurons,
-                contributions=self.config.metric == "contributions",
-            )
-            self._experts = watch_experts(self._model, self.shape, self.groups, self._current, self._handles)
+        with ExitStack() as stack:  # an error removes the hooks of the layers before the one that cannot be scored
+            handles = stack.enter_context(hooks_until_the_end())
+            where = (self._model, self.shape, self.groups, self._current, handles)
+            self._axes = watch_layers(*where, self.config)
+            self._experts = watch_experts(*where)
             if self.config.stream != "none":
-                self._stream = StreamMoments(
-                    self._model, self.shape, self.groups, self._current, self._handles, kind=self.config.stream
-                )
-        except BaseException:
-            self._remove_hooks()  # those of the layers before the one that cannot be scored
-            raise
-        self._training = [module for module in self._model.modules() if module.training]
-        self._model.eval()
+                self._stream = StreamMoments(*where, kind=self.config.stream)
+            stack.enter_context(evaluating(self._model))
+            self._closing = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._remove_hooks()
-        for module in self._training:
-            module.training = True
+        self._closing.close()
 
     def sample(self, loss_mask: Tensor) -> None:
         """Announce the micro-batch whose forward pass comes next; tokens whose mask is 0 contribute nothing.
 
         Args:
             loss_mask: [b, s/cp], as Megatron's batches carry it.
-        Communicates: cp, one all-reduce of [b]; and see `hooks` for the micro-batch before.
+        Communicates: cp, one all-reduce of [b]; and see `watches` for the micro-batch before.
         Raises: ValueError: an activation of the micro-batch before was not finite; names layer, axis and sample. Every
             rank that saw it raises. RuntimeError: the model was not run since the last call.
         """
@@ -157,11 +144,6 @@ class ImportanceEstimator:
             origin={**asdict(self.config), **(origin or {})},
         )
 
-    def _remove_hooks(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
     def _require_same_dims(self) -> None:
         config = self._model.config
         for dim in (*self.shape.prunable_dims, "kv_channels"):
@@ -177,7 +159,7 @@ class ImportanceEstimator:
         """End the announced micro-batch.
 
         Returns: where an activation was not finite, the first place (see `Watch`) and its first calibration sample.
-        Communicates: see `hooks`. Waits for the device, once.
+        Communicates: see `watches`. Waits for the device, once.
         """
         if self._num_rows == self._closed_rows:
             return None

@@ -6,92 +6,40 @@
 
 An expert's tokens, of the whole calibration set, make one sequence: its score is by default their mean, over routed
 tokens only, as in the published reference implementation (the papers prune dense models). An expert that no token was
-routed to scores 0. Tokens whose loss mask is 0 are routed, and contribute nothing. Kept are sums over those tokens,
-which add where runs merge; see `scores.py`.
+routed to scores 0. Tokens whose loss mask is 0 are routed, and contribute nothing. What stays are sums over those
+tokens, which add where runs merge; see `scores.py`.
 
-    routed      which experts a token of this rank goes to                             [s*b/(cp*tp if sp), e]
-    code        the same over every rank that sends tokens here: 0 not routed,
-                1 routed and masked out, 2 routed                                      [e/ep, tokens of those ranks]
-
-Experts receive tokens expert by expert, within one rank by rank, within that in the order of [s, b]: so the places of
-`code` that are not 0 are the rows an expert sees.
-
-Communication per micro-batch and expert layer: one all-gather of `code` over the ranks that exchange tokens (expert
-model and expert tensor parallelism); with expert tensor parallelism, one all-reduce of each expert's output [t, h]. At
-the end, in `expert_moments`: tp, cp, dp and pp, two sums. No hook reads a value to the host.
+Communication per micro-batch and expert layer: that of routing.py; with expert tensor parallelism, one all-reduce of
+each expert's output [t, h]. At the end, in `expert_moments`: tp, cp, dp and pp, two sums. No hook reads a value to the
+host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from minitron_nemo.checks import require
-from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.statistics import TokenMask, partial_sums
-from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, group_rank, group_size
+from minitron_nemo.activations.routing import Routing
+from minitron_nemo.activations.tokens import AnnouncedBatch, TokenMask
+from minitron_nemo.importance.statistics import partial_sums
+from minitron_nemo.parallel import Groups, all_reduce_sum, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
 
 class ExpertWatch:
     """The routed experts of one layer on this rank: sums over the tokens that counted."""
 
-    def __init__(
-        self, index: int, mlp: Any, shape: ModelShape, groups: Groups, current: MicroBatch, *, sequence_parallel: bool
-    ) -> None:
-        """
-        Args:
-            index: global layer index, from 0.
-            mlp: the layer's megatron.core MoELayer.
-        """
-        self.index, self.place = index, f"decoder.layers.{index}.mlp"
-        self.experts: list[int] = mlp.local_expert_indices
-        device, count = mlp.router.weight.device, len(self.experts)
-        self.num_tokens = torch.zeros(count, dtype=torch.float64, device=device)
-        neurons = (shape.moe_ffn_hidden_size or 0) // group_size(groups.etp)
-        self.output_sums = torch.zeros(3, count, dtype=torch.float64, device=device)
-        self.neuron_sums = torch.zeros(3, count, neurons, dtype=torch.float64, device=device)
-        self.num_seen = 0
-        self._current, self._etp = current, groups.etp
-        self._exchange = _groups_in_order_of_arrival(mlp)
-        self._shard = (group_rank(groups.tp), group_size(groups.tp)) if sequence_parallel else (0, 1)
-        self._is_copy = not sequence_parallel and group_rank(groups.tp) > 0  # every tp rank routes the same tokens
-        self._code = torch.zeros(count, 0, dtype=torch.uint8, device=device)
-
-    @torch.no_grad()
-    def route(self, routed: Tensor) -> None:
-        """A micro-batch's routing on this rank, [s*b, e] bool. Communicates: one all-gather a group that exchanges."""
-        number = self._current.number
-        require(
-            self.num_seen + 1 == number,
-            f"{self.place} saw forward pass {self.num_seen + 1}, but {number} micro-batches were announced. "
-            "Call estimator.sample(loss_mask) once before each forward pass, on every pipeline stage.",
-            RuntimeError,
-        )
-        counts = self._current.mask(*self._shard).counts.t().flatten().to(routed.device)  # [s*b], Megatron's order
-        require(
-            routed.shape[0] == counts.numel(),
-            f"{self.place} routes {routed.shape[0]} tokens, but the loss mask announced {counts.numel()} on this rank. "
-            "Give estimator.sample the mask [b, s] of the micro-batch that is run next.",
-        )
-        if self._is_copy:
-            counts = torch.zeros_like(counts)
-        code = routed.to(torch.uint8) * (1 + counts.to(torch.uint8)).unsqueeze(1)
-        for group in self._exchange:
-            code = torch.cat(all_gather_shards(code, group=group))
-        self._code = code[:, self.experts[0] : self.experts[-1] + 1].t().contiguous()
-        self.num_seen += 1
-
-    def counted(self, expert: int, rows: int) -> Tensor:
-        """Which of the `rows` tokens that local expert `expert` was handed count: [rows] bool."""
-        code = self._code[expert]
-        arrived = (code == 0).to(torch.uint8).argsort(stable=True)[:rows]  # no host value: the rows say how many
-        return code[arrived] == 2
+    def __init__(self, routing: Routing, shape: ModelShape, groups: Groups) -> None:
+        self.index, self.experts = routing.index, routing.experts
+        count, neurons = len(self.experts), (shape.moe_ffn_hidden_size or 0) // group_size(groups.etp)
+        self.num_tokens = torch.zeros(count, dtype=torch.float64, device=routing.device)
+        self.output_sums = torch.zeros(3, count, dtype=torch.float64, device=routing.device)
+        self.neuron_sums = torch.zeros(3, count, neurons, dtype=torch.float64, device=routing.device)
+        self._routing, self._etp = routing, groups.etp
 
     @torch.no_grad()
     def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
@@ -100,7 +48,7 @@ class ExpertWatch:
         Communicates: expert tensor parallelism, one all-reduce of [t, h].
         """
         rows = neurons.shape[0]
-        counts = self.counted(expert, rows)
+        counts = self._routing.counted(expert, rows)
         self.num_tokens[expert] += counts.sum()
         whole = outputs if group_size(self._etp) == 1 else all_reduce_sum(outputs.float(), group=self._etp)
         # where, not a product: a token that does not count brings in nothing, not even its NaN
@@ -117,7 +65,7 @@ class ExpertWatch:
 
 
 def watch_experts(
-    model: Any, shape: ModelShape, groups: Groups, current: MicroBatch, handles: list[RemovableHandle]
+    model: Any, shape: ModelShape, groups: Groups, current: AnnouncedBatch, handles: list[RemovableHandle]
 ) -> list[ExpertWatch]:
     """Hook every expert layer of this rank's pipeline stage.
 
@@ -130,26 +78,10 @@ def watch_experts(
         index = layer.layer_number - 1
         if not shape.has_experts(index):
             continue
-        mlp = layer.mlp
-        watch = ExpertWatch(index, mlp, shape, groups, current, sequence_parallel=model.config.sequence_parallel)
-        show_experts(mlp, watch, handles)
-        watches.append(watch)
+        routing = Routing(index, layer.mlp, groups, current, sequence_parallel=model.config.sequence_parallel)
+        watches.append(ExpertWatch(routing, shape, groups))
+        routing.show(watches[-1].see, handles)
     return watches
-
-
-def show_experts(mlp: Any, watch: ExpertWatch, handles: list[RemovableHandle]) -> None:
-    """Hook a MoELayer so that `watch` sees its routing and every local expert's tokens."""
-    handles.append(mlp.router.register_forward_hook(_see_routing(watch)))
-    if hasattr(mlp.experts, "local_experts"):
-        for expert, module in enumerate(mlp.experts.local_experts):
-            handles.append(module.linear_fc2.register_forward_hook(_see_expert(watch, expert)))
-        return
-    require(
-        hasattr(mlp.experts, "linear_fc2"),
-        f"{watch.place}.experts is a {type(mlp.experts).__name__} whose linear_fc2 cannot be watched. "
-        "Use experts one by one or transformer-engine's grouped linears (moe_use_legacy_grouped_gemm=false).",
-    )
-    handles.append(mlp.experts.linear_fc2.register_forward_hook(_see_grouped_experts(watch)))
 
 
 def expert_moments(
@@ -197,43 +129,3 @@ def _require_finite(totals: dict[str, Tensor], layers: Sequence[int], experts: S
             f"infinity) in expert {experts[expert]}; scores from them rank nothing. Check the checkpoint and its dtype "
             "with the evaluate stage."
         )
-
-
-def _groups_in_order_of_arrival(mlp: Any) -> list[ProcessGroup]:
-    """The groups over which one gathers tokens to get them in the order in which the dispatcher hands them out."""
-    kind, dispatcher = mlp.config.moe_token_dispatcher_type, mlp.token_dispatcher
-    orders = {
-        "allgather": [dispatcher.tp_ep_group],
-        "alltoall": [dispatcher.ep_group, dispatcher.tp_group],
-    }
-    require(
-        kind in orders,
-        f"moe_token_dispatcher_type={kind} hands out tokens in an order that is not known here; importance of experts "
-        f"can be estimated with {' or '.join(orders)}.",
-    )
-    return orders[kind]
-
-
-def _see_routing(watch: ExpertWatch) -> Callable[[nn.Module, Any, tuple[Tensor, Tensor]], None]:
-    def hook(_module: nn.Module, _args: Any, output: tuple[Tensor, Tensor]) -> None:
-        watch.route(output[1])
-
-    return hook
-
-
-def _see_expert(watch: ExpertWatch, expert: int) -> Callable[[nn.Module, Any, tuple[Tensor, Any]], None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
-        watch.see(expert, args[0], output[0])
-
-    return hook
-
-
-def _see_grouped_experts(watch: ExpertWatch) -> Callable[[nn.Module, Any, tuple[Tensor, Any]], None]:
-    """transformer-engine's grouped linear takes all experts' tokens and how many each has, as host numbers."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, list[int]], output: tuple[Tensor, Any]) -> None:
-        parts = zip(args[0].split(args[1]), output[0].split(args[1]), strict=True)
-        for expert, (neurons, outputs) in enumerate(parts):
-            watch.see(expert, neurons, outputs)
-
-    return hook

@@ -19,12 +19,14 @@ Communication: what the model and Megatron's schedule do by themselves (tp, cp; 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
+from minitron_nemo.activations.hooks import evaluating
 from minitron_nemo.checks import require
 from minitron_nemo.schedule import forward_only
 from minitron_nemo.weights import bare_gpt
@@ -101,14 +103,13 @@ class LayerSwitches:
         """Layer -> its input in the recorded pass, for this stage's layers; num_layers -> the last layer's output."""
         self._current = Pass()
         self._own: list[tuple[Any, Any]] = []
-        self._training: list[nn.Module] = []
+        self._closing = ExitStack()
 
     def __enter__(self) -> LayerSwitches:
         for layer in self.model.decoder.layers:
             self._own.append((layer, layer.__dict__.get("forward")))
             layer.forward = self._switched(layer.layer_number - 1, layer.forward)
-        self._training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
+        self._closing.enter_context(evaluating(self.model))
         return self
 
     def __exit__(
@@ -118,8 +119,7 @@ class LayerSwitches:
             del layer.forward  # ours, on the instance
             if own is not None:
                 layer.forward = own
-        for module in self._training:
-            module.training = True
+        self._closing.close()
         self._own.clear()
         self.states.clear()
 

@@ -14,23 +14,19 @@ and layers (pp).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from minitron_nemo.importance.hooks import NORMS, MicroBatch
+from minitron_nemo.activations.hooks import on_input
+from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
+from minitron_nemo.places import norms_in
+from minitron_nemo.scores import NORM, STREAM, stream_sizes
 from minitron_nemo.shape import ModelShape
-
-STREAM, NORM = "stream", "norm"
-"""Names of the two moments in `Importance.moments`."""
-
-
-def stream_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """Sizes of the two moments."""
-    return {STREAM: (shape.hidden_size, shape.hidden_size), NORM: (2 * shape.num_layers + 1, shape.hidden_size)}
 
 
 class StreamMoments:
@@ -41,7 +37,7 @@ class StreamMoments:
         model: Any,
         shape: ModelShape,
         groups: Groups,
-        current: MicroBatch,
+        current: AnnouncedBatch,
         handles: list[RemovableHandle],
         *,
         kind: str,
@@ -59,20 +55,8 @@ class StreamMoments:
         self._stream, self._norm = (
             torch.zeros(size, dtype=torch.float64, device=device) for size in stream_sizes(shape).values()
         )
-        for layer in model.decoder.layers:
-            index = 2 * (layer.layer_number - 1)
-            for number, (norm, linear) in enumerate(NORMS):
-                module = getattr(layer, norm)
-                fused = getattr(module, "weight", None) is None
-                self._hook(layer.get_submodule(linear) if fused else module, index + number, handles)
-        if getattr(model.decoder, "final_layernorm", None) is not None:
-            self._hook(model.decoder.final_layernorm, 2 * shape.num_layers, handles)
-
-    def _hook(self, module: nn.Module, row: int, handles: list[RemovableHandle]) -> None:
-        def see(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._see(row, args[0])
-
-        handles.append(module.register_forward_pre_hook(see))
+        for row, norm in norms_in(model).items():
+            handles.append(norm.module.register_forward_pre_hook(on_input(partial(self._see, row))))
 
     @torch.no_grad()
     def _see(self, row: int, entering: Tensor) -> None:

@@ -1,8 +1,6 @@
 """Pruning: scores to plan, plan to weights."""
 
-from minitron_nemo.config.pruning import DepthChoice
-from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.planning import kept_layers, plan_from_importance
 from minitron_nemo.pruning.surgery import prune_into, pruned_parameters
 
-__all__ = ["DepthChoice", "PruningPlan", "kept_layers", "plan_from_importance", "prune_into", "pruned_parameters"]
+__all__ = ["kept_layers", "plan_from_importance", "prune_into", "pruned_parameters"]

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.checks import require
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.stream import NORM, STREAM
+from minitron_nemo.scores import NORM, STREAM, Importance
 from minitron_nemo.shape import ModelShape
 
 
 def stream_moments(importance: Importance) -> tuple[Tensor, Tensor]:
-    """`stream` [h, h] and `norm` [2l+1, h], see importance/stream.py. Raises: ValueError: they were not measured."""
+    """`stream` [h, h] and `norm` [2l+1, h], see scores.py. Raises: ValueError: they were not measured."""
     require(
         STREAM in importance.moments and NORM in importance.moments,
         "prune.surgery turns or rescales the residual stream by its second moments, which this importance does not "

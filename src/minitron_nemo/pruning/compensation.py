@@ -29,15 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_input
+from minitron_nemo.activations.routing import Routing
+from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig
-from minitron_nemo.importance.experts import show_experts
-from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.statistics import mark_tokens_over
 from minitron_nemo.parallel import Groups, gather_objects
-from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of
+from minitron_nemo.places import READERS, in_layer
+from minitron_nemo.plan import PruningPlan, axes_of
 from minitron_nemo.pruning.least_squares import eliminate, refit
-from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, evaluating, see_input
+from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, announced_batch
+from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt
 
 
@@ -148,20 +150,17 @@ def _compensate_layers(
 ) -> list[_Outcome]:
     """Measure these layers in one pass and refit them; every rank gets the outcomes of all of them."""
     device = next(gpt.parameters()).device
-    current, handles = MicroBatch(), list[RemovableHandle]()
+    current = announced_batch()
     inputs: list[tuple[str, int, DenseInput | ExpertInputs]] = []
 
     def announce(batch: dict[str, Tensor]) -> None:
         current.announce(mark_tokens_over(batch["loss_mask"], groups=[groups.cp], device=device))
 
-    try:
+    with hooks_until_the_end() as handles:
         for layer in gpt.decoder.layers:
             if layer.layer_number - 1 in layers:
                 inputs += _watch(layer, axes, plan, groups, current, handles)
         run(announce)
-    finally:
-        for handle in handles:
-            handle.remove()
     local: list[_Outcome] = []
     while inputs:  # a linear's moment is freed when it is refitted
         axis, index, seen = inputs.pop(0)
@@ -185,27 +184,27 @@ def _compensate_layers(
 
 
 def _watch(
-    layer: Any, axes: set[str], plan: PruningPlan, groups: Groups, current: MicroBatch, handles: list[RemovableHandle]
+    layer: Any,
+    axes: set[str],
+    plan: PruningPlan,
+    groups: Groups,
+    current: AnnouncedBatch,
+    handles: list[RemovableHandle],
 ) -> list[tuple[str, int, DenseInput | ExpertInputs]]:
     """Hook the inputs of one layer that are cut."""
     index = layer.layer_number - 1
-    name, mlp, with_experts = f"decoder.layers.{index}", layer.mlp, plan.source.has_experts(index)
-    linears = {"head": (f"{name}.self_attention.linear_proj", layer.self_attention.linear_proj)}
-    if not with_experts:
-        linears["ffn"] = (f"{name}.mlp.linear_fc2", mlp.linear_fc2)
-    elif plan.shared_expert_ffn is not None:
-        linears["shared_expert_ffn"] = (f"{name}.mlp.shared_experts.linear_fc2", mlp.shared_experts.linear_fc2)
+    with_experts = plan.source.has_experts(index)
     found: list[tuple[str, int, DenseInput | ExpertInputs]] = []
-    for axis, (linear_name, linear) in linears.items():
+    for axis in ("head", "shared_expert_ffn" if with_experts else "ffn"):
         if axis in axes:
-            dense = DenseInput(linear_name, linear, groups, current)
-            handles.append(linear.register_forward_pre_hook(see_input(dense)))
+            linear = layer.get_submodule(READERS[axis])
+            dense = DenseInput(in_layer(index, READERS[axis]), linear, groups, current)
+            handles.append(linear.register_forward_pre_hook(on_input(dense.see)))
             found.append((axis, index, dense))
     if with_experts and "expert_ffn" in axes:
-        experts = ExpertInputs(
-            index, mlp, plan.source, groups, current, sequence_parallel=layer.config.sequence_parallel
-        )
-        show_experts(mlp, experts, handles)
+        routing = Routing(index, layer.mlp, groups, current, sequence_parallel=layer.config.sequence_parallel)
+        experts = ExpertInputs(routing, layer.mlp, plan.source, groups)
+        routing.show(experts.see, handles)
         found.append(("expert_ffn", index, experts))
     return found
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.checks import require
-from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of
-
-_OF_LAYERS = ("ffn", "head", "group", "expert", "shared_expert_ffn")
+from minitron_nemo.plan import OF_A_LAYER, PruningPlan, axes_of
+from minitron_nemo.shape import DIM_OF_AXIS
 
 
 def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
@@ -40,7 +39,7 @@ def compose(first: PruningPlan, second: PruningPlan) -> PruningPlan:
         outer, inner = getattr(first, axis), getattr(second, axis)
         return torch.stack([outer[layer][inner[row]] for layer, row in enumerate(inner_rows)])
 
-    entries: dict[str, Tensor] = {axis: by_layer(axis) for axis in _OF_LAYERS if axis in axes}
+    entries: dict[str, Tensor] = {axis: by_layer(axis) for axis in OF_A_LAYER if axis in axes}
     if first.expert is not None and first.expert_ffn is not None and second.expert_ffn is not None:
         entries["expert_ffn"] = torch.stack(
             [

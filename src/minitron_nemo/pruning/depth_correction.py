@@ -25,22 +25,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_input, on_output
+from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import DepthCorrectionConfig
-from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.statistics import mark_tokens_over
-from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects
+from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects, receive_from, send_to
+from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.least_squares import multiple_of, regress
 from minitron_nemo.pruning.second_moments import (
     CalibrationPass,
     DenseInput,
     SecondMoment,
-    evaluating,
+    announced_batch,
     rows_that_count,
 )
 from minitron_nemo.weights import bare_gpt
@@ -92,20 +92,17 @@ def correct_depth(
         return ()
     gpt = bare_gpt(model)
     device = next(gpt.parameters()).device
-    current, handles = MicroBatch(), list[RemovableHandle]()
-    watches, senders = _watch_runs(gpt, runs, groups, current, handles)
+    current = announced_batch()
+    watches: list[_RunWatch] = []
 
     def announce(batch: dict[str, Tensor]) -> None:
         for watch in watches:
             watch.close()
         current.announce(mark_tokens_over(batch["loss_mask"], groups=[groups.cp], device=device))
 
-    try:
-        with evaluating(gpt):
-            run(announce)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks_until_the_end() as handles, evaluating(gpt):
+        watches, senders = _watch_runs(gpt, runs, groups, current, handles)
+        run(announce)
     for watch in watches:
         watch.close()
     for sender in senders:
@@ -127,7 +124,7 @@ def dropped_runs(plan: PruningPlan) -> Iterator[tuple[int, int]]:
 
 
 def _watch_runs(
-    gpt: Any, runs: Sequence[tuple[int, int]], groups: Groups, current: MicroBatch, handles: list[RemovableHandle]
+    gpt: Any, runs: Sequence[tuple[int, int]], groups: Groups, current: AnnouncedBatch, handles: list[RemovableHandle]
 ) -> tuple[list[_RunWatch], list[_Sender]]:
     """Hook this stage's ends of every run: those that begin here, and those that only end here.
 
@@ -142,10 +139,10 @@ def _watch_runs(
             elsewhere = None if last in layers else stage_of[last]
             watches.append(_RunWatch(layers[before], last, elsewhere, groups, current, handles))
             if last in layers:
-                handles.append(layers[last].register_forward_hook(watches[-1].end))
+                handles.append(layers[last].register_forward_hook(on_output(watches[-1].see_end)))
         elif last in layers:
             senders.append(_Sender(stage_of[before], groups))
-            handles.append(layers[last].register_forward_hook(senders[-1]))
+            handles.append(layers[last].register_forward_hook(on_output(senders[-1].send)))
     return watches, senders
 
 
@@ -156,11 +153,11 @@ class _Sender:
         self._stage, self._pp = stage, groups.pp
         self._sending: tuple[Any, Tensor] | None = None
 
-    def __call__(self, _module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
+    def send(self, stream: Tensor) -> None:
         self.finish()  # it was taken before the stages in front began this micro-batch
-        stream = output[0].detach().clone()  # the schedule frees its own once sent on
+        stream = stream.detach().clone()  # the schedule frees its own once sent on
         assert self._pp is not None
-        self._sending = dist.isend(stream, dist.get_global_rank(self._pp, self._stage), group=self._pp), stream
+        self._sending = send_to(stream, to=self._stage, group=self._pp), stream
 
     def finish(self) -> None:
         """Wait until what was sent last is taken."""
@@ -178,38 +175,37 @@ class _RunWatch:
         last: int,
         last_stage: int | None,
         groups: Groups,
-        current: MicroBatch,
+        current: AnnouncedBatch,
         handles: list[RemovableHandle],
     ) -> None:
         """
         Args:
             last: index of the last dropped layer.
-            last_stage: the pipeline stage it is on; None: this one, and `end` is its forward hook.
+            last_stage: the pipeline stage it is on; None: this one, and `see_end` is shown its output.
         """
         self.layer, self.last = before.layer_number - 1, last
         self._last_stage = last_stage
         self._groups, self._current = groups, current
         self._gathers = groups.tp if before.config.sequence_parallel else None
-        linear = before.mlp.linear_fc2
-        self.name = f"decoder.layers.{self.layer}.mlp.linear_fc2"
+        linear = before.get_submodule(READERS["ffn"])
+        self.name = in_layer(self.layer, READERS["ffn"])
         self._input = DenseInput(self.name, linear, groups, current)
         hidden, neurons = linear.weight.shape
         self._products = SecondMoment(hidden, neurons, linear.weight.device)
         self._power = torch.zeros((), dtype=torch.float64, device=linear.weight.device)
         self._rows = self._start = self._end = torch.empty(0)
         self._open = False
-        handles.append(linear.register_forward_pre_hook(self._see_neurons))
-        handles.append(before.register_forward_hook(self._see_start))
+        handles.append(linear.register_forward_pre_hook(on_input(self._see_neurons)))
+        handles.append(before.register_forward_hook(on_output(self._see_start)))
 
-    def _see_neurons(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._rows = self._input.see(args[0])
+    def _see_neurons(self, neurons: Tensor) -> None:
+        self._rows = self._input.see(neurons)
 
-    def _see_start(self, _module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
-        # the schedule frees the stream it sends on
-        self._start, self._open = output[0].detach().clone(), True
+    def _see_start(self, stream: Tensor) -> None:
+        self._start, self._open = stream.detach().clone(), True  # the schedule frees the stream it sends on
 
-    def end(self, _module: nn.Module, _args: Any, output: tuple[Tensor, Any]) -> None:
-        self._end = output[0].detach().clone()
+    def see_end(self, stream: Tensor) -> None:
+        self._end = stream.detach().clone()
 
     def close(self) -> None:
         """Add the micro-batch that was run last, while its mask is the announced one.
@@ -220,11 +216,11 @@ class _RunWatch:
             return
         if self._last_stage is not None:
             assert self._groups.pp is not None
-            self._end = torch.empty_like(self._start)
-            dist.recv(self._end, dist.get_global_rank(self._groups.pp, self._last_stage), group=self._groups.pp)
+            buffer = torch.empty_like(self._start)
+            self._end = receive_from(buffer, source=self._last_stage, group=self._groups.pp)
         added = self._end.float() - self._start.float()
         whole = torch.cat(all_gather_shards(added, group=self._gathers))  # [s/cp, b, h]
-        rows = rows_that_count(whole, self._current.mask(0, 1), f"decoder.layers.{self.last}")
+        rows = rows_that_count(whole, self._current, f"decoder.layers.{self.last}")
         self._products.add(rows, self._rows)
         self._power += rows.double().square().sum()
         self._rows = self._start = self._end = torch.empty(0)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from minitron_nemo.checks import require
-from minitron_nemo.importance import Importance
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.composition import compose
 from minitron_nemo.pruning.planning import plan_from_importance
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 
 

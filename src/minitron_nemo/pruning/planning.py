@@ -15,12 +15,11 @@ from torch import Tensor
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import DepthChoice, SurgeryConfig
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.scores import GREEDY, expected_sizes
-from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of, require_prunable
+from minitron_nemo.plan import PruningPlan, axes_of, require_prunable
 from minitron_nemo.pruning.basis import norm_scales, principal_basis, stream_moments
 from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
-from minitron_nemo.shape import ModelShape
+from minitron_nemo.scores import GREEDY, Importance, expected_sizes
+from minitron_nemo.shape import DIM_OF_AXIS, ModelShape
 
 _RANKED = {"ffn", "expert", "expert_ffn", "shared_expert_ffn"}
 """Axes ranked row by row, each for itself."""

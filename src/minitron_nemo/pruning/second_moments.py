@@ -13,19 +13,15 @@ dp and gathers over tp, once per linear.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+from torch import Tensor
 
-from minitron_nemo.checks import require
-from minitron_nemo.importance.experts import ExpertWatch
-from minitron_nemo.importance.hooks import MicroBatch
-from minitron_nemo.importance.statistics import TokenMask
-from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, group_rank, group_size
+from minitron_nemo.activations.routing import Routing
+from minitron_nemo.activations.tokens import AnnouncedBatch
+from minitron_nemo.parallel import Groups, ProcessGroup, all_gather_shards, all_reduce_sum, group_rank, group_size
 from minitron_nemo.shape import ModelShape
 
 TOKENS_AT_ONCE = 4096  # float32 copies of the input and sums of its products reach no further
@@ -35,29 +31,18 @@ CalibrationPass = Callable[[Callable[[dict[str, Tensor]], None]], None]
 micro-batch (`loss_mask` [b, s/cp]) before that micro-batch's forward, on every pipeline stage."""
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout is off inside."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def announced_batch() -> AnnouncedBatch:
+    """What the announcements of a `CalibrationPass` go to."""
+    return AnnouncedBatch(call="Call what the calibration pass is given", give="Announce")
 
 
-def rows_that_count(activation: Tensor, mask: TokenMask, name: str) -> Tensor:
+def rows_that_count(activation: Tensor, current: AnnouncedBatch, name: str) -> Tensor:
     """[s/cp, b, c] -> [t, c], see `TokenMask.rows_of`.
 
     Raises: ValueError: the mask is of another micro-batch size or length.
     """
-    require(
-        activation.dim() == 3 and tuple(activation.shape[:2]) == (mask.seq_length, mask.num_tokens.numel()),
-        f"{name} has activations of shape {list(activation.shape)} [s, b, ...], but the loss mask announced "
-        f"{mask.num_tokens.numel()} samples of {mask.seq_length} tokens on this rank. "
-        "Announce the mask [b, s] of the micro-batch that is run next.",
-    )
+    mask = current.mask()
+    current.require_holds(name, activation, mask)
     return mask.rows_of(activation)
 
 
@@ -83,7 +68,7 @@ class SecondMoment:
 class DenseInput:
     """The input of a linear that tensor parallelism splits by its input; C's rows of this rank's part of it."""
 
-    def __init__(self, name: str, linear: Any, groups: Groups, current: MicroBatch) -> None:
+    def __init__(self, name: str, linear: Any, groups: Groups, current: AnnouncedBatch) -> None:
         self.name, self.linear = name, linear
         self._groups, self._current = groups, current
         part = linear.weight.shape[1]
@@ -93,9 +78,9 @@ class DenseInput:
     @torch.no_grad()
     def see(self, activation: Tensor) -> Tensor:
         """Add a micro-batch [s/cp, b, f/tp]; returns its tokens that count [t, f/tp]. Communicates: tp, one gather."""
-        require_announced(self.name, self.num_seen, self._current)
+        self._current.require_is_next(self.name, self.num_seen)
         self.num_seen += 1
-        rows = rows_that_count(activation, self._current.mask(0, 1), self.name)
+        rows = rows_that_count(activation, self._current, self.name)
         whole = torch.cat(all_gather_shards(rows, group=self._groups.tp), dim=1)
         self._moment.add(rows, whole)
         return rows
@@ -115,30 +100,24 @@ class DenseInput:
         self.linear.weight.data.copy_(part)
 
 
-def see_input(dense: DenseInput) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    """A forward pre-hook that shows a linear's input."""
-
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        dense.see(args[0])
-
-    return hook
-
-
-class ExpertInputs(ExpertWatch):
+class ExpertInputs:
     """The inputs of the linear_fc2 of one layer's experts on this rank: per expert C's rows."""
 
-    def __init__(self, index: int, mlp: Any, shape: ModelShape, groups: Groups, current: MicroBatch, **layout: bool):
-        super().__init__(index, mlp, shape, groups, current, **layout)
-        self._groups, self._mlp = groups, mlp
+    def __init__(self, routing: Routing, mlp: Any, shape: ModelShape, groups: Groups) -> None:
+        """
+        Args:
+            mlp: the layer's megatron.core MoELayer.
+        """
+        self.index, self.place, self.experts = routing.index, routing.place, routing.experts
+        self._routing, self._groups, self._mlp = routing, groups, mlp
         self._whole = shape.moe_ffn_hidden_size or 0
         self._part = self._whole // group_size(groups.etp)
-        device = mlp.router.weight.device
-        self._moments = [SecondMoment(self._part, self._whole, device) for _ in self.experts]
+        self._moments = [SecondMoment(self._part, self._whole, routing.device) for _ in self.experts]
 
     @torch.no_grad()
     def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
         """Add local expert `expert`'s tokens [t, f/etp]. Communicates: expert tensor parallelism, one all-gather."""
-        counts = self.counted(expert, neurons.shape[0])
+        counts = self._routing.counted(expert, neurons.shape[0])
         rows = neurons.where(counts.unsqueeze(1), 0)  # no host value: tokens that do not count are 0, even a NaN
         whole = torch.cat(all_gather_shards(rows, group=self._groups.etp), dim=1)
         self._moments[expert].add(rows, whole)
@@ -148,7 +127,7 @@ class ExpertInputs(ExpertWatch):
 
         Communicates: tp, cp and dp (sum): whichever of them holds the expert, other tokens of it, or a part of it.
         """
-        total = torch.zeros(self._whole, self._whole, dtype=torch.float64, device=self.num_tokens.device)
+        total = torch.zeros(self._whole, self._whole, dtype=torch.float64, device=self._routing.device)
         if expert in self.experts:
             first = group_rank(self._groups.etp) * self._part
             total[first : first + self._part] = self._moments[self.experts.index(expert)].total
@@ -171,13 +150,3 @@ class ExpertInputs(ExpertWatch):
         """Overwrite this rank's columns with those of [h, f]."""
         part = full.chunk(group_size(self._groups.etp), dim=1)[group_rank(self._groups.etp)]
         self.weight_of(expert).data.copy_(part)
-
-
-def require_announced(name: str, num_seen: int, current: MicroBatch) -> None:
-    """RuntimeError unless the forward pass that a place sees now is that of the micro-batch announced last."""
-    require(
-        num_seen + 1 == current.number,
-        f"{name} saw forward pass {num_seen + 1}, but {current.number} micro-batches were announced. "
-        "Call what the calibration pass is given once before each forward, on every pipeline stage.",
-        RuntimeError,
-    )

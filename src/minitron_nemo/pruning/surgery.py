@@ -16,24 +16,13 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from minitron_nemo.axes import (
-    Kept,
-    expert_of,
-    full_shape,
-    layer_of,
-    norm_gamma,
-    norm_number,
-    norm_of,
-    take,
-    with_expert,
-    with_layer,
-)
+from minitron_nemo.axes import full_shape, norm_number, norm_of, take
+from minitron_nemo.axis_expressions import KeptOfAxes, norm_gamma
 from minitron_nemo.checks import require
 from minitron_nemo.parallel import Groups, group_size
+from minitron_nemo.places import EMBEDDING, OUTPUT, expert_of, layer_of, with_expert, with_layer
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
-
-_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 def prune_into(teacher: nn.Module, student: nn.Module, plan: PruningPlan, groups: Groups) -> None:
@@ -54,7 +43,7 @@ def prune_into(teacher: nn.Module, student: nn.Module, plan: PruningPlan, groups
         if wanted in tied_embedding:
             return tied_embedding[wanted]
         for name, pruned in stream:
-            if name == _EMBEDDING and plan.target.share_embeddings_and_output_weights:
+            if name == EMBEDDING and plan.target.share_embeddings_and_output_weights:
                 tied_embedding[name] = pruned
             if name == wanted:
                 return pruned
@@ -85,16 +74,16 @@ def pruned_parameters(teacher: nn.Module, plan: PruningPlan, groups: Groups) -> 
     for name, full in stream_full_parameters(teacher, plan.source, groups):
         if norm_number(name, plan.source) is not None:
             norms[name] = full
-        if name == _EMBEDDING and plan.unties:
+        if name == EMBEDDING and plan.unties:
             embedding = full
-        target_name = target_of(name, plan)
+        target_name = target_name_of(name, plan)
         if target_name is not None:
             yield cut(full, target_name)
     if embedding is not None:
-        yield cut(embedding, _OUTPUT)
+        yield cut(embedding, OUTPUT)
 
 
-def target_of(name: str, plan: PruningPlan) -> str | None:
+def target_name_of(name: str, plan: PruningPlan) -> str | None:
     """The student's name for the teacher's parameter `name`; None: its layer or its expert is dropped."""
     layer, expert = layer_of(name), expert_of(name)
     if layer is None:
@@ -109,7 +98,7 @@ def target_of(name: str, plan: PruningPlan) -> str | None:
     return with_layer(name, layers.index(layer)) if layer in layers else None
 
 
-def source_of(name: str, plan: PruningPlan, norm_weight: Callable[[str], Tensor]) -> tuple[str, Kept]:
+def source_of(name: str, plan: PruningPlan, norm_weight: Callable[[str], Tensor]) -> tuple[str, KeptOfAxes]:
     """The teacher's parameter that the student's `name` is cut from, and what is kept along its axes.
 
     In a turned stream a norm's gamma goes into what reads the norm, and what is left of its bias is divided by it:
@@ -143,4 +132,4 @@ def source_of(name: str, plan: PruningPlan, norm_weight: Callable[[str], Tensor]
                 "turn the residual stream. Keep channels by their indices (prune.surgery.basis=channels).",
             )
             kept["folded"] = 1 / gamma
-    return (_EMBEDDING if source == _OUTPUT and plan.unties else source), kept
+    return (EMBEDDING if source == OUTPUT and plan.unties else source), kept

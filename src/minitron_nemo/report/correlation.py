@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.statistics import Aggregation
+from minitron_nemo.aggregation import Aggregation
+from minitron_nemo.scores import Importance
 
 AGGREGATIONS = [(batch.value, sequence.value) for batch in Aggregation for sequence in Aggregation]
 

@@ -16,12 +16,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from minitron_nemo.artifact import Artifact
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.scores import GREEDY
 from minitron_nemo.report import figures, rows
 from minitron_nemo.report.correlation import between_aggregations, between_artifacts, between_depth_metrics
 from minitron_nemo.report.run import VARIANTS, Run
 from minitron_nemo.report.scores import Pruning, counts, importances, share_kept_from_top
+from minitron_nemo.scores import GREEDY, Importance
 from minitron_nemo.shape import ModelShape
 
 _DEPTH_CAPTIONS = {

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from minitron_nemo.importance import Importance
 from minitron_nemo.plan import DESCRIPTION as PLAN
-from minitron_nemo.plan import DIM_OF_AXIS, PruningPlan, axes_of
+from minitron_nemo.plan import PruningPlan, axes_of
 from minitron_nemo.report.run import OTHERS, Run
-from minitron_nemo.shape import ModelShape
+from minitron_nemo.scores import Importance
+from minitron_nemo.shape import DIM_OF_AXIS, ModelShape
 
 BASELINES = ("weight_magnitude", "random")
 

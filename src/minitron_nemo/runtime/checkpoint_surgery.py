@@ -33,11 +33,13 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from minitron_nemo.axes import Axis, Kept, local_name, parameter_axes, part_axes
+from minitron_nemo.axes import parameter_axes, part_axes
+from minitron_nemo.axis_expressions import Axis, KeptOfAxes
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.hf.config import require_same_shape
 from minitron_nemo.parallel import world_size
+from minitron_nemo.places import local_name
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
 from minitron_nemo.runtime.distributed_checkpoint import CONTENT, PREFIX, WEIGHTS, content_of
@@ -94,7 +96,12 @@ def prune_checkpoint(
 
 
 def _cut(
-    teacher: _Stored, piece: ShardedTensor, axes: Sequence[Axis], shape: ModelShape, kept: Kept, dtype: torch.dtype
+    teacher: _Stored,
+    piece: ShardedTensor,
+    axes: Sequence[Axis],
+    shape: ModelShape,
+    kept: KeptOfAxes,
+    dtype: torch.dtype,
 ) -> Tensor:
     """A piece of the student, made now."""
     tensor = teacher.read(piece)

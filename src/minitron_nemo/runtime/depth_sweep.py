@@ -19,10 +19,10 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.importance import ACCURACY, DepthConfig, GreedyConfig
 from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits, token_losses
 from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
-from minitron_nemo.importance.scores import GREEDY
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size, is_rank_zero
 from minitron_nemo.progress import Reporter
 from minitron_nemo.runtime.step import forward_step, on_this_rank
+from minitron_nemo.scores import GREEDY
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.questions import Question, accuracy, micro_batches
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
-from minitron_nemo.axes import layer_of
+from minitron_nemo.places import layer_of
 
 WEIGHTS = "weights"
 PREFIX = "module."

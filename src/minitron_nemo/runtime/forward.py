@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo import platform
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.importance import Importance, ImportanceEstimator
+from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import (
     Groups,
@@ -24,6 +24,7 @@ from minitron_nemo.parallel import (
 from minitron_nemo.progress import Reporter
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.schedule import forward_only
+from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 
 

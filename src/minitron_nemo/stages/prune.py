@@ -17,8 +17,6 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PruneConfig
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.stream import STREAM
 from minitron_nemo.parallel import Groups, agree, rank_zero_works
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
@@ -31,6 +29,7 @@ from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
 from minitron_nemo.runtime.forward import run_forward
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
+from minitron_nemo.scores import STREAM, Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
 from minitron_nemo.stages.scoring import Calibration

@@ -11,11 +11,11 @@ from minitron_nemo import engine, platform
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.config.trainer import Loading
-from minitron_nemo.importance import Importance
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
+from minitron_nemo.scores import Importance
 from minitron_nemo.stages.scoring import Calibration
 
 

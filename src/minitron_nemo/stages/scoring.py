@@ -20,9 +20,8 @@ from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import Prepared
 from minitron_nemo.config.importance import ImportanceConfig
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.stream import stream_sizes
 from minitron_nemo.runtime.forward import estimate_importance
+from minitron_nemo.scores import Importance, stream_sizes
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.calibration import calibration_batches

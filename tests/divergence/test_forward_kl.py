@@ -1,4 +1,4 @@
-"""Claims about the divergence between student and teacher."""
+"""Claims about the forward KL between student and teacher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron_nemo.divergence import streamed as divergence
+from minitron_nemo.divergence import token_rows
 from minitron_nemo.divergence.streamed import forward_kl
 from support.ranks import Ranks
 
@@ -56,7 +56,7 @@ def test_kl_is_zero_when_student_is_teacher(dtype: torch.dtype, temperature: flo
 def test_kl_and_its_gradient_match_autograd_in_float64(
     monkeypatch: pytest.MonkeyPatch, temperature: float, vocab_size: int, chunk_elements: int
 ) -> None:
-    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(token_rows, "CHUNK_ELEMENTS", chunk_elements)
     student, teacher, weights = logits(1).float(), logits(2).float(), torch.rand(S, B) - 0.3
     expected_of = student.double().requires_grad_()
     expected = kl_by_hand(expected_of, teacher, temperature, vocab_size)

@@ -10,7 +10,9 @@ different samples merge exactly and every aggregation can be chosen later:
                      variance along the sequence (the order of `Aggregation`). A row is a layer, for hidden a norm (two
                      a layer: input norm, pre-MLP norm). head counts c = n where a token's L2 norm over kv_channels was
                      taken first, n*d where it is taken of the aggregates.
-    stream, norm     [h, h] and [2l+1, h] float64: sums of squares of the residual stream, see stream.py; where measured
+    stream, norm     [h, h] and [2l+1, h] float64: sum over all norms and tokens that count of x x^T, x [h] the stream
+                     entering a norm, and norm by norm of x^2: of a layer its input norm, then its pre-MLP norm; the
+                     final norm last. Where measured
     of experts       [rows, 4, c] float64: number of tokens, sum |a|, sum a and sum a^2 over the tokens routed to an
                      expert. They make one sequence, whatever samples they come from, so it is sums that merge.
 
@@ -30,12 +32,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.importance.statistics import Aggregation, aggregate_samples, aggregate_sequence
-from minitron_nemo.importance.stream import stream_sizes
+from minitron_nemo.aggregation import Aggregation, aggregate_samples, aggregate_sequence
+from minitron_nemo.checks import did_you_mean, require, require_files
 from minitron_nemo.shape import ModelShape
 
-WIDTH_AXES = ("hidden", "ffn", "head", "group")
+STREAM, NORM = "stream", "norm"
+"""Names of the second moments of the residual stream among the moments."""
 TENSORS, DESCRIPTION = "importance.safetensors", "importance.json"
 GREEDY = "greedy"
 """Depth scores of single layers: a layer's place in the order that layers were dropped in, one after another, from 0;
@@ -222,13 +224,8 @@ class Importance:
     def load(cls, folder: Path | str) -> Importance:
         """Read what `save` wrote. Raises: FileNotFoundError: a file is missing."""
         folder = Path(folder)
-        for file in (TENSORS, DESCRIPTION):
-            require(
-                (folder / file).is_file(),
-                f"{folder} holds no importance scores: {file} is missing. Run the estimate-importance stage to its "
-                "end.",
-                FileNotFoundError,
-            )
+        mend = "Run the estimate-importance stage to its end."
+        require_files(folder, (TENSORS, DESCRIPTION), "importance scores", mend)
         description = json.loads((folder / DESCRIPTION).read_text())
         moments: dict[str, Tensor] = {}
         depth: dict[str, dict[int, Tensor]] = {}
@@ -277,6 +274,11 @@ def moment_sizes(shape: ModelShape) -> dict[str, list[tuple[int, ...]]]:
             *rows, channels = measured[axis][0]
             moments[axis].append((*rows, 4, channels))
     return moments
+
+
+def stream_sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """Sizes of the second moments of the residual stream."""
+    return {STREAM: (shape.hidden_size, shape.hidden_size), NORM: (2 * shape.num_layers + 1, shape.hidden_size)}
 
 
 def moments_of_sequence(sums: Tensor) -> Tensor:

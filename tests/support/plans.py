@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.importance import Importance
-from minitron_nemo.importance.scores import moment_sizes
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance
+from minitron_nemo.scores import Importance, moment_sizes
 from minitron_nemo.shape import ModelShape
-from support.megatron import TINY
+
+from .megatron import TINY
 
 SMALLER = {"hidden_size": 14, "ffn_hidden_size": 18, "num_attention_heads": 4}
 

@@ -19,7 +19,8 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.documents import indices_on_rank
 from minitron_nemo.weights import load_full_parameters
-from support.megatron import random_parameter, transformer_config
+
+from .megatron import random_parameter, transformer_config
 
 
 class GatheringAttention(nn.Module):
