@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -18,8 +17,9 @@ from rich.console import Console
 
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.checks import require
+from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
-from minitron_nemo.recipe import Step, config_of, stage_module
+from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
 from minitron_nemo.standing import serves
 
 
@@ -28,6 +28,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     where that can be seen."""
     require(bool(steps), f"recipe {config.name} has no compress.steps; list the sections to run in order.")
     configs = {step.name: config_of(step, config) for step in steps}
+    table = config_of(OWN_STEPS["report"], config)
     for step in steps:
         if check := getattr(stage_module(step.stage), "check", None):
             check(configs[step.name])
@@ -40,7 +41,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
             continue
         stage_module(step.stage).run(values)
     if is_rank_zero():
-        _close(config, [configs[step.name] for step in steps], time.monotonic() - started)
+        _close(table, [configs[step.name] for step in steps], time.monotonic() - started)
 
 
 def say(text: str) -> None:
@@ -48,12 +49,12 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _close(config: DictConfig, configs: Sequence[Any], seconds: float) -> None:
+def _close(table: ReportConfig, configs: Sequence[Any], seconds: float) -> None:
     """What the chain came to: its table, a sample of what was exported, and where things are."""
     from minitron_nemo.report import summary_table
 
     console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print(summary_table(Path(config.run_dir)))
+    console.print(summary_table(table.run_dir, table.rows, table.expected_order))
     for made in (open_artifact(values.output) for values in configs):
         if made.facts.get("sample"):
             console.print(f"\nThe exported model continues a prompt:\n{made.facts['sample']}\n", markup=False)

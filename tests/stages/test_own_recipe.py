@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from minitron_nemo.artifact import open_artifact
@@ -55,7 +56,10 @@ def test_a_second_distillation_with_another_loss_is_a_few_lines_of_yaml(
     assert again["config"]["training"]["optim"] == first["config"]["training"]["optim"]  # not said anew: as the first's
     assert again["config"]["teacher"] == first["config"]["teacher"]
     assert [given["path"] for given in again["inputs"]].count(str(run_dir / "distilled")) == 1
-    assert open_artifact(run_dir / "evaluate_again").facts["model"] == str(run_dir / "distill_again")
+    evaluation = open_artifact(run_dir / "evaluate_again")
+    assert evaluation.facts["model"] == str(run_dir / "distill_again")
+    row = re.search(r"^ *distill_again .*$", done.out, flags=re.MULTILINE)
+    assert row is not None and f"{evaluation.metrics['held_out_loss']:.3f}" in row[0]
 
 
 def test_a_step_of_ones_own_is_run_alone_by_its_section(door: Door, tiny_chain: TinyChain, tmp_path: Path) -> None:

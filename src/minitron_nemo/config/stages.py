@@ -303,11 +303,35 @@ class ExportHfConfig:
 
 
 @dataclass
-class ReportConfig:  # conf/report.yaml
+class ReportRow:
+    """One model of the report's table."""
+
+    model: str = ""
+    """Model artifact, such as ${distill.output}."""
+    label: str | None = None
+    """What the report calls it; null: the name of its folder."""
+    teacher: bool = False
+    """Whether the others are measured against it; of several, against the last one whose held-out loss is known."""
+    optional: bool = False
+    """Whether a run without it lacks nothing."""
+
+    @property
+    def title(self) -> str:
+        return self.label if self.label is not None else Path(self.model).name
+
+
+@dataclass
+class ReportConfig:
     run_dir: Path
     """Where the chain of stages wrote its artifacts."""
     output: Path
     """The artifact to write: holds report.html and summary.json."""
+    rows: list[ReportRow] = field(default_factory=list)
+    """The table's models, in its order. Other models of run_dir are rows too, called as their folders are: teachers
+    above these, the others below, each after those it was made from."""
+    expected_order: list[str] = field(default_factory=list)
+    """Labels or folder names of rows, from the lowest held-out loss to the highest; the report says whether it holds.
+    Empty: none is claimed."""
 
     def __post_init__(self) -> None:
         self.run_dir, self.output = Path(self.run_dir), Path(self.output)
@@ -317,6 +341,18 @@ class ReportConfig:  # conf/report.yaml
             f"output={self.output} would take the place of run_dir={self.run_dir} and all it holds. "
             f"Set output={self.run_dir / 'report'}.",
         )
+        for number, row in enumerate(self.rows):
+            require(
+                bool(row.model),
+                f"report.rows[{number}] names no model. Give it one, such as model: ${{distill.output}}.",
+            )
+        titles, models = [row.title for row in self.rows], [Path(row.model) for row in self.rows]
+        for title, model in zip(titles, models, strict=True):
+            require(models.count(model) == 1, f"report.rows names {model} more than once; one row shows it.")
+            require(
+                titles.count(title) == 1,
+                f"{titles.count(title)} of report.rows are called {title!r}. Give each a label of its own.",
+            )
 
 
 @dataclass

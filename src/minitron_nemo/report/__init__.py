@@ -1,7 +1,10 @@
-"""What a run of stages came to: one HTML file, one JSON file, one table for the terminal."""
+"""What a run of stages came to: one HTML file, one JSON file, one table for the terminal.
 
-from minitron_nemo.report.page import render, write_report
-from minitron_nemo.report.rows import summary, summary_table
+Numbers and table need no torch; `report.page`, which draws, is imported by who writes the page.
+"""
+
+from minitron_nemo.report.rows import summary
 from minitron_nemo.report.run import Run, read_run
+from minitron_nemo.report.table import summary_table
 
-__all__ = ["Run", "read_run", "render", "summary", "summary_table", "write_report"]
+__all__ = ["Run", "read_run", "summary", "summary_table"]

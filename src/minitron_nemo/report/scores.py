@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from minitron_nemo.plan import DESCRIPTION as PLAN
 from minitron_nemo.plan import PruningPlan, axes_of
-from minitron_nemo.report.run import OTHERS, Run
+from minitron_nemo.report.run import IMPORTANCE, Run
 from minitron_nemo.scores import Importance
 from minitron_nemo.shape import DIM_OF_AXIS, ModelShape
 
@@ -80,11 +80,11 @@ class Pruning:
 
     @classmethod
     def read(cls, run: Run) -> Pruning:
-        """Scores and plan of the artifacts `importance` and `student_pruned`; the scores are those the plan used."""
+        """Plan and importance of the run as it chooses them, the scores aggregated as the plan did."""
         plan = None
-        if (pruned := run.artifacts.get("student_pruned")) is not None and (pruned.path / PLAN).is_file():
-            plan = PruningPlan.load(pruned.path)
-        importance = Importance.load(run.artifacts["importance"].path) if "importance" in run.artifacts else None
+        if run.pruned is not None and (run.artifacts[run.pruned].path / PLAN).is_file():
+            plan = PruningPlan.load(run.artifacts[run.pruned].path)
+        importance = Importance.load(run.artifacts[run.importance].path) if run.importance is not None else None
         how = plan.origin if plan is not None else {}
         batch, sequence = str(how.get("batch_aggregation", "l2")), str(how.get("sequence_aggregation", "mean"))
         scores: dict[str, npt.NDArray[np.float64]] = {}
@@ -114,8 +114,7 @@ class Pruning:
 
 def importances(run: Run) -> dict[str, Importance]:
     """Importance artifacts of the run, by name."""
-    stage = OTHERS["importance"]
-    return {name: Importance.load(found.path) for name, found in run.artifacts.items() if found.stage == stage}
+    return {name: Importance.load(run.artifacts[name].path) for name in run.lineage.made_by(IMPORTANCE)}
 
 
 def _kept(plan: PruningPlan) -> Kept:

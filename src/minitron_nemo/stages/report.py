@@ -8,15 +8,16 @@ from __future__ import annotations
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ReportConfig
-from minitron_nemo.report import read_run, write_report
+from minitron_nemo.report import read_run
+from minitron_nemo.report.page import write_report
 
 
 def run(cfg: ReportConfig) -> Artifact:
     """Write the report of `cfg.run_dir` to `cfg.output`.
 
-    Raises: FileNotFoundError: `run_dir` is not there or holds no finished artifact.
+    Raises: NothingThere: `run_dir` is not there or holds no finished artifact.
     """
-    found = read_run(cfg.run_dir)
+    found = read_run(cfg.run_dir, cfg.rows, cfg.expected_order)
     with writing(cfg.output, stage="report", config=as_dict(cfg), inputs=list(found.artifacts.values())) as draft:
         values = write_report(found, draft.path)
         draft.metrics["held_out_loss"] = {row["name"]: row["held_out_loss"] for row in values["rows"]}

@@ -1,0 +1,186 @@
+"""Runs as the stages leave them, without training anything: what tests of the report read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+
+import torch
+
+from minitron_nemo.artifact import Artifact, open_artifact, writing
+from minitron_nemo.config.stages import ReportConfig
+from minitron_nemo.pruning import plan_from_importance
+from minitron_nemo.recipe import compose, config_of
+from minitron_nemo.scores import Importance, moment_sizes
+from minitron_nemo.shape import ModelShape
+from minitron_nemo.stages.report import run
+
+TEACHER = ModelShape("llama", 3, 24, 40, 6, 2, 8, padded_vocab_size=64, seq_length=32)
+STUDENT = TEACHER.pruned_to(hidden_size=16, ffn_hidden_size=27, num_attention_heads=4)
+LOSSES = {
+    "teacher": 2.91, "corrected_teacher": 2.88, "distilled": 3.05, "pruned_ce": 3.18, "from_scratch": 3.9,
+    "student_pruned": 6.2, "distilled_calibrated": 3.01,
+}  # fmt: skip
+TOKENS = 40_960
+
+
+@cache
+def _section(recipe: str) -> ReportConfig:
+    config, steps = compose([f"recipe={recipe}", "run_dir=RUN"])
+    section: ReportConfig = config_of(steps["report"], config)
+    return section
+
+
+def report_of(run_dir: Path, recipe: str = "quickstart") -> ReportConfig:
+    """The report that a recipe asks for, of this run."""
+    said = _section(recipe)
+    rows = [dataclasses.replace(row, model=str(run_dir / Path(row.model).name)) for row in said.rows]
+    return ReportConfig(run_dir, run_dir / "report", rows, said.expected_order)
+
+
+def write_model(
+    folder: Path,
+    name: str,
+    stage: str,
+    shape: ModelShape,
+    inputs: Sequence[Artifact] = (),
+    *,
+    tokens: int = 0,
+    loss: float = 3.0,
+) -> Artifact:
+    """A model artifact; with `tokens`, one that was trained and has a history."""
+    with writing(folder / name, stage=stage, config={"name": name, "lr": 1e-3}, inputs=inputs) as draft:
+        (draft.path / "shape.json").write_text(json.dumps(shape.to_dict()))
+        draft.metrics["parameters"] = shape.num_parameters
+        if tokens:
+            draft.metrics.update(tokens=tokens, training_seconds=12.5)
+            records = list(history(stage, tokens, loss))
+            (draft.path / "history.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return open_artifact(folder / name)
+
+
+def history(stage: str, tokens: int, loss: float, steps: int = 20) -> list[dict[str, float | None]]:
+    records: list[dict[str, float | None]] = []
+    for step in range(1, steps + 1):
+        value, at = loss + 2 * math.exp(-step / 4), {"step": step, "tokens": tokens * step // steps}
+        records.append({**at, "loss": value, "lr": 1e-3, "grad_norm": None, "seconds": 0.5})
+        if step % 5 == 0 and stage == "distill":
+            validation = {"validation_divergence": value + 0.01, "validation_agreement": 0.2 + step / 40}
+            records.append({**at, "validation_loss": value + 2.85, **validation})
+        elif step % 5 == 0:
+            records.append({**at, "validation_loss": value + 0.02})
+    return records
+
+
+def write_pruned(
+    folder: Path, name: str, importance: Importance, shape: ModelShape, inputs: Sequence[Artifact]
+) -> Artifact:
+    """A pruned model with its plan."""
+    with writing(folder / name, stage="prune", config={}, inputs=inputs) as draft:
+        plan_from_importance(importance, importance.shape, shape).save(draft.path)
+        (draft.path / "shape.json").write_text(json.dumps(shape.to_dict()))
+    return open_artifact(folder / name)
+
+
+def write_importance(folder: Path, name: str, importance: Importance, inputs: Sequence[Artifact] = ()) -> Artifact:
+    with writing(folder / name, stage="estimate-importance", config={}, inputs=inputs) as draft:
+        importance.save(draft.path)
+    return open_artifact(folder / name)
+
+
+def write_evaluation(folder: Path, model: Artifact, loss: float) -> Artifact:
+    name = f"evaluation_{model.path.name}"
+    with writing(folder / name, stage="evaluate", config={}, inputs=(model,)) as draft:
+        draft.metrics.update(held_out_loss=loss, perplexity=math.exp(loss), tokens=8192)
+        draft.facts["model"] = str(model.path)
+    return open_artifact(folder / name)
+
+
+def write_export(folder: Path, name: str, model: Artifact, difference: float) -> Artifact:
+    with writing(folder / name, stage="export-hf", config={}, inputs=(model,)) as draft:
+        draft.metrics["max_logit_difference"] = difference
+    return open_artifact(folder / name)
+
+
+def importance_of(shape: ModelShape) -> Importance:
+    generator = torch.Generator().manual_seed(0)
+    moments = {
+        axis: torch.rand(size, generator=generator, dtype=torch.float64) + 0.01
+        for axis, (size, *_) in moment_sizes(shape).items()
+    }
+    return Importance(shape, moments, num_samples=48, depth={"block_influence": {1: torch.tensor([0.9, 0.2, 0.7])}})
+
+
+def write_run(folder: Path, losses: Mapping[str, float | None] = LOSSES) -> Path:
+    """A whole quickstart; a model whose loss is None is not evaluated."""
+    teacher = write_model(folder, "teacher", "import-hf", TEACHER)
+    corrected = write_model(
+        folder, "corrected_teacher", "correct-teacher", TEACHER, [teacher], tokens=TOKENS // 4, loss=2.9
+    )
+    importance = importance_of(TEACHER)
+    scores = write_importance(folder, "importance", importance, [teacher])
+    pruned = write_pruned(folder, "student_pruned", importance, STUDENT, [teacher, scores])
+    models = {"teacher": teacher, "corrected_teacher": corrected, "student_pruned": pruned}
+    for name, stage, loss in (
+        ("distilled", "distill", 0.2),
+        ("distilled_calibrated", "distill", 0.15),
+        ("pruned_ce", "pretrain", 3.2),
+        ("from_scratch", "pretrain", 4.0),
+    ):
+        models[name] = write_model(folder, name, stage, STUDENT, [pruned], tokens=TOKENS, loss=loss)
+    for name, value in losses.items():
+        if value is not None:
+            write_evaluation(folder, models[name], value)
+    write_export(folder, "export", models["distilled"], 3.4e-6)
+    return folder
+
+
+class Page(HTMLParser):
+    """Collects what tests ask of a page; fails on tags that do not close."""
+
+    void = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.ids: list[str] = []
+        self.rows: list[list[str]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in self.void:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def page_of(config: ReportConfig) -> Page:
+    """Write the report and read it as a browser would."""
+    return Page((run(config).path / "report.html").read_text())
