@@ -11,6 +11,7 @@ import pytest
 
 from support.artifacts import listing
 from support.door import ROOT, Door, environment
+from support.patience import run_patiently
 from support.tiny import TinyChain
 
 MISTYPED = {
@@ -126,13 +127,10 @@ def test_the_composed_config_is_shown_on_request(door: Door) -> None:
 
 def torchrun(*command: str) -> tuple[int, str]:
     """Exit code and all that came on the screen, in order."""
-    done = subprocess.run(
+    done = run_patiently(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *command],
         env=environment(),
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
     )
     return done.returncode, done.stdout
 

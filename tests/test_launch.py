@@ -15,6 +15,7 @@ from minitron_nemo.artifact import open_artifact
 from minitron_nemo.cli import DOORS, main
 from minitron_nemo.recipe import STAGES
 from support.door import ROOT, Door, environment
+from support.patience import run_patiently
 from support.tiny import STEPS, TinyChain
 
 COMMANDS = {
@@ -31,12 +32,11 @@ def test_a_launched_distillation_has_the_losses_of_the_chain(
     tiny_chain: TinyChain, tmp_path: Path, launcher: str, layout: list[str]
 ) -> None:
     expected = losses(tiny_chain.run_dir / "distilled")
-    done = subprocess.run(
+    done = run_patiently(
         [*COMMANDS[launcher], *tiny_chain.overrides, *layout, f"distill.output={tmp_path / 'distilled'}"],
         cwd=ROOT,
         env=environment() | {"PET_STANDALONE": "1"},  # torchrun's --standalone: a free port, beside other runs
-        capture_output=True,
-        text=True,
+        stderr=subprocess.PIPE,
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "distilled") == pytest.approx(expected, abs=1e-4)  # TP sums in another order

@@ -25,12 +25,12 @@ STEPS = [  # the recipe's, less controls and measurements: each job starts two p
     "export_hf",
     "report",
 ]
-JOB_SECONDS = 300.0  # about 25 s each on two idle cores
+JOB_MINUTES = 30  # by SLURM's clock; about 25 s each on two idle cores
 
 
 @pytest.mark.slow
 @pytest.mark.slurm
-@pytest.mark.timeout(len(STEPS) * JOB_SECONDS)
+@pytest.mark.timeout(len(STEPS) * JOB_MINUTES * 60)
 def test_a_submitted_quickstart_leaves_a_model_that_transformers_loads(
     slurm_cluster: SingleNodeSlurm, tmp_path: Path
 ) -> None:
@@ -43,7 +43,7 @@ def test_a_submitted_quickstart_leaves_a_model_that_transformers_loads(
         "trainer.tensor_model_parallel_size=2",
         "slurm.processes_per_node=2",
         "slurm.cpus_per_task=2",
-        "slurm.time=30",
+        f"slurm.time={JOB_MINUTES}",
     ]
     said = minitron("submit", *overrides)
 
@@ -52,7 +52,7 @@ def test_a_submitted_quickstart_leaves_a_model_that_transformers_loads(
     assert [job["name"] for job in jobs] == STEPS
     assert [job["after"] for job in jobs] == [None, *ids[:-1]]
     assert f"job {ids[1]}: prepare_data, after job {ids[0]} (" in said
-    assert slurm_cluster.wait_for_jobs(ids, len(STEPS) * JOB_SECONDS) == dict.fromkeys(ids, "COMPLETED"), logs(run_dir)
+    assert slurm_cluster.wait_for_jobs(ids) == dict.fromkeys(ids, "COMPLETED"), logs(run_dir)
 
     from transformers import AutoModelForCausalLM
 

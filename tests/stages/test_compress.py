@@ -16,6 +16,7 @@ import pytest
 from minitron_nemo.artifact import open_artifact
 from support.artifacts import listing
 from support.door import Door, environment
+from support.patience import Patience
 from support.tiny import STEPS, TinyChain, quickstart_overrides
 
 CHAIN = {
@@ -145,7 +146,7 @@ def test_a_chain_killed_between_steps_goes_on_and_a_changed_key_remakes_what_han
     assert pruned.digest in [given["digest"] for given in evaluated.manifest["inputs"]]
 
 
-def kill_once_there(file: Path, overrides: list[str], seconds: float = 240) -> None:
+def kill_once_there(file: Path, overrides: list[str]) -> None:
     """Run the chain in a process of its own and kill it, without a word, as soon as `file` stands."""
     process = subprocess.Popen(
         [sys.executable, "-m", "minitron_nemo.cli", "compress", *overrides],
@@ -154,8 +155,8 @@ def kill_once_there(file: Path, overrides: list[str], seconds: float = 240) -> N
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    ends = time.monotonic() + seconds
-    while not file.exists() and process.poll() is None and time.monotonic() < ends:
+    patience = Patience([process.pid])
+    while not file.exists() and process.poll() is None and not patience.over():
         time.sleep(0.005)
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)

@@ -76,7 +76,7 @@ def trainer_config() -> Any:
 
 
 def test_the_stage_says_how_close_the_logits_are(exported: Exported) -> None:
-    assert 0 < exported.artifact.metrics["max_logit_difference"] < 1e-4
+    assert 0 <= exported.artifact.metrics["max_logit_difference"] < 1e-4  # 0 where kernels of both add in one order
 
 
 def test_the_exported_config_keeps_what_pruning_kept(exported: Exported) -> None:

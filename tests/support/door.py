@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from support.patience import LOOK_SECONDS, Patience
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -65,6 +68,11 @@ class Door:
         assert self._requests is not None and self._answers is not None
         self._requests.write(json.dumps(command) + "\n")
         self._requests.flush()
+        patience = Patience([self._process.pid])
+        while not select.select([self._answers], [], [], LOOK_SECONDS)[0]:
+            if patience.over():
+                self._process.kill()
+                raise TimeoutError(f"minitron {' '.join(command)} has done nothing for {patience.quiet_seconds:g} s")
         answer = self._answers.readline()
         assert answer, f"the process ended while it ran: minitron {' '.join(command)}"
         return Done(**json.loads(answer))

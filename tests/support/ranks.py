@@ -5,7 +5,7 @@
 `function` is a module-level function. While it runs, torch.distributed, Megatron's parallel state and the CPU platform
 are set up for the layout, the random generators are seeded, and `current_layout()` says what was asked for. Arguments
 and results travel by value over pipes between our own processes. An exception is raised again in the test, caused by a
-`RankFailure` that names the rank and shows its traceback; a rank that hangs past the timeout is shown where it hangs.
+`RankFailure` that names the rank and shows its traceback; ranks that do nothing any more are shown where they hang.
 
 A layout is written `tp2`, `pp2`, `dp2`, `cp2`, `tp2-sp`, `tp2-pp2`, ... or `single`; sizes not named are 1. `dp2-ep2`
 spreads experts over the data-parallel ranks, `tp2-sp-ep2-etp1` over the tensor-parallel ones; an expert is split as
@@ -39,10 +39,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from support.patience import LOOK_SECONDS, QUIET_SECONDS, Patience
+
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "src"
-TIMEOUT_SECONDS = 180.0
-GRACE_SECONDS = 5.0  # what the other ranks get to answer after the first has failed; they may wait for it forever
+SAYS_WHERE_SECONDS = 30.0  # an upper bound: a signal's handler is run at once wherever a process gets to run at all
+GRACE_SECONDS = 5.0  # of quiet, after which nobody waits for the others once a rank has failed: they may wait for it
 
 
 class RankFailure(RuntimeError):
@@ -99,8 +101,8 @@ class Ranks:
     def __init__(self) -> None:
         self._pools: dict[int, _Pool] = {}
 
-    def __call__(self, layout: str, *, timeout: float = TIMEOUT_SECONDS, seed: int = 1234) -> BoundRanks:
-        return BoundRanks(self, Layout.parse(layout), timeout, seed)
+    def __call__(self, layout: str, *, quiet_seconds: float = QUIET_SECONDS, seed: int = 1234) -> BoundRanks:
+        return BoundRanks(self, Layout.parse(layout), quiet_seconds, seed)
 
     def pool(self, world_size: int) -> _Pool:
         pool = self._pools.get(world_size)
@@ -120,7 +122,7 @@ class BoundRanks:
 
     ranks: Ranks
     layout: Layout
-    timeout: float
+    quiet_seconds: float
     seed: int
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -139,7 +141,7 @@ class BoundRanks:
         )
         if "<" in job.function:
             raise ValueError(f"{job.function} cannot be found by another process; make it a module-level function.")
-        return self.ranks.pool(self.layout.world_size).run(job, pack((args, kwargs)), self.timeout)
+        return self.ranks.pool(self.layout.world_size).run(job, pack((args, kwargs)), self.quiet_seconds)
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class _Pool:
             theirs.close()
             self._pipes.append(ours)
 
-    def run(self, job: _Job, arguments: bytes, timeout: float) -> list[Any]:
+    def run(self, job: _Job, arguments: bytes, quiet_seconds: float) -> list[Any]:
         self._jobs += 1
         job = _Job(**(job.__dict__ | {"number": self._jobs}))
         for rank, pipe in enumerate(self._pipes):
@@ -200,21 +202,19 @@ class _Pool:
                 pipe.send_bytes(arguments)
             except OSError:
                 self._fail(f"rank {rank} of {job.layout.name} had died before the call", [rank])
-        deadline = time.monotonic() + timeout
+        at_work = [process.pid for process in self._processes]
+        patience = Patience(at_work, quiet_seconds)
         answers: dict[int, tuple[str, Any, str]] = {}
-        while len(answers) < self.world_size:
+        while len(answers) < self.world_size and not patience.over():
             waiting = {self._pipes[rank]: rank for rank in range(self.world_size) if rank not in answers}
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
-            if not ready:
-                break
-            for pipe in ready:
+            for pipe in wait(list(waiting), LOOK_SECONDS):
                 rank = waiting[pipe]  # type: ignore[index]
                 try:
                     answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, OSError):
                     self._fail(f"rank {rank} of {job.layout.name} died in {job.function}", [rank])
                 if answers[rank][0] == "error":
-                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+                    patience = Patience(at_work, min(quiet_seconds, GRACE_SECONDS))
         failed = [rank for rank in answers if answers[rank][0] == "error"]  # in the order in which they failed
         missing = [rank for rank in range(self.world_size) if rank not in answers]
         if failed:
@@ -224,14 +224,18 @@ class _Pool:
             cause = RankFailure(f"rank {failed[0]} of {job.layout.name} failed in {job.function}:\n{trace}")
             raise (error if error is not None else cause) from (cause if error is not None else None)
         if missing:
-            self._fail(f"rank {missing} of {job.layout.name} did not finish {job.function} in {timeout:g} s", missing)
+            hung = f"rank {missing} of {job.layout.name} did nothing for {quiet_seconds:g} s in {job.function}"
+            self._fail(hung, missing)
         return [answers[rank][1] for rank in range(self.world_size)]
 
     def _fail(self, message: str, ranks: list[int]) -> None:
-        for rank in ranks:
-            if self._processes[rank].poll() is None:
-                self._processes[rank].send_signal(signal.SIGUSR2)  # faulthandler writes where it stands to the log
-        time.sleep(0.5)
+        asked = [rank for rank in ranks if self._processes[rank].poll() is None]
+        for rank in asked:
+            self._processes[rank].send_signal(signal.SIGUSR2)  # faulthandler writes where it stands to the log
+        end = time.monotonic() + SAYS_WHERE_SECONDS
+        while time.monotonic() < end and not all("most recent call first" in self._tail(rank) for rank in asked):
+            time.sleep(0.1)
+        time.sleep(0.5)  # to the last line of it
         logs = "".join(f"\n---- log of rank {rank}, end ----\n{self._tail(rank)}" for rank in ranks)
         self.stop()
         raise RankFailure(message + logs)

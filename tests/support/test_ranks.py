@@ -69,8 +69,8 @@ def test_a_rank_that_hangs_is_named_and_shown_where_it_hangs() -> None:
     ranks = Ranks()
     try:
         ranks("tp2").run(draw)
-        with pytest.raises(RankFailure, match=r"rank \[1\] of tp2 did not finish hang_on in 10 s(.|\n)*in hang_on"):
-            ranks("tp2", timeout=10).run(hang_on, 1)
+        with pytest.raises(RankFailure, match=r"rank \[1\] of tp2 did nothing for 5 s in hang_on(.|\n)*in hang_on"):
+            ranks("tp2", quiet_seconds=5).run(hang_on, 1)
     finally:
         ranks.close()
 
