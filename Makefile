@@ -2,7 +2,7 @@
 #
 #   make quickstart   compress the embedded teacher end to end on this machine, with a report at the end
 #   make test         the whole suite; the last line says how many passed
-#   make lint         ruff, mypy and the floors between the rooms
+#   make lint         ruff, mypy, the floors between the rooms, and what is too long
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants
@@ -36,6 +36,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tests/house.py
 
 bench: $(STAMP)
 	@set -e; for benchmark in $(filter-out benchmarks/stages.py, $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
