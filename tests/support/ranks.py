@@ -155,6 +155,19 @@ class _Job:
     number: int = 0
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """A result; or an exception (None where it cannot travel), its traceback, and when it was raised."""
+
+    value: Any
+    trace: str = ""
+    ended: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.trace)
+
+
 class _Pool:
     """`world_size` worker processes and the store they meet at."""
 
@@ -204,7 +217,7 @@ class _Pool:
                 self._fail(f"rank {rank} of {job.layout.name} had died before the call", [rank])
         at_work = [process.pid for process in self._processes]
         patience = Patience(at_work, quiet_seconds)
-        answers: dict[int, tuple[str, Any, str]] = {}
+        answers: dict[int, _Answer] = {}
         while len(answers) < self.world_size and not patience.over():
             waiting = {self._pipes[rank]: rank for rank in range(self.world_size) if rank not in answers}
             for pipe in wait(list(waiting), LOOK_SECONDS):
@@ -213,20 +226,23 @@ class _Pool:
                     answers[rank] = pickle.loads(self._pipes[rank].recv_bytes())
                 except (EOFError, OSError):
                     self._fail(f"rank {rank} of {job.layout.name} died in {job.function}", [rank])
-                if answers[rank][0] == "error":
+                if answers[rank].failed:
                     patience = Patience(at_work, min(quiet_seconds, GRACE_SECONDS))
-        failed = [rank for rank in answers if answers[rank][0] == "error"]  # in the order in which they failed
+        # what failed first is the cause; its end of a connection closes, which then fails the others
+        failed = sorted((rank for rank in answers if answers[rank].failed), key=lambda rank: answers[rank].ended)
         missing = [rank for rank in range(self.world_size) if rank not in answers]
         if failed:
             if missing:
                 self.stop()
-            _, error, trace = answers[failed[0]]
-            cause = RankFailure(f"rank {failed[0]} of {job.layout.name} failed in {job.function}:\n{trace}")
+            error = answers[failed[0]].value
+            cause = RankFailure(
+                f"rank {failed[0]} of {job.layout.name} failed in {job.function}:\n{answers[failed[0]].trace}"
+            )
             raise (error if error is not None else cause) from (cause if error is not None else None)
         if missing:
             hung = f"rank {missing} of {job.layout.name} did nothing for {quiet_seconds:g} s in {job.function}"
             self._fail(hung, missing)
-        return [answers[rank][1] for rank in range(self.world_size)]
+        return [answers[rank].value for rank in range(self.world_size)]
 
     def _fail(self, message: str, ranks: list[int]) -> None:
         asked = [rank for rank in ranks if self._processes[rank].poll() is None]
@@ -299,14 +315,14 @@ def serve(descriptor: int) -> None:
             function = sys.modules[job.module]
             for name in job.function.split("."):
                 function = getattr(function, name)
-            answer = pack(("result", function(*args, **kwargs), ""))  # type: ignore[operator]
+            answer = pack(_Answer(function(*args, **kwargs)))  # type: ignore[operator]
         except BaseException as error:
-            trace = traceback.format_exc()
+            ended, trace = time.monotonic(), traceback.format_exc()
             try:
-                answer = pack(("error", error, trace))
+                answer = pack(_Answer(error, trace, ended))
                 pickle.loads(answer)
             except Exception:  # an exception with its own constructor may not survive the way
-                answer = pack(("error", None, trace))
+                answer = pack(_Answer(None, trace, ended))
         _tear_down()
         pipe.send_bytes(answer)
 
