@@ -5,7 +5,8 @@
 #   make lint         ruff, mypy, the floors between the rooms, and what is too long
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
-#                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants
+#                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants;
+#                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
 # PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
@@ -19,6 +20,8 @@ STAMP := $(VENV)/.installed
 # The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
 HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_CUDA),,-c constraints/cpu.txt)
+# What benchmarks share, and those that need another version of the project.
+NOT_ALONE := $(addprefix benchmarks/, stages.py checkouts.py start.py same_student.py)
 DEV_TOOLS := hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
 
 .DELETE_ON_ERROR:
@@ -39,10 +42,10 @@ lint: $(STAMP)
 	$(BIN)/python tests/house.py
 
 bench: $(STAMP)
-	@set -e; for benchmark in $(filter-out benchmarks/stages.py, $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
+	@set -e; for benchmark in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 bench-%: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py $(BEFORE)
 
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \

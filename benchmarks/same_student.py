@@ -4,6 +4,7 @@ The quickstart's whole chain from the embedded teacher, with few steps and littl
 Python's environment: float32, one thread. Then every model each of them left, as one digest over its tensors: names,
 dtypes, shapes and values, as the files hold them, whatever else stands beside.
 
+    make bench-same-student BEFORE=<the other version>
     python benchmarks/same_student.py <the other version> [key=value ...]
 
 A version is a folder that holds its files or a revision of this repository; overrides go to both chains. Exits 1 where

@@ -14,6 +14,8 @@ from minitron_nemo.standing import serves
 
 HELD_OUT = 256
 """Samples of the validation split."""
+PRECISION = "bf16"
+"""Of every stage and loss: what `auto` is on an accelerator and on a CPU with AMX, and on every other CPU is not."""
 
 
 def begin() -> float:
@@ -35,7 +37,7 @@ class Stages:
             shared: overrides of every stage.
         """
         self.run_dir = run_dir
-        self.shared = ["recipe=quickstart", f"run_dir={run_dir}", *shared]
+        self.shared = ["recipe=quickstart", f"run_dir={run_dir}", f"trainer.precision={PRECISION}", *shared]
 
     def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
         own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
@@ -62,7 +64,7 @@ def held_out_losses(model: Artifact, data: Path) -> list[float]:
     from minitron_nemo.text.windows import batches
 
     source = engine.open_model(model.path, key="model")
-    trainer = TrainerConfig(seq_length=source.shape.seq_length, micro_batch_size=8)
+    trainer = TrainerConfig(precision=PRECISION, seq_length=source.shape.seq_length, micro_batch_size=8)
     prepare_layout(trainer, source.shape)
     held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))

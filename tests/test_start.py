@@ -1,0 +1,66 @@
+"""What each door imports before it answers: of what is slow to import, only what it needs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_nemo.artifact import writing
+from minitron_nemo.shape import ModelShape
+from support.door import environment
+from support.patience import run_patiently
+
+SLOW = (
+    *("torch", "megatron", "nemo", "nemo_run", "lightning", "pytorch_lightning", "modelopt"),
+    *("transformers", "tokenizers", "datasets", "pyarrow", "pandas"),
+    *("numpy", "scipy", "sklearn", "numba", "matplotlib", "tensorboard", "wandb"),
+)
+TEACHER = ModelShape("llama", 3, 24, 40, 6, 2, 8, padded_vocab_size=64, seq_length=32)
+DOORS: dict[str, tuple[str, int, set[str]]] = {
+    "help": ("--help", 0, set()),
+    "help of a stage": ("prune --help", 0, set()),
+    "help of surgery on files": ("prune-hf --help", 0, set()),
+    "a mistyped stage": ("prone recipe=quickstart", 2, set()),
+    "an unknown key": ("prune recipe=quickstart prune.targett=1", 2, set()),
+    "a number out of range": ("distill recipe=quickstart distill.training.steps=0", 2, set()),
+    "the composed config": ("prune recipe=quickstart --cfg job", 0, set()),
+    "a chain's scripts": ("submit recipe=quickstart submit.dry_run=true run_dir=run", 0, set()),
+    "a report": ("report recipe=quickstart run_dir=run", 0, {"torch", "numpy", "matplotlib"}),
+}
+"""Command, its exit code, and which of the slow packages have been imported when it ends."""
+
+LOOK = """
+import json, sys
+from minitron_nemo.cli import main
+
+code, (seen, *command) = None, sys.argv[1:]
+try:
+    code = main(command)
+except SystemExit as leaving:  # Hydra's way to end
+    code = leaving.code or 0
+with open(seen, "w") as file:
+    json.dump([code, sorted(sys.modules)], file)
+"""
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_a_door_imports_what_it_needs_alone(door: str, tmp_path: Path) -> None:
+    command, code, expected = DOORS[door]
+    with writing(tmp_path / "run" / "teacher", stage="import-hf", config={}) as draft:  # for the report
+        (draft.path / "shape.json").write_text(json.dumps(TEACHER.to_dict()))
+        draft.metrics["parameters"] = TEACHER.num_parameters
+    seen = tmp_path / "seen.json"
+    done = run_patiently(
+        [sys.executable, "-c", LOOK, str(seen), *command.split()],
+        cwd=tmp_path,
+        env=environment(),
+        stderr=subprocess.STDOUT,
+    )
+    assert seen.is_file(), done.stdout
+    found, modules = json.loads(seen.read_text())
+    assert found == code, done.stdout
+    assert {name.partition(".")[0] for name in modules} & set(SLOW) == expected
