@@ -51,7 +51,7 @@ def write_model(
     tokens: int = 0,
     loss: float = 3.0,
 ) -> Artifact:
-    with writing(folder / name, stage=stage, config={"name": name, "lr": 1e-3}, inputs=inputs) as draft:
+    with writing(folder / name, stage=stage, config={"name": name, "tokens": tokens}, inputs=inputs) as draft:
         (draft.path / "shape.json").write_text(json.dumps(shape.to_dict()))
         draft.metrics["parameters"] = shape.num_parameters
         if tokens:
