@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, saying_when_full, writing
+from minitron_nemo.config.identity import how
 from support.artifacts import contents, full_disk
 from support.door import environment
+from support.tiny_run import TinyRun, make_artifacts
 
 
 def write(output: Path, text: str = "a", *, inputs: Any = (), **config: Any) -> Artifact:
@@ -39,7 +43,7 @@ def test_an_artifact_says_what_made_it_from_what_and_what_it_measured(tmp_path: 
     assert student.stage == "prune" and student.metrics == {"parameters": 3} and student.facts == {"vocab_size": 512}
     assert student.manifest["config"] == {"seed": 7}
     assert student.manifest["inputs"] == [{"path": str(teacher.path), "stage": "prune", "digest": teacher.digest}]
-    assert student.manifest["files"] == {"folder/weights": 3}
+    assert student.manifest["files"] == {"folder/weights": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
     assert {"torch", "megatron-core", "nemo-toolkit"} <= student.manifest["versions"].keys()
 
 
@@ -117,16 +121,70 @@ def test_a_place_where_nothing_can_be_made_is_named_with_its_mend(tmp_path: Path
 
 
 def test_the_digest_changes_with_config_inputs_and_content(tmp_path: Path) -> None:
-    teacher, other = write(tmp_path / "teacher"), write(tmp_path / "other", "longer")
+    teacher, other = write(tmp_path / "teacher"), write(tmp_path / "other", "another")
 
     def digest(text: str = "a", teacher: Artifact = teacher, **config: Any) -> str:
-        artifact = write(tmp_path / "student", text, inputs=[teacher], **config)
-        timeless = {**artifact.manifest, "seconds": 0.0}  # how long it took is part of the manifest as well
-        return dataclasses.replace(artifact, manifest=timeless).digest
+        return write(tmp_path / "student", text, inputs=[teacher], **config).digest
 
     first = digest()
     assert digest() == first
-    assert len({first, digest(seed=1), digest(teacher=other), digest("ab")}) == 4
+    assert len({first, digest(seed=1), digest(teacher=other), digest("ab"), digest("b")}) == 5  # also of equal size
+
+
+def test_the_digest_knows_no_places(tmp_path: Path) -> None:
+    def student(run: Path, corpus: Path) -> Artifact:
+        teacher = write(run / "teacher")
+        data = [{"path": str(run / "data"), "weight": 1}]
+        return write(run / "student", inputs=[teacher], model=f"{run}//teacher", data=data, corpus=str(corpus))
+
+    one, another = (student(tmp_path / run, tmp_path / "corpus") for run in ("one", "another_run"))
+    assert one.digest == another.digest
+    assert one.manifest["config"] != another.manifest["config"]
+    # what is neither an input nor beside the output is known by its path alone
+    assert student(tmp_path / "one", tmp_path / "other").digest != one.digest
+
+
+@dataclasses.dataclass
+class Stage:
+    size: int = 1
+    micro_batch_size: int = how(1)
+    output: str = how("")
+
+
+def test_the_digest_knows_nothing_of_how_a_step_ran(tmp_path: Path) -> None:
+    def digest(config: Stage, seconds: str) -> str:
+        with writing(tmp_path / "student", stage="prune", config=config) as draft:
+            (draft.path / "weights").mkdir()
+            (draft.path / "weights" / "__0_0.distcp").write_text("tensors")
+            for name in ("weights/.metadata", "history.jsonl"):
+                (draft.path / name).write_text(seconds)
+            draft.metrics["tokens_per_second"] = float(seconds)
+        return open_artifact(tmp_path / "student", verify=True).digest
+
+    assert digest(Stage(), "1.0") == digest(Stage(micro_batch_size=4, output="student"), "2.5")
+    assert digest(Stage(), "1.0") != digest(Stage(size=2), "1.0")
+
+
+def test_the_same_run_in_another_directory_makes_the_same_things(ranks: Any, tiny_run: TinyRun, tmp_path: Path) -> None:
+    for given in ("hf", "corpus"):
+        shutil.copytree(tiny_run.directory / given, tmp_path / given)
+    again = TinyRun(tmp_path, tmp_path / "hf")
+    ranks("single").run(make_artifacts, again, tmp_path / "corpus")
+    for step in ("teacher", "data", "importance", "student"):
+        found, expected = (open_artifact(run.directory / step) for run in (again, tiny_run))
+        assert found.digest == expected.digest, step
+        assert found.path != expected.path
+
+
+@pytest.mark.parametrize(("change", "found"), [("b", "has other contents"), (None, "is gone")])
+def test_contents_are_checked_when_asked(tmp_path: Path, change: str | None, found: str) -> None:
+    artifact = write(tmp_path / "student")
+    assert open_artifact(artifact.path, verify=True).digest == artifact.digest
+    file = artifact.path / "folder" / "weights"
+    file.unlink() if change is None else file.write_text(change)
+    assert open_artifact(artifact.path).digest == artifact.digest
+    with pytest.raises(ValueError, match=f"model={artifact.path} is not as prune made it: folder/weights {found}"):
+        open_artifact(artifact.path, key="model", verify=True)
 
 
 def test_an_artifact_of_another_stage_is_refused_with_the_key_that_named_it(tmp_path: Path) -> None:

@@ -6,13 +6,25 @@
 
 The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
 be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
-stage made it, from which config and inputs (with digests), with which versions, and what it measured.
+stage made it, from which config and inputs (with digests), with which versions, what it measured, and of every file its
+size and sha256.
 
-Under several ranks every rank enters the block with the same output; rank 0 writes the manifest and renames.
+The digest is the identity of what was made: stage, what in the config decides it, identities of the inputs, and the
+files. Where something lies does not count (an input's path stands for its identity, and one beside the output for its
+place from there), nor when, how fast or with which versions it was made: two runs of the same in two directories have
+the same digest where their files are the same. Two runs of the quickstart on a CPU differ in no file but these, which
+say of the run what the manifest would say, and are left out:
+
+    .metadata                          of a Megatron checkpoint: its path and a random id; its tensors lie beside it
+    history.jsonl, tensorboard, wandb  seconds and tokens per second beside losses
+
+Under several ranks every rank enters the block with the same output; rank 0 reads all files once more for their sha256,
+writes the manifest and renames.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import importlib.metadata
@@ -21,15 +33,19 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checks import CannotWrite, require
+from minitron_nemo.checks import CannotWrite, NothingThere, require
+from minitron_nemo.config.identity import as_dict, decisive
 from minitron_nemo.parallel import barrier, is_rank_zero, rank_zero_works
 
 MANIFEST = "manifest.json"
+_READERS = 8  # threads; one hashes 1 to 2 GB/s, about what a disk gives it
+_BLOCK_BYTES = 4 * 2**20
 _VERSIONED = ("minitron-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
 
 
@@ -63,31 +79,32 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """Identity of what was made: sha256 over the manifest, which holds config, inputs' digests and files' sizes."""
-        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+        """Identity of what was made, see the module's text; empty where an earlier version made it."""
+        return self.manifest.get("digest", "")
 
 
 def is_artifact(path: Path | str) -> bool:
     return (Path(path) / MANIFEST).is_file()
 
 
-def open_artifact(path: Path | str, *, made_by: Sequence[str] = (), key: str = "input") -> Artifact:
+def open_artifact(
+    path: Path | str, *, made_by: Sequence[str] = (), key: str = "input", verify: bool = False
+) -> Artifact:
     """Read a finished artifact.
 
     Args:
         made_by: stages whose artifacts fit; empty accepts any.
         key: the user's config key that named the path, for the message.
-    Raises: FileNotFoundError: nothing there, or unfinished. ValueError: made by another kind of stage.
+        verify: read every file, to see that each is as it was written.
+    Raises: FileNotFoundError: nothing there, or unfinished. ValueError: made by another kind of stage, or changed.
     """
     path = Path(path)
-    require(
-        path.exists(), f"{key}={path} does not exist. Run the stage that makes it, or correct {key}.", FileNotFoundError
-    )
+    require(path.exists(), f"{key}={path} does not exist. Run the stage that makes it, or correct {key}.", NothingThere)
     require(
         is_artifact(path),
         f"{key}={path} is not a finished artifact: it has no {MANIFEST}. "
         f"Run the stage that makes it to its end, or correct {key}.",
-        FileNotFoundError,
+        NothingThere,
     )
     artifact = Artifact(path, json.loads((path / MANIFEST).read_text()))
     require(
@@ -95,33 +112,41 @@ def open_artifact(path: Path | str, *, made_by: Sequence[str] = (), key: str = "
         f"{key}={path} was made by stage {artifact.stage}, but one made by {' or '.join(made_by)} is needed here. "
         f"Set {key} to such an artifact.",
     )
+    if verify:
+        written, found = artifact.manifest["files"], _files(path)
+        for name, file in written.items():
+            require(
+                found.get(name) == file,
+                f"{key}={path} is not as {artifact.stage} made it: {name} "
+                f"{'has other contents' if name in found else 'is gone'}. Make it again, or copy it again.",
+            )
     return artifact
 
 
 @contextmanager
-def writing(
-    output: Path | str, *, stage: str, config: dict[str, Any], inputs: Sequence[Artifact] = ()
-) -> Iterator[Draft]:
-    """Write an artifact; see the module's text. Any error (disk full: OSError) leaves the older artifact untouched."""
+def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Artifact] = ()) -> Iterator[Draft]:
+    """Write an artifact; see the module's text. Any error (disk full: OSError) leaves the older artifact untouched.
+
+    Args:
+        config: the stage's dataclass, or plain data that all counts.
+    """
     output = Path(output)
     partial = output.with_name(output.name + ".partial")
     draft = Draft(partial)
     started = time.time()
 
     def finish() -> None:
+        files = _files(partial)
         manifest = {
             "stage": stage,
-            "config": config,
+            "digest": _identity(output, stage, config, inputs, files),
+            "config": as_dict(config) if dataclasses.is_dataclass(config) else config,
             "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
             "versions": _versions(),
             "metrics": draft.metrics,
             "facts": draft.facts,
             "seconds": round(time.time() - started, 3),
-            "files": {
-                str(file.relative_to(partial)): file.stat().st_size
-                for file in sorted(partial.rglob("*"))
-                if file.is_file()
-            },
+            "files": files,
         }
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         _replace(partial, output)
@@ -136,6 +161,54 @@ def writing(
         if is_rank_zero():
             shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+_OF_THE_RUN = {".metadata", "history.jsonl", "tensorboard", "wandb"}
+"""Files and folders, by name, that say how the step ran; see the module's text."""
+
+
+def _identity(
+    output: Path, stage: str, config: Any, inputs: Sequence[Artifact], files: dict[str, dict[str, Any]]
+) -> str:
+    """sha256 of what was made."""
+    identity_of = {os.path.normpath(artifact.path): artifact.digest for artifact in inputs}
+
+    def placeless(value: Any) -> Any:
+        if isinstance(value, list):
+            return [placeless(each) for each in value]
+        if isinstance(value, dict):
+            return {key: placeless(each) for key, each in value.items()}
+        if not isinstance(value, str):
+            return value
+        path, beside = os.path.normpath(value), os.path.join(os.path.normpath(output.parent), "")
+        return identity_of.get(path, path.removeprefix(beside) if path.startswith(beside) else value)
+
+    made = {
+        "stage": stage,
+        "config": placeless(decisive(config)),
+        "inputs": [artifact.digest for artifact in inputs],
+        "files": {name: file for name, file in files.items() if not _OF_THE_RUN.intersection(Path(name).parts)},
+    }
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
+
+
+def _files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a directory but its manifest, by relative path; reads several at once."""
+    files = [file for file in sorted(directory.rglob("*")) if file.is_file() and file != directory / MANIFEST]
+    with ThreadPoolExecutor(_READERS) as readers:
+        hashes = readers.map(_sha256, files)
+        return {
+            str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": sha256}
+            for file, sha256 in zip(files, hashes, strict=True)
+        }
+
+
+def _sha256(file: Path) -> str:
+    sha256, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while read := stream.readinto(block):
+            sha256.update(block[:read])  # other threads run meanwhile
+    return sha256.hexdigest()
 
 
 def _make(partial: Path, output: Path) -> None:

@@ -363,7 +363,7 @@ def test_sources_take_turns_by_weight_and_each_gives_all_its_windows_before_one_
 ) -> None:
     other = shutil.copytree(tiny_run.data, tmp_path / "data")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"seconds": -1.0}))  # another digest
+    (other / "manifest.json").write_text(json.dumps(manifest | {"digest": "0" * 64}))  # as if of another corpus
     parts = [{"path": tiny_run.data, "weight": 3}, {"path": str(other), "weight": 1}]
     sources, windows = stored_sources(open_blend(DataConfig(prepared=parts)), SEQ_LENGTH, 39)
     assert [(source.first, source.samples) for source in sources] == [(0, 30), (30, 10)]  # 29.25 and 9.75, rounded up

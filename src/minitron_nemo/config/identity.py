@@ -27,6 +27,14 @@ def as_dict(config: Any) -> dict[str, Any]:
     return plain
 
 
+def decisive(config: Any) -> dict[str, Any]:
+    """Dotted key -> value of all that decides what a config, or plain data, makes."""
+    if not dataclasses.is_dataclass(config):
+        return _flat(config)
+    only_how = set(_how_keys(type(config)))
+    return {key: value for key, value in _flat(as_dict(config)).items() if not _stands_below(key, only_how)}
+
+
 def differences(then: dict[str, Any], config: Any) -> Iterator[tuple[str, Any, Any]]:
     """(key, then, now) of what a config, or plain data, would make otherwise than data of an earlier one did."""
     is_config = dataclasses.is_dataclass(config)

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import DistillConfig
 from minitron_nemo.distillation.stored_teacher import TeacherInStore, require_stored_is_enough
 from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource
@@ -63,9 +62,7 @@ def _keep_teacher(config: DistillConfig, lesson: _Lesson, trained: Trained) -> N
         return
     assert trained.teacher_core is not None
     before = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
-    with writing(
-        config.corrected_teacher, stage="correct-teacher", config=as_dict(config), inputs=lesson.artifacts
-    ) as draft:
+    with writing(config.corrected_teacher, stage="correct-teacher", config=config, inputs=lesson.artifacts) as draft:
         engine.save_model(trained.teacher_core, before.shape, before.tokenizer, draft.path)
         draft.facts["vocab_size"] = before.vocab_size
         draft.metrics.update(parameters=before.shape.num_parameters, steps=config.training.steps)

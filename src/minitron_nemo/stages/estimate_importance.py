@@ -8,7 +8,6 @@ from pathlib import Path
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.importance import ACCURACY
 from minitron_nemo.config.stages import EstimateImportanceConfig
 from minitron_nemo.importance.depth import require_depth_fits
@@ -45,7 +44,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     depth_samples = calibration.samples(depth.num_samples) if depth.reads_samples else []
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
     started = time.time()
-    importance = calibration.score(core, source.shape, width_samples, {"model": str(source.path)})
+    importance = calibration.score(core, source.shape, width_samples, {"model": source.path.name})
     seconds = time.time() - started
     if depth.is_asked_for:
         started = time.time()
@@ -64,7 +63,7 @@ def run(config: EstimateImportanceConfig) -> Artifact:
         depth_seconds = time.time() - started
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
-    with writing(output, stage="estimate-importance", config=as_dict(config), inputs=inputs) as draft:
+    with writing(output, stage="estimate-importance", config=config, inputs=inputs) as draft:
         rank_zero_works(lambda: importance.save(draft.path))
         draft.metrics.update(samples=samples, tokens=samples * trainer.seq_length, estimation_seconds=round(seconds, 1))
         if depth.is_asked_for:

@@ -9,7 +9,6 @@ from megatron.core import parallel_state
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.runtime.forward import mean_loss, run_forward
 from minitron_nemo.runtime.layout import prepare_layout
@@ -39,7 +38,7 @@ def run(config: EvaluateConfig) -> Artifact:
     loss, tokens = mean_loss(run_forward(core, held_out, label=name, total=len(held_out)))
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
-    with writing(output, stage="evaluate", config=as_dict(config), inputs=inputs) as draft:
+    with writing(output, stage="evaluate", config=config, inputs=inputs) as draft:
         draft.facts["model"] = str(source.path)
         draft.metrics.update(
             held_out_loss=loss, perplexity=math.exp(loss), tokens=tokens, parameters=source.shape.num_parameters

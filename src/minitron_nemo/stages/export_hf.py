@@ -16,7 +16,6 @@ from megatron.core import parallel_state
 from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ExportHfConfig
 from minitron_nemo.hf.check import continuation, largest_logit_difference, require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import save_hf
@@ -34,7 +33,7 @@ def run(config: ExportHfConfig) -> Artifact:
     prepare_layout(config.trainer, source.shape, seed=config.seed)
     core = engine.open_core(source, config.trainer, DTYPES[config.dtype])
     output = Path(config.output)
-    with writing(output, stage="export-hf", config=as_dict(config), inputs=source.artifacts) as draft:
+    with writing(output, stage="export-hf", config=config, inputs=source.artifacts) as draft:
         save_hf(
             core,
             draft.path,

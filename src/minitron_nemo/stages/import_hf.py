@@ -7,7 +7,6 @@ from pathlib import Path
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
@@ -40,7 +39,7 @@ def run(config: ImportHfConfig) -> Artifact:
     core = engine.new_core(shape, config.trainer, platform.dtype_of(config.trainer.precision))
     load_hf(core, source, shape, Groups.from_megatron())
     output = Path(config.output)
-    with writing(output, stage="import-hf", config=as_dict(config)) as draft:
+    with writing(output, stage="import-hf", config=config) as draft:
         engine.save_model(core, shape, source, draft.path)
         draft.facts["vocab_size"] = vocab_size_from_hf(source)
         draft.metrics.update(

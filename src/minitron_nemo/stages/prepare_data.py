@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.progress import Reporter
@@ -57,7 +56,7 @@ def run(cfg: PrepareDataConfig) -> Artifact:
     if cfg.tokenizer is not None:
         require_tokenizer_files(cfg.tokenizer)
     sizes = rank_zero_works(partial(survey, sources, splitter))
-    with writing(cfg.output, stage="prepare-data", config=as_dict(cfg)) as draft:
+    with writing(cfg.output, stage="prepare-data", config=cfg) as draft:
         rank_zero_works(partial(_write, cfg, sources, splitter, sizes, draft))
     return open_artifact(cfg.output)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.parallel import Groups, agree, rank_zero_works
 from minitron_nemo.plan import PruningPlan
@@ -53,7 +52,7 @@ def run(config: PruneConfig) -> Artifact:
         plan = job.plan_for(teacher)
         student, plan, facts = job.cut(teacher, plan)
     assert plan is not None
-    with writing(config.output, stage="prune", config=as_dict(config), inputs=job.inputs) as draft:
+    with writing(config.output, stage="prune", config=config, inputs=job.inputs) as draft:
         if student is None:
             prune_checkpoint(source, plan, draft.path, meta_core=engine.meta_core)
             engine.describe_model(plan.target, source.tokenizer, draft.path)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import EMBEDDED, PruneHfConfig
 from minitron_nemo.hf.surgery import prune_hf
 from minitron_nemo.plan import PruningPlan
@@ -22,7 +21,7 @@ def run(config: PruneHfConfig) -> Artifact:
     require(bool(config.model), "prune_hf.model is not set. Set it to a Hugging Face checkpoint directory.")
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
     plan = PruningPlan.load(config.plan)
-    with writing(config.output, stage="prune-hf", config=as_dict(config)) as draft:
+    with writing(config.output, stage="prune-hf", config=config) as draft:
         prune_hf(source, plan, draft.path, max_shard_bytes=int(config.max_shard_gigabytes * 10**9))
         plan.save(draft.path)
         draft.metrics.update(

@@ -6,7 +6,6 @@ Reads the manifests, histories, scores and plan that are there, says what is not
 from __future__ import annotations
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.config.identity import as_dict
 from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.report import read_run
 from minitron_nemo.report.page import write_report
@@ -18,7 +17,7 @@ def run(cfg: ReportConfig) -> Artifact:
     Raises: NothingThere: `run_dir` is not there or holds no finished artifact.
     """
     found = read_run(cfg.run_dir, cfg.rows, cfg.expected_order)
-    with writing(cfg.output, stage="report", config=as_dict(cfg), inputs=list(found.artifacts.values())) as draft:
+    with writing(cfg.output, stage="report", config=cfg, inputs=list(found.artifacts.values())) as draft:
         values = write_report(found, draft.path)
         draft.metrics["held_out_loss"] = {row["name"]: row["held_out_loss"] for row in values["rows"]}
         draft.metrics["expected_order_holds"] = values["order"]["holds"]

@@ -22,7 +22,7 @@ from typing import Any
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import as_dict, differences
+from minitron_nemo.config.identity import differences
 from minitron_nemo.config.stages import TeacherLogitsConfig
 from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.runtime.layout import prepare_layout
@@ -68,7 +68,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
         started = time.monotonic()
         write_missing(core, windows, shards, micro_batch_size=trainer.micro_batch_size)
     inputs = [*teacher.artifacts, *(artifact for artifact, _ in blend)]
-    with writing(output, stage="teacher-logits", config=as_dict(config), inputs=inputs) as draft:
+    with writing(output, stage="teacher-logits", config=config, inputs=inputs) as draft:
         rank_zero_works(partial(_take_over, shards, draft.path))
         draft.facts.update(facts)
         draft.metrics.update(

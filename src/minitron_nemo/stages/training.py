@@ -91,7 +91,7 @@ def run_training(
         _continue_only_the_same(run.directory, config)
         result = engine.train(run)
         trained(result)
-    with writing(output, stage=stage, config=as_dict(config), inputs=inputs) as draft:
+    with writing(output, stage=stage, config=config, inputs=inputs) as draft:
         _write(run, result, draft)
     rank_zero_works(lambda: shutil.rmtree(run.directory, ignore_errors=True))
     return open_artifact(output)
