@@ -51,7 +51,7 @@ def require_divisible(name: str, value: int, by_name: str, by: int) -> None:
 def require_files(folder: Path, files: Iterable[str], what: str, mend: str) -> None:
     """FileNotFoundError unless `folder` holds every one of `files`, which make up `what`."""
     for file in files:
-        require((folder / file).is_file(), f"{folder} holds no {what}: {file} is missing. {mend}", FileNotFoundError)
+        require((folder / file).is_file(), f"{folder} holds no {what}: {file} is missing. {mend}", NothingThere)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -11,11 +11,15 @@ from dataclasses import asdict, dataclass
 
 from omegaconf import DictConfig, OmegaConf
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.config.slurm import SlurmConfig
 
 JOBS = "jobs.json"
+
+
+class SlurmRefused(Mistake, ChildProcessError):
+    """SLURM did not take a job, in its own words."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def require_sbatch() -> None:
-    """Raises: FileNotFoundError: this machine cannot submit."""
+    """Raises: NothingThere: this machine cannot submit."""
     require(
         shutil.which("sbatch") is not None,
         "sbatch was not found: submitting needs the SLURM client commands, on a login node for instance. "
         "To write the scripts without submitting them, set submit.dry_run=true.",
-        FileNotFoundError,
+        NothingThere,
     )
 
 
@@ -70,8 +74,7 @@ def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] =
     rather than left pending for ever. When SLURM refuses one, those already accepted are cancelled: a chain runs as
     a whole or not at all.
 
-    Raises: FileNotFoundError: no sbatch on this machine. ChildProcessError: SLURM refused a
-    script; its words are quoted.
+    Raises: NothingThere: no sbatch on this machine. SlurmRefused: its words are quoted.
     """
     require_sbatch()
     jobs: list[SubmittedJob] = []
@@ -94,7 +97,7 @@ def _sbatch(script: StageScript, after: int | None, accepted: Sequence[Submitted
     if done.returncode == 0:
         return int(done.stdout.strip().split(";")[0])  # "id" or "id;cluster"
     cancelled = _cancel([job.job_id for job in accepted])
-    raise ChildProcessError(
+    raise SlurmRefused(
         f"SLURM refused {script.name}: {' '.join(done.stderr.split())}. {cancelled}"
         f"Correct the config group `slurm` (partition, account, time, nodes) and submit again; script: {script.path}"
     )

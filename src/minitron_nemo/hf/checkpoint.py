@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from minitron_nemo.axes import full_shape, parameter_axes, parameter_names
@@ -25,7 +24,7 @@ from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, read_json, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import Config, Family, family_of
 from minitron_nemo.hf.safetensors_stream import INDEX, SINGLE, Planned, ShardWriter, StoredTensor, read_header
-from minitron_nemo.parallel import Groups
+from minitron_nemo.parallel import Groups, barrier, is_rank_zero
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer import copy_tokenizer, special_token_ids
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
@@ -168,10 +167,9 @@ def save_hf(
         f"{path} already holds safetensors. Choose a new directory, or remove the old files.",
         FileExistsError,
     )
-    if dist.is_initialized():
-        dist.barrier()  # all have looked before rank 0 starts to write
+    barrier()  # all have looked before rank 0 starts to write
     planned = {hf_name: Planned(dtype, sizes) for parts in tensors.values() for hf_name, sizes in parts}
-    writer = ShardWriter(path, planned, max_shard_bytes) if _is_writer() else None
+    writer = ShardWriter(path, planned, max_shard_bytes) if is_rank_zero() else None
     for name, full in stream_full_parameters(model, shape, groups):
         if writer is not None:
             axis = parameter_axes(name).axes[0]
@@ -198,7 +196,3 @@ def hf_tensors(name: str, shape: ModelShape, family: Family, vocab_size: int) ->
     names = family.hf_names(name)
     assert len(names) == len(parts), f"{name}: {family.model_type} names {names}, the axis has {len(parts)} parts"
     return list(zip(names, (tuple(part.shape) for part in parts), strict=True))
-
-
-def _is_writer() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0

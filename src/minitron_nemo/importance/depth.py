@@ -34,7 +34,7 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
 from minitron_nemo.divergence.streamed import forward_kl
 from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
@@ -179,7 +179,7 @@ class DepthEstimator:
         layer = num_layers - found // per_batch - 1
         sample = self._num_batches * per_batch - 1 - found % per_batch
         source = "the embedding" if layer < 0 else f"decoder.layers.{layer}"
-        raise ValueError(
+        raise Mistake(
             f"The output of {source} is not finite (NaN or infinity) in calibration sample {sample}; scores from it "
             "rank nothing. Check the checkpoint and its dtype with the evaluate stage."
         )

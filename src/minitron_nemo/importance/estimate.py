@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance.experts import ExpertWatch, expert_moments, watch_experts
 from minitron_nemo.importance.stream import StreamMoments
@@ -189,7 +189,7 @@ class ImportanceEstimator:
         for experts in self._experts:  # experts keep no sample, so they are asked only where something else has failed
             if experts.index < layer:
                 experts.require_finite()
-        raise ValueError(
+        raise Mistake(
             f"Activations of axis {PLACES[place]} in decoder.layers.{layer} are not finite (NaN or infinity) in "
             f"calibration sample {sample} (from 0, in the order of calibration); scores from them rank nothing. "
             "Check that sample, and the checkpoint and its dtype with the evaluate stage."

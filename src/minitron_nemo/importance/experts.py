@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, TokenMask
+from minitron_nemo.checks import Mistake
 from minitron_nemo.importance.statistics import partial_sums
 from minitron_nemo.parallel import Groups, all_reduce_sum, group_rank, group_size
 from minitron_nemo.shape import ModelShape
@@ -124,7 +125,7 @@ def _require_finite(totals: dict[str, Tensor], layers: Sequence[int], experts: S
     ]
     if broken:
         layer, place, expert = min(broken)
-        raise ValueError(
+        raise Mistake(
             f"Activations of axis {list(totals)[place]} in decoder.layers.{layers[layer]} are not finite (NaN or "
             f"infinity) in expert {experts[expert]}; scores from them rank nothing. Check the checkpoint and its dtype "
             "with the evaluate stage."

@@ -21,7 +21,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from minitron_nemo.checks import Interrupted
+from minitron_nemo.checks import Interrupted, Mistake
 from minitron_nemo.nemo.optim import SkippingOptimizer
 from minitron_nemo.parallel import all_reduce_max, rank_zero_works, world
 from minitron_nemo.runtime.training_run import checkpoint_of, newest_checkpoint
@@ -148,7 +148,7 @@ class SkippedSteps(pl.Callback):
             )
         if self.in_a_row >= self.limit:
             newest = self.checkpoints.newest()
-            raise ValueError(
+            raise Mistake(
                 f"{self.in_a_row} steps in a row, up to step {step}, had gradients that are not finite (NaN or "
                 f"infinity); training.max_skipped_steps={self.limit}. Lower training.optim.lr, or look at samples "
                 f"{first - (self.in_a_row - 1) * self.batch} to {first + self.batch - 1}. "

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact
-from minitron_nemo.checks import require
+from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.shape import ModelShape
 
 CONTEXT, TOKENIZER, SHAPE = "context", "tokenizer", "shape.json"
@@ -44,12 +44,12 @@ def read_shape(directory: Path, *, key: str, foreign: ForeignShape) -> ModelShap
     """
     if (directory / SHAPE).is_file():
         return ModelShape.from_dict(json.loads((directory / SHAPE).read_text()))
-    require(directory.exists(), f"{key}={directory} does not exist. Correct {key}.", FileNotFoundError)
+    require(directory.exists(), f"{key}={directory} does not exist. Correct {key}.", NothingThere)
     require(
         (directory / CONTEXT / "model.yaml").is_file(),
         f"{key}={directory} holds neither {SHAPE} (an artifact of this package) nor {CONTEXT}/model.yaml "
         f"(a NeMo 2 checkpoint). Set {key} to one of them.",
-        FileNotFoundError,
+        NothingThere,
     )
     return foreign(directory)
 
@@ -101,6 +101,6 @@ def open_model(
     places = (directory / TOKENIZER, directory / CONTEXT / "nemo_tokenizer")
     tokenizer = next((place for place in places if place.is_dir()), None)
     if tokenizer is None:
-        raise FileNotFoundError(f"{key}={directory} has no tokenizer/. Copy the HF tokenizer's files there.")
+        raise NothingThere(f"{key}={directory} has no tokenizer/. Copy the HF tokenizer's files there.")
     vocab_size = artifact.facts["vocab_size"] if artifact else shape.padded_vocab_size
     return ModelInput(directory, shape, tokenizer, vocab_size, artifact)

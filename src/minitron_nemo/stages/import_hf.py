@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
-from minitron_nemo.checks import require
+from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
@@ -30,7 +30,7 @@ def run(config: ImportHfConfig) -> Artifact:
         (source / "config.json").is_file(),
         f"import_hf.model={source} is no directory with a config.json. Set import_hf.model to a Hugging Face "
         "checkpoint: config.json, *.safetensors and the tokenizer's files.",
-        FileNotFoundError,
+        NothingThere,
     )
     shape = shape_from_hf(source, make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
     require_tokenizer_files(source, key="import_hf.model")

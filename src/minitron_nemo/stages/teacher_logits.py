@@ -21,7 +21,7 @@ from typing import Any
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.identity import differences
 from minitron_nemo.config.stages import TeacherLogitsConfig
 from minitron_nemo.parallel import rank_zero_works
@@ -99,7 +99,7 @@ def _require_same(directory: Path, facts: dict[str, Any]) -> None:
     kept = directory / _STORE
     if kept.is_file():
         for key, then, now in differences(json.loads(kept.read_text()), facts):
-            raise ValueError(
+            raise Mistake(
                 f"{directory} holds shards of a run that was cut off and had {key}={then}, not {now}. Continue it with "
                 f"what it was started with, or remove {directory} to start over."
             )
