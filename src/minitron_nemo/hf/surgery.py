@@ -24,7 +24,7 @@ from torch import Tensor
 from minitron_nemo.axes import parameter_names, part_axes
 from minitron_nemo.axis_expressions import Axis, KeptOfAxes
 from minitron_nemo.checks import require
-from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held
+from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held, require_no_weights
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import family_of
 from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTensor
@@ -67,11 +67,7 @@ def prune_hf(
     require_same_shape(shape_from_config(config), plan.source, source, mend=mend)
     pruned_config = _pruned_config(config, plan)
     cuts = _all_cuts(source, config, plan)
-    require(
-        not any(output.glob("*.safetensors")),
-        f"{output} already holds safetensors. Choose a new directory, or remove the old files.",
-        FileExistsError,
-    )
+    require_no_weights(output)
     writer = ShardWriter(output, {cut.name: Planned(cut.stored.dtype, cut.sizes) for cut in cuts}, max_shard_bytes)
     for cut in cuts:
         for rows in cut.blocks(plan.source):
