@@ -44,7 +44,7 @@ from minitron_nemo.config.identity import as_dict, decisive
 from minitron_nemo.parallel import barrier, is_rank_zero, rank_zero_works
 
 MANIFEST = "manifest.json"
-_READERS = 8  # threads; one hashes 1 to 2 GB/s, about what a disk gives it
+_READERS = 8  # threads, which hash about 1 GB/s each
 _BLOCK_BYTES = 4 * 2**20
 _VERSIONED = ("minitron-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
 

@@ -22,21 +22,10 @@ from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.rope import inverse_frequencies
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
-from support.hf import ATOL, LLAMA3_SCALING, TOKENS, hf_logits, hf_model, load_with_transformers, tensors_of
+from support.hf import ATOL, DIMS, LLAMA3_SCALING, TOKENS, hf_logits, hf_model, load_with_transformers, tensors_of
 from support.megatron import TINY, bare_model, build_gpt, run_gpt
 from support.ranks import Ranks
 
-DIMS: dict[str, Any] = {
-    "vocab_size": 51,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,  # 6 x 8 = 48 is not the hidden size
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-}
 CONFIGS: dict[str, LlamaConfig | MistralConfig] = {
     "llama": LlamaConfig(**DIMS),
     "llama tied": LlamaConfig(**DIMS, tie_word_embeddings=True),

@@ -98,6 +98,13 @@ def test_nothing_in_a_context_names_a_path_of_the_machine(tiny_run: TinyRun) -> 
             assert str(tiny_run.directory) not in file.read_text(), file.name
 
 
+def test_only_the_tokenizer_is_taken_from_a_models_directory(tiny_run: TinyRun) -> None:
+    assert (tiny_run.hf / "model.safetensors").is_file()
+    for kept in ("tokenizer", "context/tokenizer"):
+        files = {file.name for file in (tiny_run.directory / "teacher" / kept).iterdir()}
+        assert files == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}, kept
+
+
 def save_built(directory: Path) -> None:
     save_weights(build_gpt(TINY_EXPERTS), directory)
 

@@ -32,8 +32,8 @@ from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, teacher_logits
 from minitron_nemo.text.blend import open_blend
-from minitron_nemo.text.stored_samples import StoredSamples, TeacherLogits, stored_sources
-from minitron_nemo.text.teacher_store import Shards, StoreFormat
+from minitron_nemo.text.stored_samples import StoredSamples, samples_of, stored_sources
+from minitron_nemo.text.teacher_store import Shards, StoreFormat, TeacherStore
 from support.artifacts import full_disk
 from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, smaller
@@ -54,7 +54,7 @@ TOP_K = DivergenceConfig(kind="top_k", k=K)
 
 @pytest.mark.parametrize(("vocab_size", "limit"), [(32_000, 300), (128_256, 300), (256_000, 300)])
 def test_a_token_takes_at_most_300_bytes(vocab_size: int, limit: int) -> None:
-    config = teacher_logits.TeacherLogitsConfig()
+    config = teacher_logits.TeacherStoreConfig()
     assert StoreFormat(config.k, 4096, vocab_size, config.precision).bytes_per_token <= limit
 
 
@@ -143,7 +143,7 @@ def write_store(run: TinyRun, output: str, rows: int = 1, **values: Any) -> None
         "data": DataConfig(prepared=run.data),
         "output": output,
     }
-    teacher_logits.run(teacher_logits.TeacherLogitsConfig(**config | values))
+    teacher_logits.run(teacher_logits.TeacherStoreConfig(**config | values))
 
 
 def write_until_the_first_shard_is_there(run: TinyRun, output: str) -> None:
@@ -161,8 +161,8 @@ def write_until_the_first_shard_is_there(run: TinyRun, output: str) -> None:
         write_store(run, output)
 
 
-def samples_of(output: str) -> dict[str, Tensor]:
-    store = TeacherLogits.open(output, key="store")
+def answers_in(output: str) -> dict[str, Tensor]:
+    store = TeacherStore.open(output, key="store")
     samples = [store.shards.read(number) for number in range(SAMPLES)]
     return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
 
@@ -175,7 +175,7 @@ def store(ranks: Ranks, tiny_run: TinyRun) -> str:
 
 
 def assert_same_store(output: str, expected: str) -> None:
-    found, reference = samples_of(output), samples_of(expected)
+    found, reference = answers_in(output), answers_in(expected)
     for key in (LOG_PROBS, TAIL_MASS):
         assert_close(found[key], reference[key], rtol=1e-4, atol=1e-5)  # float32 sums in another order
     assert (found[INDICES] == reference[INDICES]).double().mean() > 0.999  # which may swap two equals
@@ -244,7 +244,7 @@ def test_the_manifest_says_what_was_asked_of_whom_about_what(tiny_run: TinyRun, 
 def test_documents_that_do_not_see_each_other_are_not_stored() -> None:
     data = DataConfig(prepared="data", reset_at_documents=True)
     with pytest.raises(ValueError, match=r"data.reset_at_documents=true cannot be stored: a sample is a window"):
-        teacher_logits.TeacherLogitsConfig(data=data)
+        teacher_logits.TeacherStoreConfig(data=data)
 
 
 def test_a_store_that_does_not_fit_on_the_disk_is_not_begun(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -310,8 +310,8 @@ def loss_beside_the_teacher(run: TinyRun, store: str, seed: int, samples: list[i
         engine.open_core(model, trainer(), platform.dtype_of(trainer().precision)) for model in (teacher, student)
     )
     both = TeacherStudent(pupil, LiveTeacher(teaching), config, vocab_size=student.vocab_size).train()
-    stored = TeacherLogits.open(store, key="store")
-    dataset = stored.samples_of(open_blend(DataConfig(prepared=run.data)), seed=seed, with_teacher=False)(
+    stored = TeacherStore.open(store, key="store")
+    dataset = samples_of(stored, open_blend(DataConfig(prepared=run.data)), seed=seed, with_teacher=False)(
         max(samples) + 1
     )
     total = 0.0
@@ -344,10 +344,10 @@ def test_its_losses_are_the_same_on_every_layout(
 
 
 def test_another_seed_goes_through_the_same_samples_in_another_order(tiny_run: TinyRun, store: str) -> None:
-    opened, blend = TeacherLogits.open(store, key="store"), open_blend(DataConfig(prepared=tiny_run.data))
+    opened, blend = TeacherStore.open(store, key="store"), open_blend(DataConfig(prepared=tiny_run.data))
     orders = []
     for seed in (1, 2):
-        dataset = opened.samples_of(blend, seed=seed, with_teacher=True)(2 * SAMPLES)
+        dataset = samples_of(opened, blend, seed=seed, with_teacher=True)(2 * SAMPLES)
         texts = [tuple(dataset[index]["tokens"].tolist()) for index in range(2 * SAMPLES)]
         orders += [texts[:SAMPLES], texts[SAMPLES:]]
         answers = {text: dataset[index][LOG_PROBS] for index, text in enumerate(texts)}
@@ -384,7 +384,7 @@ def test_sources_take_turns_by_weight_and_each_gives_all_its_windows_before_one_
             }
 
 
-def opened_text(store: TeacherLogits, run: TinyRun, number: int) -> list[int]:
+def opened_text(store: TeacherStore, run: TinyRun, number: int) -> list[int]:
     """Window `number` of the training file, read as one array."""
     tokens = np.fromfile(Path(run.data) / "train.bin", np.uint16)
     return tokens[number * SEQ_LENGTH : (number + 1) * SEQ_LENGTH].tolist()

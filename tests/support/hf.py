@@ -14,6 +14,19 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 ATOL = 1e-4  # float32, logits of order 1: two implementations add in different orders
 
+DIMS: dict[str, Any] = {
+    "vocab_size": 51,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,  # 6 x 8 = 48 is not the hidden size
+    "max_position_embeddings": 32,
+    "initializer_range": 0.2,
+}
+"""Of a config, with odd and unequal sizes."""
+
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "factor": 4.0,  # none of the values that Megatron-core fixes

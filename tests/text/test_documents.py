@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from minitron_nemo.parallel import Groups
-from minitron_nemo.text.documents import documents_of, documents_on_this_cp_rank, indices_on_rank, pad_documents
+from minitron_nemo.text.documents import documents_of, documents_on_rank, indices_on_rank, pad_documents
 from minitron_nemo.weights import stream_full_parameters
 from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, build_gpt, causal_mask
@@ -33,9 +33,10 @@ def step_together() -> tuple[Tensor, dict[str, Tensor]]:
     """On a rank: the sample's loss over all ranks and its gradients, full, by name."""
     batch = sample()
     documents = documents_of(batch["position_ids"] == 0)
-    build = build_context_parallel_gpt if parallel_state.get_context_parallel_world_size() > 1 else build_gpt
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    build = build_context_parallel_gpt if size > 1 else build_gpt
     model = build(TINY)
-    here = documents_on_this_cp_rank(batch, documents)
+    here = documents_on_rank(batch, documents, rank=rank, size=size)
     losses = model(
         here["tokens"],
         here["position_ids"],

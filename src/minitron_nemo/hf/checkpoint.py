@@ -24,7 +24,7 @@ from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, read_json, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import Config, Family, family_of
 from minitron_nemo.hf.safetensors_stream import INDEX, SINGLE, Planned, ShardWriter, StoredTensor, read_header
-from minitron_nemo.parallel import Groups, barrier, is_rank_zero
+from minitron_nemo.parallel import Groups, is_rank_zero, rank_zero_works
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer import copy_tokenizer, special_token_ids
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
@@ -162,12 +162,7 @@ def save_hf(
     tensors = {name: hf_tensors(name, shape, family, vocab_size) for name in parameter_names(shape)}
     if tokenizer_dir is not None:
         config |= special_token_ids(tokenizer_dir, key="tokenizer_dir")
-    require(
-        not any(path.glob("*.safetensors")),
-        f"{path} already holds safetensors. Choose a new directory, or remove the old files.",
-        FileExistsError,
-    )
-    barrier()  # all have looked before rank 0 starts to write
+    rank_zero_works(lambda: require_no_weights(path))
     planned = {hf_name: Planned(dtype, sizes) for parts in tensors.values() for hf_name, sizes in parts}
     writer = ShardWriter(path, planned, max_shard_bytes) if is_rank_zero() else None
     for name, full in stream_full_parameters(model, shape, groups):
@@ -181,6 +176,15 @@ def save_hf(
         (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if tokenizer_dir is not None:
             copy_tokenizer(tokenizer_dir, path, key="tokenizer_dir")
+
+
+def require_no_weights(directory: Path) -> None:
+    """Raises: FileExistsError: weights would be written over, or beside others."""
+    require(
+        not any(directory.glob("*.safetensors")),
+        f"{directory} already holds safetensors. Choose a new directory, or remove the old files.",
+        FileExistsError,
+    )
 
 
 def is_held(name: str, family: Family, config: Config) -> bool:

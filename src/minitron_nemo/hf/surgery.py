@@ -24,11 +24,11 @@ from torch import Tensor
 from minitron_nemo.axes import parameter_names, part_axes
 from minitron_nemo.axis_expressions import Axis, KeptOfAxes
 from minitron_nemo.checks import require
-from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held
+from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held, require_no_weights
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, require_same_shape, shape_from_config
-from minitron_nemo.hf.families import family_of
+from minitron_nemo.hf.families import Family, family_of
 from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTensor
-from minitron_nemo.places import EMBEDDING
+from minitron_nemo.places import EMBEDDING, OUTPUT
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
 from minitron_nemo.shape import ModelShape
@@ -67,11 +67,7 @@ def prune_hf(
     require_same_shape(shape_from_config(config), plan.source, source, mend=mend)
     pruned_config = _pruned_config(config, plan)
     cuts = _all_cuts(source, config, plan)
-    require(
-        not any(output.glob("*.safetensors")),
-        f"{output} already holds safetensors. Choose a new directory, or remove the old files.",
-        FileExistsError,
-    )
+    require_no_weights(output)
     writer = ShardWriter(output, {cut.name: Planned(cut.stored.dtype, cut.sizes) for cut in cuts}, max_shard_bytes)
     for cut in cuts:
         for rows in cut.blocks(plan.source):
@@ -125,7 +121,7 @@ def _all_cuts(source: Path, config: dict[str, Any], plan: PruningPlan) -> list[_
     found = {name: [checkpoint.find(*tensor) for tensor in tensors] for name, tensors in expected.items()}
     known = {hf_name for tensors in expected.values() for hf_name, _ in tensors}
     if plan.source.share_embeddings_and_output_weights:
-        known |= _second_copy_of_tied_embeddings(checkpoint, found)
+        known |= _second_copy_of_tied_embeddings(checkpoint, family, found)
     unknown = sorted(name for name in checkpoint.tensors if name not in known and not _NOT_WEIGHTS.search(name))
     require(
         not unknown,
@@ -147,9 +143,11 @@ def _all_cuts(source: Path, config: dict[str, Any], plan: PruningPlan) -> list[_
     return cuts
 
 
-def _second_copy_of_tied_embeddings(checkpoint: Checkpoint, found: dict[str, list[StoredTensor]]) -> set[str]:
+def _second_copy_of_tied_embeddings(
+    checkpoint: Checkpoint, family: Family, found: dict[str, list[StoredTensor]]
+) -> set[str]:
     """The output layer that some checkpoints hold beside the embedding it is tied to: left out, if it is the same."""
-    output = "lm_head.weight"
+    (output,) = family.hf_names(OUTPUT)
     if output in checkpoint.tensors:
         (embedding,) = found[EMBEDDING]
         copy = checkpoint.find(output, embedding.shape)

@@ -36,7 +36,7 @@ from minitron_nemo.text.corpus import TRAIN, VALIDATION
 from minitron_nemo.text.documents import DOCUMENT_STARTS, pad_documents, unmark
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from minitron_nemo.text.tokenizer import Tokenizer
 
 _NO_PADDING = -(1 << 31)  # no token has this id, nor the mark of one
 
@@ -117,7 +117,7 @@ class PackedDataModule(PreTrainingDataModule):
 
 def build_data_module(
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Tokenizer,
     seq_length: int,
     micro_batch_size: int,
     global_batch_size: int,

@@ -1,4 +1,4 @@
-"""Offline surgery: a model artifact or NeMo 2 checkpoint in, the pruned model's files out, a piece at a time.
+"""Surgery on disk: a model artifact or NeMo 2 checkpoint in, the pruned model's files out, a piece at a time.
 
     models on the meta device     ->  what teacher and student call each piece and where it lies, from their own
                                       `sharded_state_dict`: every layer spec and every writer's layout is understood
@@ -77,7 +77,7 @@ def prune_checkpoint(
     use_layout(Layout(), seed=0)
     require(
         world_size() == 1,
-        f"Offline surgery runs in one process, not in {world_size()}. Start it without torchrun, or prune "
+        f"Surgery on disk runs in one process, not in {world_size()}. Start it without torchrun, or prune "
         "through the loaded model.",
     )
     teacher = _Stored(source.path / WEIGHTS, meta_core(plan.source))

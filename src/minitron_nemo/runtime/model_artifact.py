@@ -9,7 +9,6 @@ shape.json   the ModelShape, which is what we read: plain JSON, no code is built
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.tokenizer import copy_tokenizer
 
 CONTEXT, TOKENIZER, SHAPE = "context", "tokenizer", "shape.json"
 
@@ -28,11 +28,11 @@ def write_shape(shape: ModelShape, tokenizer: Path, directory: Path) -> None:
     """Write shape and tokenizer beside the weights. One process.
 
     Args:
-        tokenizer: HF tokenizer directory, copied.
+        tokenizer: directory with a HF tokenizer, whose files are copied; it may be a model's.
     """
     (directory / SHAPE).write_text(json.dumps(shape.to_dict(), indent=2) + "\n")
     if tokenizer.resolve() != (directory / TOKENIZER).resolve():
-        shutil.copytree(tokenizer, directory / TOKENIZER, dirs_exist_ok=True)
+        copy_tokenizer(tokenizer, directory / TOKENIZER)
 
 
 def read_shape(directory: Path, *, key: str, foreign: ForeignShape) -> ModelShape:

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from minitron_nemo.distillation.loss import Loss
 from minitron_nemo.divergence.top_k import STORED
-from minitron_nemo.text.documents import DOCUMENT_STARTS, documents_of, documents_on_this_cp_rank
+from minitron_nemo.text.documents import DOCUMENT_STARTS, documents_of, documents_on_rank
 
 
 def on_this_rank(batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -33,7 +34,12 @@ def on_this_rank(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     if DOCUMENT_STARTS not in batch:
         local: dict[str, Any] = get_batch_on_this_cp_rank(on_device)
         return local
-    return documents_on_this_cp_rank(on_device, documents_of(batch[DOCUMENT_STARTS]))
+    return documents_on_rank(
+        on_device,
+        documents_of(batch[DOCUMENT_STARTS]),
+        rank=parallel_state.get_context_parallel_rank(),
+        size=parallel_state.get_context_parallel_world_size(),
+    )
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.runtime.training_run import Trained, Trainee
 from minitron_nemo.stages.training import run_training
 from minitron_nemo.text.blend import open_blend
-from minitron_nemo.text.stored_samples import TeacherLogits
+from minitron_nemo.text.stored_samples import samples_of
+from minitron_nemo.text.teacher_store import TeacherStore
 from minitron_nemo.text.tokenizer import tokenizer_digest
 
 
@@ -105,7 +106,7 @@ def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifa
     """What the teacher said is read with the samples."""
     assert config.teacher_logits is not None
     require_stored_is_enough(config.distillation)
-    store = TeacherLogits.open(config.teacher_logits, key="distill.teacher_logits")
+    store = TeacherStore.open(config.teacher_logits, key="distill.teacher_logits")
     store.require_of_teacher(config.teacher)
     store.require_fits(
         config.distillation.divergence,
@@ -114,5 +115,6 @@ def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifa
         tokenizer=tokenizer_digest(student.tokenizer),
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
-    samples = store.samples_of(blend, seed=config.data.seed, with_teacher=parallel_state.is_pipeline_last_stage())
+    here = parallel_state.is_pipeline_last_stage()
+    samples = samples_of(store, blend, seed=config.data.seed, with_teacher=here)
     return _Lesson(TeacherInStore(store.format.temperature), [store.artifact], samples=samples)

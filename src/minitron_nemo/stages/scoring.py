@@ -30,7 +30,7 @@ from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, tokenize
 from minitron_nemo.text.windows import batches
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from minitron_nemo.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Calibration:
         return blend
 
     @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_path)
 
     def samples(self, num_samples: int) -> Iterable[dict[str, Tensor]]:

@@ -29,8 +29,8 @@ from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.text.blend import open_blend, require_length, require_tokenizer_of
 from minitron_nemo.text.corpus import TRAIN
-from minitron_nemo.text.stored_samples import TeacherLogits, stored_sources
-from minitron_nemo.text.teacher_store import Shards, StoreFormat
+from minitron_nemo.text.stored_samples import stored_sources
+from minitron_nemo.text.teacher_store import Shards, StoreFormat, TeacherStore
 from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest
 
 _STORE = "store.json"
@@ -55,7 +55,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
     )
     prepare_layout(trainer, teacher.shape, seq_length=trainer.seq_length)
     sources, windows = stored_sources(blend, trainer.seq_length, config.num_samples)
-    facts = TeacherLogits.facts(format, sources) | {
+    facts = TeacherStore.facts(format, sources) | {
         "tokenizer_digest": tokenizer_digest(teacher.tokenizer),
         "teacher": {"path": str(teacher.path), "digest": teacher.artifact.digest if teacher.artifact else None},
         "vocab_size": teacher.vocab_size,

@@ -14,7 +14,7 @@ from minitron_nemo.text.corpus import VALIDATION
 from minitron_nemo.text.tokenizer import tokenizer_digest, vocabulary_size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from minitron_nemo.text.tokenizer import Tokenizer
 
 
 def open_blend(config: Prepared) -> list[tuple[Artifact, float]]:
@@ -67,7 +67,7 @@ def split_prefixes(artifact: Artifact, split: str, seq_length: int = 0) -> list[
     ]
 
 
-def require_tokenizer_of(artifact: Artifact, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_tokenizer_of(artifact: Artifact, tokenizer: Tokenizer) -> None:
     """The tokenizer must be the one this prepared data was made with."""
     path = tokenizer.name_or_path
     require(

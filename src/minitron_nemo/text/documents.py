@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
@@ -75,9 +74,11 @@ def documents_of(document_starts: Tensor) -> PackedSeqParams:
     return PackedSeqParams("thd", boundaries, boundaries, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
-def documents_on_this_cp_rank(batch: dict[str, Tensor], documents: PackedSeqParams) -> dict[str, Any]:
-    """This rank's part of a micro-batch [1, s, ...] on the device, and the boundaries of the whole."""
-    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+def documents_on_rank(batch: dict[str, Tensor], documents: PackedSeqParams, *, rank: int, size: int) -> dict[str, Any]:
+    """What the `rank`-th of `size` context-parallel ranks holds of a micro-batch [1, s, ...] on its device.
+
+    Returns: the same keys, [1, s/size, ...], and packed_seq_params, the boundaries of the whole.
+    """
     device = batch["tokens"].device
     if size > 1:
         index = indices_on_rank(documents.cu_seqlens_q, rank, size).to(device)

@@ -13,36 +13,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from megatron.core.datasets import helpers
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
+from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import DivergenceConfig
 from minitron_nemo.text.blend import weighted_sources
 from minitron_nemo.text.corpus import TRAIN
-from minitron_nemo.text.teacher_store import Shards, StoreFormat
+from minitron_nemo.text.teacher_store import Shards, StoredSource, TeacherStore
 from minitron_nemo.text.token_files import TokenStream
 from minitron_nemo.text.windows import Windows
-
-
-@dataclass(frozen=True)
-class StoredSource:
-    """The first windows of a source's training file; samples first to first + samples - 1 of a store."""
-
-    data: str
-    """Digest of the prepared data."""
-    file: str
-    """Its training file there, without ending."""
-    first: int
-    samples: int
 
 
 def stored_sources(
@@ -111,93 +95,26 @@ class StoredSamples(Dataset):
         return np.random.default_rng([self.seed, number, epoch]).permutation(self.sources[number].samples)
 
 
-# ---- the artifact ----------------------------------------------------------------------------------------------------
+def samples_of(
+    store: TeacherStore, blend: list[tuple[Artifact, float]], *, seed: int, with_teacher: bool
+) -> Callable[[int], StoredSamples]:
+    """As many samples as one asks for, of the sources in `blend`, which may leave out some that are stored.
 
-
-@dataclass(frozen=True)
-class TeacherLogits:
-    """A finished store."""
-
-    artifact: Artifact
-    format: StoreFormat
-    sources: list[StoredSource]
-
-    @classmethod
-    def open(cls, path: Path | str, *, key: str) -> TeacherLogits:
-        """Raises: as `open_artifact`; ValueError: a shard is gone or cut short."""
-        artifact = open_artifact(path, made_by=["teacher-logits"], key=key)
-        facts = artifact.facts
-        sources = [StoredSource(**source) for source in facts["sources"]]
-        store = cls(artifact, StoreFormat(**facts["format"]), sources)
-        store.shards.require_whole(key=key)
-        return store
-
-    @staticmethod
-    def facts(format: StoreFormat, sources: list[StoredSource]) -> dict[str, Any]:
-        """What `open` reads in the manifest."""
-        return {"format": asdict(format), "sources": [asdict(source) for source in sources]}
-
-    @property
-    def shards(self) -> Shards:
-        return Shards(self.artifact.path, self.format, sum(source.samples for source in self.sources))
-
-    def require_fits(self, divergence: DivergenceConfig, *, seq_length: int, vocab_size: int, tokenizer: str) -> None:
-        """Raises: ValueError: the student would be compared with something else than what is stored.
-
-        Args:
-            vocab_size, tokenizer: the student's, the latter as a digest.
-        """
-        path, stored = self.artifact.path, self.format
+    Raises: ValueError: the store has nothing of one of the artifacts.
+    """
+    path = store.artifact.path
+    stored = {(source.data, source.file): source for source in store.sources}
+    here = {source.data for source in store.sources}
+    sources, streams, weights = [], [], []
+    for artifact, source, weight in weighted_sources(blend):
         require(
-            tokenizer == self.artifact.facts["tokenizer_digest"] and vocab_size == stored.vocab_size,
-            f"distill.teacher_logits={path} is of a teacher with another tokenizer: a vocabulary of "
-            f"{stored.vocab_size} tokens, the student's has {vocab_size}. Use a student pruned from that teacher, or "
-            "run teacher-logits with the teacher of this one.",
+            artifact.digest in here,
+            f"data.prepared={artifact.path} is not the data that distill.teacher_logits={path} was made from. "
+            "Set data.prepared to that, or run teacher-logits on this.",
         )
-        ours = self.format.divergence
-        asked = {"trainer.seq_length": (seq_length, stored.seq_length)} | {
-            f"distill.distillation.divergence.{name}": (getattr(divergence, name), getattr(ours, name))
-            for name in ("kind", "k", "teacher_softcap", "teacher_logit_scale")
-        }
-        if divergence.tail == "bucket":
-            name = "distill.distillation.divergence.temperature"
-            asked[name] = (divergence.temperature, stored.temperature)
-        for name, (value, has) in asked.items():
-            require(
-                value == has,
-                f"{name}={value}, but distill.teacher_logits={path} was made with {has}. Set {name}={has}, or run "
-                "teacher-logits again with the other value.",
-            )
-
-    def require_of_teacher(self, path: str) -> None:
-        """Raises: ValueError: the model at `path` is not that which was asked; one that is gone is not missed."""
-        asked = self.artifact.facts["teacher"]
-        require(
-            asked["digest"] is None or not is_artifact(path) or open_artifact(path).digest == asked["digest"],
-            f"distill.teacher={path} is not the teacher of distill.teacher_logits={self.artifact.path}, which is "
-            f"{asked['path']} as it was then. Set distill.teacher to that, or run teacher-logits again.",
-        )
-
-    def samples_of(
-        self, blend: list[tuple[Artifact, float]], *, seed: int, with_teacher: bool
-    ) -> Callable[[int], StoredSamples]:
-        """As many samples as one asks for, of the sources in `blend`, which may leave out some that are stored.
-
-        Raises: ValueError: the store has nothing of one of the artifacts.
-        """
-        path = self.artifact.path
-        stored = {(source.data, source.file): source for source in self.sources}
-        here = {source.data for source in self.sources}
-        sources, streams, weights = [], [], []
-        for artifact, source, weight in weighted_sources(blend):
-            require(
-                artifact.digest in here,
-                f"data.prepared={artifact.path} is not the data that distill.teacher_logits={path} was made from. "
-                "Set data.prepared to that, or run teacher-logits on this.",
-            )
-            if (artifact.digest, source[TRAIN]) in stored:
-                sources.append(stored[artifact.digest, source[TRAIN]])
-                streams.append(TokenStream(os.path.abspath(artifact.path / source[TRAIN])))
-                weights.append(weight)
-        windows = Windows(streams, [source.samples for source in sources], self.format.seq_length)
-        return partial(StoredSamples, self.shards, sources, windows, weights, seed=seed, with_teacher=with_teacher)
+        if (artifact.digest, source[TRAIN]) in stored:
+            sources.append(stored[artifact.digest, source[TRAIN]])
+            streams.append(TokenStream(os.path.abspath(artifact.path / source[TRAIN])))
+            weights.append(weight)
+    windows = Windows(streams, [source.samples for source in sources], store.format.seq_length)
+    return partial(StoredSamples, store.shards, sources, windows, weights, seed=seed, with_teacher=with_teacher)

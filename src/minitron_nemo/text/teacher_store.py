@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
 from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
@@ -165,3 +166,80 @@ class Shards:
     def _is_whole(self, shard: int) -> bool:
         path = self.path(shard)
         return path.is_file() and path.stat().st_size == self.bytes([shard])
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """The first windows of a source's training file; samples first to first + samples - 1 of a store."""
+
+    data: str
+    """Digest of the prepared data."""
+    file: str
+    """Its training file there, without ending."""
+    first: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class TeacherStore:
+    """A finished store."""
+
+    artifact: Artifact
+    format: StoreFormat
+    sources: list[StoredSource]
+
+    @classmethod
+    def open(cls, path: Path | str, *, key: str) -> TeacherStore:
+        """Raises: as `open_artifact`; ValueError: a shard is gone or cut short."""
+        artifact = open_artifact(path, made_by=["teacher-logits"], key=key)
+        facts = artifact.facts
+        sources = [StoredSource(**source) for source in facts["sources"]]
+        store = cls(artifact, StoreFormat(**facts["format"]), sources)
+        store.shards.require_whole(key=key)
+        return store
+
+    @staticmethod
+    def facts(format: StoreFormat, sources: list[StoredSource]) -> dict[str, Any]:
+        """What `open` reads in the manifest."""
+        return {"format": asdict(format), "sources": [asdict(source) for source in sources]}
+
+    @property
+    def shards(self) -> Shards:
+        return Shards(self.artifact.path, self.format, sum(source.samples for source in self.sources))
+
+    def require_fits(self, divergence: DivergenceConfig, *, seq_length: int, vocab_size: int, tokenizer: str) -> None:
+        """Raises: ValueError: the student would be compared with something else than what is stored.
+
+        Args:
+            vocab_size, tokenizer: the student's, the latter as a digest.
+        """
+        path, stored = self.artifact.path, self.format
+        require(
+            tokenizer == self.artifact.facts["tokenizer_digest"] and vocab_size == stored.vocab_size,
+            f"distill.teacher_logits={path} is of a teacher with another tokenizer: a vocabulary of "
+            f"{stored.vocab_size} tokens, the student's has {vocab_size}. Use a student pruned from that teacher, or "
+            "run teacher-logits with the teacher of this one.",
+        )
+        ours = self.format.divergence
+        asked = {"trainer.seq_length": (seq_length, stored.seq_length)} | {
+            f"distill.distillation.divergence.{name}": (getattr(divergence, name), getattr(ours, name))
+            for name in ("kind", "k", "teacher_softcap", "teacher_logit_scale")
+        }
+        if divergence.tail == "bucket":
+            name = "distill.distillation.divergence.temperature"
+            asked[name] = (divergence.temperature, stored.temperature)
+        for name, (value, has) in asked.items():
+            require(
+                value == has,
+                f"{name}={value}, but distill.teacher_logits={path} was made with {has}. Set {name}={has}, or run "
+                "teacher-logits again with the other value.",
+            )
+
+    def require_of_teacher(self, path: str) -> None:
+        """Raises: ValueError: the model at `path` is not that which was asked; one that is gone is not missed."""
+        asked = self.artifact.facts["teacher"]
+        require(
+            asked["digest"] is None or not is_artifact(path) or open_artifact(path).digest == asked["digest"],
+            f"distill.teacher={path} is not the teacher of distill.teacher_logits={self.artifact.path}, which is "
+            f"{asked['path']} as it was then. Set distill.teacher to that, or run teacher-logits again.",
+        )

@@ -22,7 +22,7 @@ from minitron_nemo.text.corpus import Document
 from minitron_nemo.text.documents import mark
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from minitron_nemo.text.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 2_000_000  # texts handed to the tokenizer at once: enough for its threads, small in memory
 
@@ -72,7 +72,7 @@ class TokenFiles:
         return IndexedDatasetBuilder(str(path), dtype=dtype)
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
     """Each document's ids, closed by the end-of-text token; its prompt's stand first, marked.
 
     What looks like a special token in a text stays text.

@@ -16,7 +16,7 @@ from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.config.stages import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
@@ -72,7 +72,7 @@ def require_vocab_size(vocab_size: int) -> None:
     )
 
 
-def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> Tokenizer:
     """The Hugging Face tokenizer in a local directory, the fast one where there is one.
 
     Where no end-of-text token is set, the separator stands for it, as in NeMo's tokenizers.
@@ -98,7 +98,7 @@ def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> PreTrainedTok
     return tokenizer
 
 
-def _from_pretrained(path: Path) -> PreTrainedTokenizerBase:
+def _from_pretrained(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -107,7 +107,7 @@ def _from_pretrained(path: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path), use_fast=False, trust_remote_code=False, local_files_only=True)
 
 
-def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+def plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     """text -> token ids, no special token added."""
 
     def encode(text: str) -> list[int]:
@@ -117,7 +117,7 @@ def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[in
     return encode
 
 
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows an embedding needs for this tokenizer: its highest id plus one, before any padding."""
     return max(tokenizer.get_vocab().values()) + 1
 
