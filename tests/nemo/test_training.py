@@ -25,7 +25,7 @@ from minitron_nemo.nemo.optim import lr_multiplier
 from minitron_nemo.nemo.survival import ResumableCheckpoints
 from minitron_nemo.stages import pretrain
 from support.door import Door, environment
-from support.patience import Patience
+from support.patience import Patience, end
 from support.ranks import Ranks
 from support.tiny import SEQ_LENGTH
 from support.tiny_run import TinyRun, read_weights, trainer_values
@@ -103,8 +103,7 @@ def run_until_killed(command: list[str], output: str, log: Path) -> tuple[Path, 
                 os.killpg(process.pid, signal.SIGCONT)
             time.sleep(0.001)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # its checkpoint writers too
-        process.wait()
+        end(process)  # its checkpoint writers too
     [partial] = checkpoints.glob("*.partial")
     newest = ResumableCheckpoints(checkpoints, EVERY).newest()
     assert newest is not None

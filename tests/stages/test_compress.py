@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 from minitron_nemo.artifact import open_artifact
 from support.artifacts import listing
 from support.door import Door, environment
-from support.patience import Patience
+from support.patience import Patience, end
 from support.tiny import STEPS, TinyChain, quickstart_overrides
 
 CHAIN = {
@@ -158,7 +157,6 @@ def kill_once_there(file: Path, overrides: list[str]) -> None:
     patience = Patience([process.pid])
     while not file.exists() and process.poll() is None and not patience.over():
         time.sleep(0.005)
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    end(process)
     _, said = process.communicate()
     assert process.returncode == -signal.SIGKILL and file.exists(), said.decode()

@@ -10,6 +10,7 @@ what libraries print counts too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from support.patience import LOOK_SECONDS, Patience
+from support.patience import LOOK_SECONDS, Patience, end
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -71,7 +72,7 @@ class Door:
         patience = Patience([self._process.pid])
         while not select.select([self._answers], [], [], LOOK_SECONDS)[0]:
             if patience.over():
-                self._process.kill()
+                end(self._process)
                 raise TimeoutError(f"minitron {' '.join(command)} has done nothing for {patience.quiet_seconds:g} s")
         answer = self._answers.readline()
         assert answer, f"the process ended while it ran: minitron {' '.join(command)}"
@@ -86,6 +87,7 @@ class Door:
             stdin=subprocess.DEVNULL,
             env=environment(),
             cwd=self._home.name,
+            start_new_session=True,
             pass_fds=(request_read, answer_write),
         )
         os.close(request_read)
@@ -102,11 +104,9 @@ class Door:
         for pipe in (self._requests, self._answers):
             if pipe is not None:
                 pipe.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        end(self._process)
         self._process = None
         self._home.cleanup()
 

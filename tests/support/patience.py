@@ -8,11 +8,12 @@ at work; pytest's own limit, which is long, ends it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,40 @@ class Patience:
 
     def _used(self) -> dict[int, float]:
         """Seconds that the main thread of each process which has not ended has had of a processor."""
-        used, children, found = {}, {}, {}
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                _, _, text = (folder / "task" / folder.name / "stat").read_text().rpartition(")")
-            except OSError:  # it has ended since
-                continue
-            _, parent, *fields = text.split()  # proc(5): state, ppid; utime and stime are ten further on
-            used[int(folder.name)] = (int(fields[9]) + int(fields[10])) / os.sysconf("SC_CLK_TCK")
-            children.setdefault(int(parent), []).append(int(folder.name))
-        left = list(self.processes)
-        while left:
-            process = left.pop()
-            if process in used:
-                found[process] = used[process]
-                left += children.get(process, ())
-        return found
+        return dict(_main_threads(self.processes))
+
+
+def _main_threads(processes: Iterable[int]) -> Iterator[tuple[int, float]]:
+    """(process, seconds its main thread has had of a processor) of these and of all that they started."""
+    seconds: dict[int, float] = {}
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            _, _, text = (folder / "task" / folder.name / "stat").read_text().rpartition(")")
+        except OSError:  # it has ended since
+            continue
+        _, parent, *fields = text.split()  # proc(5): state, ppid; utime and stime are ten further on
+        seconds[int(folder.name)] = (int(fields[9]) + int(fields[10])) / os.sysconf("SC_CLK_TCK")
+        children.setdefault(int(parent), []).append(int(folder.name))
+    left = list(processes)
+    while left:
+        process = left.pop()
+        if process in seconds:
+            yield process, seconds[process]
+            left += children.get(process, ())
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Kill a process that began a session of its own, all it started there, and their children elsewhere.
+
+    Megatron-core's checkpoint writer keeps a process of 200 MB, which does not end because the one that started it did.
+    """
+    for each, _ in list(_main_threads([process.pid])):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(each, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # of a process that has ended, what it left behind
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_patiently(
@@ -79,5 +98,4 @@ def run_patiently(
                         said = b"".join(each or b"" for each in (so_far.stdout, so_far.stderr)).decode(errors="replace")
                         raise TimeoutError(f"{command} did nothing for {quiet_seconds:g} s:\n{said}") from None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            end(process)

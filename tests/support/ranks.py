@@ -39,7 +39,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from support.patience import LOOK_SECONDS, QUIET_SECONDS, Patience
+from support.patience import LOOK_SECONDS, QUIET_SECONDS, Patience, end
 
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "src"
@@ -201,6 +201,7 @@ class _Pool:
                     stdin=subprocess.DEVNULL,
                     stdout=self._logs[rank],
                     stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )
             )
             theirs.close()
@@ -262,9 +263,7 @@ class _Pool:
     def stop(self) -> None:
         self.alive = False
         for process in self._processes:
-            process.kill()  # nothing of theirs outlives the test session
-        for process in self._processes:
-            process.wait()
+            end(process)  # nothing of theirs outlives the test session
         for pipe in self._pipes:
             pipe.close()
         for log in self._logs:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +25,7 @@ def wait(code: str, at_most: float) -> bool:
                 time.sleep(0.1)
             return False
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            end(process)
 
 
 @pytest.mark.parametrize("code", ["while True: pass", WORK_BY_A_CHILD], ids=["itself", "its child"])
@@ -37,6 +36,14 @@ def test_a_process_at_work_is_waited_for(code: str) -> None:
 @pytest.mark.parametrize("code", ["import time; time.sleep(600)", "pass"], ids=["asleep", "ended"])
 def test_a_process_that_does_nothing_is_not(code: str) -> None:
     assert wait(code, at_most=600)
+
+
+def test_nothing_is_left_of_a_command_that_ended_without_its_children() -> None:
+    child = "[sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL"
+    done = run_patiently([sys.executable, "-c", f"import subprocess, sys; print(subprocess.Popen({child}).pid)"])
+    stat = Path("/proc", done.stdout.strip(), "stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.1)  # a killed process takes a moment to go
 
 
 def test_a_command_that_hangs_is_ended_and_what_it_said_is_shown() -> None:
