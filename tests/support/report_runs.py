@@ -54,7 +54,7 @@ def write_model(
     loss: float = 3.0,
 ) -> Artifact:
     """A model artifact; with `tokens`, one that was trained and has a history."""
-    with writing(folder / name, stage=stage, config={"name": name, "lr": 1e-3}, inputs=inputs) as draft:
+    with writing(folder / name, stage=stage, config={"name": name, "tokens": tokens}, inputs=inputs) as draft:
         (draft.path / "shape.json").write_text(json.dumps(shape.to_dict()))
         draft.metrics["parameters"] = shape.num_parameters
         if tokens:
