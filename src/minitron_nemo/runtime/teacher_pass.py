@@ -33,7 +33,7 @@ from minitron_nemo.parallel import (
     group_rank,
     group_size,
     is_rank_zero,
-    rank_zero_says,
+    rank_zero_works,
 )
 from minitron_nemo.progress import Reporter
 from minitron_nemo.runtime.step import forward_step, on_this_rank
@@ -52,7 +52,7 @@ def write_missing(core: MCoreGPTModel, windows: Windows, shards: Shards, *, micr
     """
     groups = Groups.from_megatron()
     mine, ranks = group_rank(groups.dp), group_size(groups.dp)
-    missing = rank_zero_says(shards.missing())
+    missing = rank_zero_works(shards.missing)
     rounds = [missing[start : start + ranks] for start in range(0, len(missing), ranks)]
     steps = [-(-max(len(shards.samples(shard)) for shard in each) // micro_batch_size) for each in rounds]
     writes = parallel_state.is_pipeline_last_stage() and group_rank(groups.tp) == group_rank(groups.cp) == 0

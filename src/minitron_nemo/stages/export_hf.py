@@ -19,7 +19,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ExportHfConfig
 from minitron_nemo.hf.check import continuation, largest_logit_difference, require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import save_hf
-from minitron_nemo.parallel import Groups, barrier, rank_zero_works
+from minitron_nemo.parallel import Groups, rank_zero_works
 from minitron_nemo.runtime.forward import last_logits
 from minitron_nemo.runtime.layout import prepare_layout
 
@@ -43,8 +43,7 @@ def run(config: ExportHfConfig) -> Artifact:
             tokenizer_dir=source.tokenizer,
             dtype=DTYPES[config.dtype],
         )
-        barrier()
-        require_as_transformers_builds(draft.path)  # headers only, so every rank looks and all stop together
+        rank_zero_works(partial(require_as_transformers_builds, draft.path))
         draft.metrics.update(parameters=source.shape.num_parameters)
         if config.verify:
             difference = _largest_difference(core.float(), source.vocab_size, draft.path, source.shape.seq_length)

@@ -54,7 +54,7 @@ class Calibration:
         made_with = scores.manifest["config"]
         calibration = cls(
             ImportanceConfig(**made_with["importance"]),
-            Prepared(**made_with["data"]),
+            Prepared(made_with["data"]["prepared"]),
             tokenizer_path,
             made_with["trainer"]["seq_length"],
             micro_batch_size,
