@@ -63,7 +63,7 @@ class Contender:
             OptimizerConfig(
                 optimizer="adam",
                 lr=1e-5,
-                dtype=torch.bfloat16 if model.config.bf16 else torch.float32,
+                bf16=model.config.bf16,
                 clip_grad=1.0,
                 use_distributed_optimizer=platform.supports_distributed_optimizer(),
             ),
