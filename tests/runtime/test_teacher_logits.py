@@ -54,7 +54,7 @@ TOP_K = DivergenceConfig(kind="top_k", k=K)
 
 @pytest.mark.parametrize(("vocab_size", "limit"), [(32_000, 300), (128_256, 300), (256_000, 300)])
 def test_a_token_takes_at_most_300_bytes(vocab_size: int, limit: int) -> None:
-    config = teacher_logits.TeacherStoreConfig()
+    config = teacher_logits.TeacherLogitsConfig()
     assert StoreFormat(config.k, 4096, vocab_size, config.precision).bytes_per_token <= limit
 
 
@@ -143,7 +143,7 @@ def write_store(run: TinyRun, output: str, rows: int = 1, **values: Any) -> None
         "data": DataConfig(prepared=run.data),
         "output": output,
     }
-    teacher_logits.run(teacher_logits.TeacherStoreConfig(**config | values))
+    teacher_logits.run(teacher_logits.TeacherLogitsConfig(**config | values))
 
 
 def write_until_the_first_shard_is_there(run: TinyRun, output: str) -> None:
@@ -244,7 +244,7 @@ def test_the_manifest_says_what_was_asked_of_whom_about_what(tiny_run: TinyRun, 
 def test_documents_that_do_not_see_each_other_are_not_stored() -> None:
     data = DataConfig(prepared="data", reset_at_documents=True)
     with pytest.raises(ValueError, match=r"data.reset_at_documents=true cannot be stored: a sample is a window"):
-        teacher_logits.TeacherStoreConfig(data=data)
+        teacher_logits.TeacherLogitsConfig(data=data)
 
 
 def test_a_store_that_does_not_fit_on_the_disk_is_not_begun(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -415,8 +415,9 @@ def refusals(run: TinyRun, store: str, other: dict[str, str], output: str) -> di
 
 
 def test_what_does_not_fit_the_store_is_named(ranks: Ranks, tiny_run: TinyRun, store: str, tmp_path: Path) -> None:
-    def altered(name: str, source: str, **changes: Any) -> str:
+    def altered(name: str, source: str, *, digest: str | None = None, **changes: Any) -> str:
         manifest = json.loads((Path(source) / "manifest.json").read_text())
+        manifest["digest"] = digest or manifest["digest"]
         for key, value in changes.items():
             place, _, last = key.rpartition("__")
             (manifest["facts"][place] if place else manifest["facts"])[last] = value
@@ -425,7 +426,7 @@ def test_what_does_not_fit_the_store_is_named(ranks: Ranks, tiny_run: TinyRun, s
         return str(tmp_path / name)
 
     other = {
-        "data": altered("data", tiny_run.data, licence="another"),
+        "data": altered("data", tiny_run.data, digest="0" * 64),
         "tokenizer": altered("tokenizer", store, tokenizer_digest="0" * 64),
         "vocabulary": altered("vocabulary", store, format__vocab_size=VOCAB_SIZE + 8),
     }
