@@ -249,8 +249,8 @@ class _Pool:
         asked = [rank for rank in ranks if self._processes[rank].poll() is None]
         for rank in asked:
             self._processes[rank].send_signal(signal.SIGUSR2)  # faulthandler writes where it stands to the log
-        end = time.monotonic() + SAYS_WHERE_SECONDS
-        while time.monotonic() < end and not all("most recent call first" in self._tail(rank) for rank in asked):
+        until = time.monotonic() + SAYS_WHERE_SECONDS
+        while time.monotonic() < until and not all("most recent call first" in self._tail(rank) for rank in asked):
             time.sleep(0.1)
         time.sleep(0.5)  # to the last line of it
         logs = "".join(f"\n---- log of rank {rank}, end ----\n{self._tail(rank)}" for rank in ranks)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support.patience import Patience, run_patiently
+from support.patience import Patience, end, run_patiently
 
 WORK_BY_A_CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
 
@@ -18,8 +18,8 @@ def wait(code: str, at_most: float) -> bool:
     """Whether patience with this program, of 2 s, is over within `at_most` seconds."""
     with subprocess.Popen([sys.executable, "-c", code], start_new_session=True) as process:
         try:
-            patience, end = Patience([process.pid], quiet_seconds=2.0), time.monotonic() + at_most
-            while time.monotonic() < end:
+            patience, until = Patience([process.pid], quiet_seconds=2.0), time.monotonic() + at_most
+            while time.monotonic() < until:
                 if patience.over():
                     return True
                 time.sleep(0.1)
