@@ -15,6 +15,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -146,5 +147,7 @@ def _run(command: list[str]) -> dict[str, int | str]:
 
 
 if __name__ == "__main__":  # Megatron-core's checkpoint writer starts processes that read this file again
-    _serve(os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w"))
-    os._exit(0)  # without the libraries' farewells, which take ten seconds
+    try:
+        _serve(os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w"))
+    finally:  # nobody asks any more, or nobody hears
+        os.killpg(0, signal.SIGKILL)  # what it started too; without the libraries' farewells, which take ten seconds

@@ -307,7 +307,7 @@ def serve(descriptor: int) -> None:
             job: _Job = pickle.loads(pipe.recv_bytes())
             arguments = pipe.recv_bytes()
         except (EOFError, OSError):
-            return
+            os.killpg(0, signal.SIGKILL)  # the session is over, however it ended; what was started here goes too
         try:
             _set_up(job, rank, world_size, store)
             args, kwargs = _unpack_beside(job, arguments)
@@ -323,7 +323,8 @@ def serve(descriptor: int) -> None:
             except Exception:  # an exception with its own constructor may not survive the way
                 answer = pack(_Answer(None, trace, ended))
         _tear_down()
-        pipe.send_bytes(answer)
+        with contextlib.suppress(OSError):  # nobody hears: the next job says so
+            pipe.send_bytes(answer)
 
 
 def _set_up(job: _Job, rank: int, world_size: int, store: dist.Store) -> None:
