@@ -16,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+NEWEST := $(VENV)/transformers-5/.installed
 
 # The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
 HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
@@ -31,7 +32,7 @@ quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
-test: $(STAMP)
+test: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 
 lint: $(STAMP)
@@ -51,7 +52,11 @@ docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \
 	    tests/test_shell.py::test_every_link_in_the_documents_leads_somewhere
 
-setup: $(STAMP)
+setup: $(STAMP) $(NEWEST)
+
+$(NEWEST): $(STAMP) constraints/transformers-5.txt
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(@D) -r constraints/transformers-5.txt
+	@touch $@
 
 $(STAMP): pyproject.toml constraints/cpu.txt src/minitron_nemo/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || { \

@@ -30,7 +30,7 @@ from minitron_nemo.config.importance import DepthConfig, GreedyConfig, Importanc
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.hf.checkpoint import load_hf
-from minitron_nemo.hf.config import shape_from_hf
+from minitron_nemo.hf.folder import shape_from_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance, prune_into

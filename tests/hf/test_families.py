@@ -26,7 +26,8 @@ from transformers import (
 
 from minitron_nemo.hf.check import require_as_transformers_builds
 from minitron_nemo.hf.checkpoint import load_hf, save_hf
-from minitron_nemo.hf.config import hf_config, shape_from_config, shape_from_hf, weight_differences
+from minitron_nemo.hf.config import hf_config, shape_from_config, weight_differences
+from minitron_nemo.hf.folder import shape_from_hf
 from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
@@ -215,7 +216,7 @@ def test_a_familys_shape_survives_its_config_json(tmp_path: Path, name: str) -> 
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("nemotron", {"rope_scaling": LLAMA3_SCALING}, r"rope_scaling has no effect in transformers' Nemotron"),
+        ("nemotron", {"rope_scaling": LLAMA3_SCALING}, r"rope_scaling of a Nemotron is ignored by"),
         ("qwen3", {"attention_bias": True}, r"attention_bias=true is not supported for Qwen3"),
         ("qwen2", {"layer_types": ["full_attention"] * 2}, r"layer_types has 2 entries for num_hidden_layers=3"),
         ("qwen2", {"layer_types": ["full_attention", "mamba", "full_attention"]}, r"layer_types has mamba; supported"),

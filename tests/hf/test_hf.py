@@ -17,7 +17,8 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from minitron_nemo.axes import take
 from minitron_nemo.hf.checkpoint import load_hf, save_hf
-from minitron_nemo.hf.config import hf_config, shape_from_hf, vocab_size_from_hf
+from minitron_nemo.hf.config import hf_config
+from minitron_nemo.hf.folder import shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups, all_gather_shards
 from minitron_nemo.rope import inverse_frequencies
 from minitron_nemo.shape import ModelShape

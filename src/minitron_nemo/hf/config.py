@@ -1,14 +1,14 @@
 """config.json of a Hugging Face checkpoint <-> ModelShape.
 
-A shape that config.json cannot say is refused on export: what is written must read back as the same shape. Nothing
-communicates.
+transformers 4.57 and 5.x spell some keys differently. Here a config is read from either form, refused where it has both
+and they disagree, and written in both, so that either line opens the same model. A shape that config.json cannot say is
+refused on export: what is written must read back as the same shape. Nothing communicates.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +19,11 @@ from minitron_nemo.hf.families import Config, family_of
 from minitron_nemo.rope import require_known_scaling
 from minitron_nemo.shape import ModelShape
 
-logger = logging.getLogger(__name__)
-
 CONFIG = "config.json"
 _ACTIVATION_OF_HF = {"silu": "silu", "gelu": "gelu", "relu2": "squared_relu"}
 _HF_OF_ACTIVATION = {ours: theirs for theirs, ours in _ACTIVATION_OF_HF.items()}
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def shape_from_hf(path: Path | str, *, make_vocab_size_divisible_by: int = 1) -> ModelShape:
-    """The ModelShape of a HF checkpoint directory, from its config.json.
-
-    `sliding_window` is not part of it: attention here sees the whole sequence, which is the same model up to that
-    length; a window shorter than the context is reported in the log.
-
-    Args:
-        make_vocab_size_divisible_by: pad the embedding table up to a multiple of it, so that it splits over tp.
-    Raises: FileNotFoundError: no such directory or no config.json. ValueError: what this project cannot represent.
-    """
-    config = read_config(path)
-    shape = shape_from_config(config, make_vocab_size_divisible_by=make_vocab_size_divisible_by)
-    window = sliding_window(family_of(shape.family).with_defaults(config))
-    if window is not None and window < shape.seq_length:
-        logger.warning(
-            "%s: sliding_window=%s is ignored: attention is over the whole sequence. The model is the same for "
-            "sequences of up to %s tokens; train and export within that length.",
-            path,
-            window,
-            window,
-        )
-    return shape
-
-
-def vocab_size_from_hf(path: Path | str) -> int:
-    """Rows of the checkpoint's embedding table, which may be fewer than `padded_vocab_size`."""
-    return int(read_config(path)["vocab_size"])
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
@@ -75,6 +44,61 @@ def read_json(file: Path) -> dict[str, Any]:
         raise Mistake(f"{file} is not valid JSON ({error}). Fetch it again.") from error
 
 
+def with_defaults(config: Config) -> dict[str, Any]:
+    """The config under the keys of transformers 4.57, whichever line wrote it; absent keys as it assumes them.
+
+    Raises: ValueError: no supported family, or two spellings of one key that disagree.
+    """
+    require(
+        "text_config" not in config,
+        f"model_type={config.get('model_type')!r} has a text_config: it is a vision-language model, or another one of "
+        "several parts. Save its language model alone: load the whole with transformers, then "
+        "model.language_model.save_pretrained(folder), with its lm_head where it has one.",
+    )
+    family = family_of(config.get("model_type", "none"))
+    config = dict(config)
+    for theirs, ours in family.renamed.items():
+        if theirs in config:
+            _require_agreement(ours, config.get(ours, config[theirs]), theirs, config[theirs])
+            config[ours] = config.pop(theirs)
+    return {**family.defaults, **config, **_flat_rope(config)}
+
+
+def _flat_rope(config: Config) -> dict[str, Any]:
+    """rope_theta, rope_scaling and partial_rotary_factor, as far as the config says; 5.x keeps them in one dict."""
+    flat = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
+    if "rope_scaling" in config:
+        flat |= _parts_of_rope(config["rope_scaling"] or {}, "rope_scaling")
+    if not config.get("rope_parameters"):
+        return flat
+    parameters = _parts_of_rope(config["rope_parameters"], "rope_parameters")
+    for key, value in parameters.items():
+        _require_agreement(key, flat.get(key, value), f"rope_parameters' {key}", value)
+    return flat | parameters
+
+
+def _parts_of_rope(parameters: Config, key: str) -> dict[str, Any]:
+    by_layer = sorted(name for name, value in parameters.items() if isinstance(value, dict))
+    require(
+        not by_layer,
+        f"{key} differs by the type of layer ({', '.join(by_layer)}), as Gemma's does; one rotary base and scaling for "
+        "all layers is supported. Use a checkpoint of another family.",
+    )
+    own = {name: parameters[name] for name in ("rope_theta", "partial_rotary_factor") if name in parameters}
+    rest = {name: value for name, value in parameters.items() if name not in own}
+    kind = rest.pop("rope_type", rest.pop("type", "default"))
+    rest.pop("type", None)
+    return own | {"rope_scaling": None if kind == "default" else {"rope_type": kind} | rest}
+
+
+def _require_agreement(key: str, value: Any, other: str, theirs: Any) -> None:
+    require(
+        value == theirs,
+        f"config.json has {key}={value} and {other}={theirs}: transformers 4.57 and 5.x go by different ones, and open "
+        "two models. Remove the wrong one.",
+    )
+
+
 def shape_from_config(config: Config, *, make_vocab_size_divisible_by: int = 1) -> ModelShape:
     """The ModelShape a config.json describes.
 
@@ -82,21 +106,23 @@ def shape_from_config(config: Config, *, make_vocab_size_divisible_by: int = 1) 
         make_vocab_size_divisible_by: the embedding table is padded up to a multiple of it.
     Raises: ValueError: unsupported model_type, activation, rope_scaling or quantization; a missing key.
     """
-    family = family_of(config.get("model_type", "none"))
+    config = with_defaults(config)
+    family = family_of(config["model_type"])
     for key in ("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"):
         require(key in config, f"config.json lacks {key}. Take the config.json published with the weights.")
-    require(
-        config.get("quantization_config") is None,
-        "config.json has a quantization_config: quantized weights cannot be pruned. Use the bf16 or fp32 checkpoint.",
-    )
-    config = family.with_defaults(config)
+    _require_not_quantized(config.get("quantization_config"))
     activation = config["hidden_act"]
     require(
         activation in _ACTIVATION_OF_HF,
         f"hidden_act={activation!r} is not supported; supported: {', '.join(_ACTIVATION_OF_HF)}.",
     )
     _require_known_layers(config)
-    theta, scaling = _rope(config)
+    require_known_scaling(config["rope_scaling"])
+    rotary_percent = float(config["partial_rotary_factor"])
+    require(
+        rotary_percent == 1.0 or family.partial_rotary,
+        f"partial_rotary_factor={rotary_percent} has no meaning in a {family.model_type} model. Remove it.",
+    )
     heads, multiple = config["num_attention_heads"], make_vocab_size_divisible_by
     fields: dict[str, Any] = {
         "num_layers": config["num_hidden_layers"],
@@ -110,8 +136,9 @@ def shape_from_config(config: Config, *, make_vocab_size_divisible_by: int = 1) 
         "layernorm_epsilon": config[family.epsilon_key],
         "activation": _ACTIVATION_OF_HF[activation],
         "share_embeddings_and_output_weights": bool(config["tie_word_embeddings"]),
-        "rotary_base": theta,
-        "rope_scaling": scaling,
+        "rotary_base": float(config["rope_theta"]),
+        "rotary_percent": rotary_percent,
+        "rope_scaling": config["rope_scaling"],
         "init_method_std": config["initializer_range"],
     }
     return ModelShape(family=family.model_type, **fields | family.read(config))
@@ -144,14 +171,19 @@ def sliding_window(config: Config) -> int | None:
     return config.get("sliding_window")
 
 
-def _rope(config: Config) -> tuple[float, dict[str, Any] | None]:
-    """Base and scaling, from `rope_theta` and `rope_scaling` or from the `rope_parameters` of later transformers."""
-    parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = float(parameters.pop("rope_theta", config["rope_theta"]))
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    scaling = None if kind == "default" else parameters
-    require_known_scaling(scaling)
-    return theta, scaling
+def _require_not_quantized(quantization: Config | None) -> None:
+    if quantization is None:
+        return
+    method = quantization.get("quant_method", "unknown")
+    mend = "Use the bf16 or fp32 checkpoint."
+    if method == "fp8":
+        mend = (
+            "Write it once in bf16: AutoModelForCausalLM.from_pretrained(path, quantization_config="
+            "FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16).save_pretrained(new_path) with transformers."
+        )
+    raise Mistake(
+        f"config.json has a quantization_config (quant_method={method}): quantized weights cannot be pruned. {mend}"
+    )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -173,6 +205,7 @@ def hf_config(
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "torch_dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "vocab_size": vocab_size or shape.padded_vocab_size,
         "hidden_size": shape.hidden_size,
         "intermediate_size": shape.ffn_hidden_size,
@@ -183,8 +216,7 @@ def hf_config(
         "hidden_act": _HF_OF_ACTIVATION[shape.activation],
         "max_position_embeddings": shape.seq_length,
         family.epsilon_key: shape.layernorm_epsilon,
-        "rope_theta": shape.rotary_base,
-        "rope_scaling": shape.rope_scaling,
+        **_both_forms_of_rope(shape),
         "initializer_range": shape.init_method_std,
         "tie_word_embeddings": shape.share_embeddings_and_output_weights,
         "use_cache": True,
@@ -195,6 +227,15 @@ def hf_config(
             "Export it as a family that has it."
         )
     return config
+
+
+def _both_forms_of_rope(shape: ModelShape) -> dict[str, Any]:
+    """4.57 reads the flat keys and never looks into rope_parameters; 5.x has all in it."""
+    flat: dict[str, Any] = {"rope_theta": shape.rotary_base}
+    if family_of(shape.family).partial_rotary:
+        flat["partial_rotary_factor"] = shape.rotary_percent
+    parameters = {"rope_type": "default"} | (shape.rope_scaling or {}) | flat
+    return flat | {"rope_scaling": shape.rope_scaling, "rope_parameters": parameters}
 
 
 # ---- comparing -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ of the config classes of transformers 4.57.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from minitron_nemo.axes import parameter_axes
@@ -17,7 +17,7 @@ from minitron_nemo.places import expert_of, layer_of
 from minitron_nemo.shape import ModelShape
 
 Config = Mapping[str, Any]
-"""config.json, defaults of the family filled in."""
+"""config.json; where a family reads it, as `config.with_defaults` gives it."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Family:
     """Config keys only this family has."""
     has_bias: Callable[[Config, str], bool] = lambda config, name: True
     """Whether the checkpoint holds this bias of the model; one it does not hold is zero."""
-
-    def with_defaults(self, config: Config) -> dict[str, Any]:
-        """The config with what transformers assumes where a key is absent."""
-        return {**self.defaults, **config}
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Keys that transformers 5.x calls otherwise than 4.57: its name -> 4.57's."""
+    partial_rotary: bool = False
+    """Whether only a part of a head's channels may be turned."""
 
     def hf_names(self, name: str) -> tuple[str, ...]:
         """The HF tensors a full parameter is fused from.
@@ -93,6 +93,8 @@ _COMMON_DEFAULTS = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "partial_rotary_factor": 1.0,
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
     "attention_bias": False,
@@ -125,18 +127,14 @@ def _mistral_keys(shape: ModelShape) -> dict[str, Any]:
 
 def _nemotron_fields(config: Config) -> dict[str, Any]:
     require(
-        not config.get("rope_scaling"),
-        "rope_scaling has no effect in transformers' Nemotron. Set rope_scaling to null in config.json.",
+        not config["rope_scaling"],
+        "rope_scaling of a Nemotron is ignored by transformers 4.57 and applied by 5.x: one folder, two models. Set "
+        "rope_scaling to null in config.json if the model was trained without; with it, it is not supported.",
     )
     return _llama_fields(config) | {
         "normalization": "LayerNorm1p",
         "gated_linear_unit": False,
-        "rotary_percent": float(config["partial_rotary_factor"]),
     }
-
-
-def _nemotron_keys(shape: ModelShape) -> dict[str, Any]:
-    return _llama_keys(shape) | {"partial_rotary_factor": shape.rotary_percent}
 
 
 def _qwen2_fields(config: Config) -> dict[str, Any]:
@@ -196,6 +194,7 @@ def _qwen3_moe_fields(config: Config) -> dict[str, Any]:
 def _qwen3_moe_keys(shape: ModelShape) -> dict[str, Any]:
     return _qwen3_keys(shape) | {
         "num_experts": shape.num_moe_experts,
+        "num_local_experts": shape.num_moe_experts,
         "moe_intermediate_size": shape.moe_ffn_hidden_size,
         "num_experts_per_tok": shape.moe_router_topk,
         "norm_topk_prob": not shape.moe_router_pre_softmax,
@@ -236,8 +235,9 @@ FAMILIES: dict[str, Family] = {
                 "partial_rotary_factor": 0.5,
             },
             epsilon_key="norm_eps",
+            partial_rotary=True,
             read=_nemotron_fields,
-            write=_nemotron_keys,
+            write=_llama_keys,
             has_bias=_llama_has_bias,
         ),
         Family(
@@ -288,6 +288,7 @@ FAMILIES: dict[str, Family] = {
             },
             read=_qwen3_moe_fields,
             write=_qwen3_moe_keys,
+            renamed={"num_local_experts": "num_experts"},
         ),
     )
 }

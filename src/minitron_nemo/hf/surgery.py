@@ -11,24 +11,21 @@ float32 copies. The vocabulary is HF's own, without padding. Nothing communicate
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minitron_nemo.axes import parameter_names, part_axes
 from minitron_nemo.axis_expressions import Axis, KeptOfAxes
 from minitron_nemo.checks import require
-from minitron_nemo.hf.checkpoint import Checkpoint, hf_tensors, is_held, require_no_weights
-from minitron_nemo.hf.config import CONFIG, hf_config, read_config, require_same_shape, shape_from_config
-from minitron_nemo.hf.families import Family, family_of
+from minitron_nemo.hf.checkpoint import require_no_weights
+from minitron_nemo.hf.config import CONFIG, hf_config, require_same_shape
+from minitron_nemo.hf.folder import Folder, hf_tensors
 from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTensor
-from minitron_nemo.places import EMBEDDING, OUTPUT
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
 from minitron_nemo.shape import ModelShape
@@ -36,16 +33,24 @@ from minitron_nemo.shape import ModelShape
 _COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Beside the weights: tokenizer, generation config, terms of use. No code, no pickles, no other format's weights."""
 _NOT_COPIED = (CONFIG, "*.index.json")
-_NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Buffers that old checkpoints carry and config.json says as well."""
 _PER_LAYER = ("layer_types", "mlp_layer_types", "moe_layer_freq", "no_rope_layers")
 """Lists of config.json with one entry a layer."""
-_ALWAYS_WRITTEN = ("head_dim", "num_key_value_heads", "mlp_only_layers", "decoder_sparse_step")
-"""Keys whose meaning follows from dims or places of layers that change, in families that have them."""
+_ALWAYS_WRITTEN = {
+    *("head_dim", "num_key_value_heads", "mlp_only_layers", "decoder_sparse_step"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "num_experts", "num_local_experts"),
+    "tie_word_embeddings",
+}
+"""Keys, in families that have them, whose meaning follows from dims or places of layers that change, that transformers
+4.57 and 5.x write differently, or in which the weights may have overruled config.json."""
 
 
 def prune_hf(
-    source: Path | str, plan: PruningPlan, output: Path | str, *, max_shard_bytes: int = 5 * 10**9
+    source: Path | str,
+    plan: PruningPlan,
+    output: Path | str,
+    *,
+    max_shard_bytes: int = 5 * 10**9,
+    ignore: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write what `plan` keeps of the HF checkpoint `source` as a HF checkpoint; the source is not changed.
 
@@ -57,16 +62,17 @@ def prune_hf(
         plan: its source is the checkpoint's shape, but for the context's length and padding of the vocabulary.
         output: directory, made if need be; it must not hold safetensors yet.
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
+        ignore: as of `Folder`.
     Returns: the new config.json.
     Raises: FileNotFoundError: a file is missing. FileExistsError: weights stand in `output`. ValueError: a damaged
         file, a tensor that is missing, unknown, quantized or of another shape, or a plan for another model.
     """
     source, output = Path(source), Path(output)
-    config = read_config(source)
+    folder = Folder(source, ignore=ignore)
     mend = "Prune the model that the plan was made for, or make a plan for this one."
-    require_same_shape(shape_from_config(config), plan.source, source, mend=mend)
-    pruned_config = _pruned_config(config, plan)
-    cuts = _all_cuts(source, config, plan)
+    require_same_shape(folder.shape(), plan.source, source, mend=mend)
+    pruned_config = _pruned_config(folder.raw_config, plan)
+    cuts = _all_cuts(folder, plan)
     require_no_weights(output)
     writer = ShardWriter(output, {cut.name: Planned(cut.stored.dtype, cut.sizes) for cut in cuts}, max_shard_bytes)
     for cut in cuts:
@@ -103,37 +109,19 @@ class _Cut:
             yield block
 
 
-def _all_cuts(source: Path, config: dict[str, Any], plan: PruningPlan) -> list[_Cut]:
+def _all_cuts(folder: Folder, plan: PruningPlan) -> list[_Cut]:
     """Every tensor of the student in table order, each found in the source with the sizes config.json calls for."""
-    family, vocab_size = family_of(config["model_type"]), config["vocab_size"]
-    config = family.with_defaults(config)
     require(
-        vocab_size <= plan.source.padded_vocab_size,
-        f"{source} has vocab_size={vocab_size}, more than the plan's padded_vocab_size="
+        folder.vocab_size <= plan.source.padded_vocab_size,
+        f"{folder.path} has vocab_size={folder.vocab_size}, more than the plan's padded_vocab_size="
         f"{plan.source.padded_vocab_size}. Make a plan for this model.",
     )
-    checkpoint = Checkpoint(source)
-    expected = {
-        name: hf_tensors(name, plan.source, family, vocab_size)
-        for name in parameter_names(plan.source)
-        if is_held(name, family, config)
-    }
-    found = {name: [checkpoint.find(*tensor) for tensor in tensors] for name, tensors in expected.items()}
-    known = {hf_name for tensors in expected.values() for hf_name, _ in tensors}
-    if plan.source.share_embeddings_and_output_weights:
-        known |= _second_copy_of_tied_embeddings(checkpoint, family, found)
-    unknown = sorted(name for name in checkpoint.tensors if name not in known and not _NOT_WEIGHTS.search(name))
-    require(
-        not unknown,
-        f"{source} holds tensors that a {family.model_type} of its config.json does not have: "
-        f"{', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}. Remove them, or prune the model they belong "
-        "to; what they mean is not known here, so nothing was written.",
-    )
+    found = folder.parameters(plan.source)
     cuts = []
     for name in parameter_names(plan.target):
         source_name, kept = source_of(name, plan, lambda norm: found[norm][0].read())
-        if source_name in expected:
-            tensors = hf_tensors(name, plan.target, family, vocab_size)
+        if source_name in found:
+            tensors = hf_tensors(name, plan.target, folder.family, folder.vocab_size)
             cuts += [
                 _Cut(hf_name, sizes, stored, axes, kept)
                 for (hf_name, sizes), stored, axes in zip(
@@ -141,23 +129,6 @@ def _all_cuts(source: Path, config: dict[str, Any], plan: PruningPlan) -> list[_
                 )
             ]
     return cuts
-
-
-def _second_copy_of_tied_embeddings(
-    checkpoint: Checkpoint, family: Family, found: dict[str, list[StoredTensor]]
-) -> set[str]:
-    """The output layer that some checkpoints hold beside the embedding it is tied to: left out, if it is the same."""
-    (output,) = family.hf_names(OUTPUT)
-    if output in checkpoint.tensors:
-        (embedding,) = found[EMBEDDING]
-        copy = checkpoint.find(output, embedding.shape)
-        require(
-            copy.dtype == embedding.dtype
-            and all(torch.equal(a, b) for a, b in zip(copy.blocks(), embedding.blocks(), strict=True)),
-            f"config.json of {checkpoint.path} ties the output layer to the embedding (tie_word_embeddings=true), but "
-            f"{output} differs from {embedding.name}. Correct tie_word_embeddings, or remove {output}.",
-        )
-    return {output}
 
 
 def _pruned_config(config: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf
-from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
+from minitron_nemo.hf.folder import shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.training import require_vocabulary
