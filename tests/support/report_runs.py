@@ -103,7 +103,7 @@ def write_evaluation(folder: Path, model: Artifact, loss: float) -> Artifact:
 
 def write_export(folder: Path, name: str, model: Artifact, difference: float) -> Artifact:
     with writing(folder / name, stage="export-hf", config={}, inputs=(model,)) as draft:
-        draft.metrics["max_logit_difference"] = difference
+        draft.metrics["max_relative_logit_difference"] = difference
     return open_artifact(folder / name)
 
 

@@ -38,12 +38,16 @@ def require_as_transformers_builds(path: Path | str) -> None:
 
 
 @torch.no_grad()
-def largest_logit_difference(path: Path | str, tokens: Tensor, logits: Tensor) -> float:
-    """max |transformers - logits| over `logits` [b, s, v], which are another implementation's for `tokens` [b, s]."""
+def largest_relative_difference(path: Path | str, tokens: Tensor, logits: Tensor) -> float:
+    """max |transformers - logits| / max |logits| over `logits` [b, s, v], another implementation's for `tokens` [b, s].
+
+    Relative, as rounding grows with the logits: real models have logits of 20 to 30 where random ones have about 1.
+    """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
-    return float((model(tokens).logits - logits.cpu()).abs().max())
+    logits = logits.cpu()
+    return float((model(tokens).logits - logits).abs().max() / logits.abs().max())
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ Communication: importing none, every rank reads what it holds; exporting gathers
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitron_nemo.axes import parameter_axes, parameter_names
 from minitron_nemo.axis_expressions import Named
@@ -82,13 +82,43 @@ def save_hf(
 
     Args:
         model: bare or wrapped GPTModel of this rank.
+        dtype: of the tensors written; None: the model's own.
+        others: as of `write_hf`.
+    Every rank calls this; global rank 0 writes.
+    Communicates: tp and pp, as `stream_full_parameters`.
+    Raises: as `write_hf`.
+    """
+    write_hf(
+        stream_full_parameters(model, shape, groups),
+        path,
+        shape,
+        dtype=dtype or next(model.parameters()).dtype,
+        vocab_size=vocab_size,
+        tokenizer_dir=tokenizer_dir,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write_hf(
+    parameters: Iterable[tuple[str, Tensor]],
+    path: Path | str,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    vocab_size: int | None = None,
+    tokenizer_dir: Path | str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write full parameters as a HF checkpoint, one at a time.
+
+    Args:
+        parameters: in the order of `parameter_names(shape)`; every rank takes all of them.
         path: directory, made if need be; it must not hold safetensors yet.
         vocab_size: rows of the embedding table to keep, the rest being padding; None: all.
         tokenizer_dir: HF tokenizer files to copy beside the weights; its bos, eos and pad tokens go to config.json.
-        dtype: of the tensors written; None: the model's own.
+        dtype: of the tensors written.
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
     Every rank calls this; global rank 0 writes.
-    Communicates: tp and pp, as `stream_full_parameters`.
     Raises: ValueError: a shape this family cannot hold, or vocab_size out of range. FileExistsError, FileNotFoundError.
     """
     path, family = Path(path), family_of(shape.family)
@@ -97,7 +127,6 @@ def save_hf(
         0 < vocab_size <= shape.padded_vocab_size,
         f"vocab_size={vocab_size} is more than the padded_vocab_size={shape.padded_vocab_size} rows the model has.",
     )
-    dtype = dtype or next(model.parameters()).dtype
     config = hf_config(shape, vocab_size=vocab_size, dtype=dtype)
     tensors = {name: hf_tensors(name, shape, family, vocab_size) for name in parameter_names(shape)}
     if tokenizer_dir is not None:
@@ -105,7 +134,7 @@ def save_hf(
     rank_zero_works(lambda: require_no_weights(path))
     planned = {hf_name: Planned(dtype, sizes) for parts in tensors.values() for hf_name, sizes in parts}
     writer = ShardWriter(path, planned, max_shard_bytes) if is_rank_zero() else None
-    for name, full in stream_full_parameters(model, shape, groups):
+    for name, full in parameters:
         if writer is not None:
             axis = parameter_axes(name).axes[0]
             rows = full[:vocab_size] if axis == Named("vocab") else full

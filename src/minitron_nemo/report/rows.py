@@ -52,7 +52,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "rows": list(rows.values()),
         "order": order,
         "fairness": _fairness(run, rows),
-        "max_logit_difference": logit_difference(run, run.export) if run.export is not None else None,
+        "max_relative_logit_difference": logit_difference(run, run.export) if run.export is not None else None,
         "other_evaluations": {
             model: _finite(artifact.metrics.get("held_out_loss")) for model, artifact in run.other_evaluations.items()
         },
@@ -68,7 +68,7 @@ def seconds_of(artifact: Artifact) -> float | None:
 
 def logit_difference(run: Run, export: str) -> float | None:
     """How far an export's logits are from Megatron's at most; None where it was not measured."""
-    return _finite(run.artifacts[export].metrics.get("max_logit_difference"))
+    return _finite(run.artifacts[export].metrics.get("max_relative_logit_difference"))
 
 
 def _row(run: Run, model: Model, notes: list[str]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ program's main module again, NeMo included. The doors of this package (cli.py, l
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
@@ -34,6 +36,14 @@ def load_weights(core: MCoreGPTModel, directory: Path) -> None:
     wanted = core.sharded_state_dict(prefix=PREFIX, metadata=content_of(directory / WEIGHTS))
     found = dist_checkpointing.load(wanted, str(directory / WEIGHTS))
     core.load_state_dict({key.removeprefix(PREFIX): value for key, value in found.items()}, strict=False)
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """What most of the weights of `directory/weights` are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in dist_checkpointing.load_tensors_metadata(str(directory / WEIGHTS)).values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.global_shape)
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def content_of(weights: Path) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """export-hf: a model artifact in, a Hugging Face checkpoint out.
 
 It counts once its tensors are those that transformers builds from its config.json, and transformers has loaded it and
-agrees with Megatron on the logits.
+agrees with Megatron on the logits. One process writes it from the artifact's files, several from the loaded model.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,17 @@ from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ExportHfConfig
-from minitron_nemo.hf.check import continuation, largest_logit_difference, require_as_transformers_builds
-from minitron_nemo.hf.checkpoint import save_hf
-from minitron_nemo.parallel import Groups, rank_zero_works
+from minitron_nemo.hf.check import continuation, largest_relative_difference, require_as_transformers_builds
+from minitron_nemo.hf.checkpoint import write_hf
+from minitron_nemo.hf.config import hf_config
+from minitron_nemo.parallel import Groups, rank_zero_works, world_size
+from minitron_nemo.runtime.bridge import full_parameters
+from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
 from minitron_nemo.runtime.forward import last_logits
 from minitron_nemo.runtime.layout import prepare_layout
+from minitron_nemo.weights import stream_full_parameters
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -30,18 +38,25 @@ def run(config: ExportHfConfig) -> Artifact:
     """Raises: ValueError: config.json and tensors disagree. RuntimeError: transformers and Megatron do. Nothing is left
     behind."""
     source = engine.open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
+    shape = dataclasses.replace(source.shape, family=config.family or source.shape.family)
+    dtype = DTYPES[config.dtype]
+    hf_config(shape, vocab_size=source.vocab_size, dtype=dtype)  # raises before a model is loaded
     prepare_layout(config.trainer, source.shape, seed=config.seed)
-    core = engine.open_core(source, config.trainer, DTYPES[config.dtype])
+    if stored_dtype(source.path).itemsize > dtype.itemsize:
+        logger.warning("The weights are stored in %s and exported in %s.", stored_dtype(source.path), dtype)
+    on_disk = world_size() == 1
+    core: Any = engine.open_core(source, config.trainer, dtype) if config.verify or not on_disk else None
     output = Path(config.output)
     with writing(output, stage="export-hf", config=config, inputs=source.artifacts) as draft:
-        save_hf(
-            core,
+        write_hf(
+            full_parameters(source.path, source.shape, meta_core=engine.meta_core)
+            if on_disk
+            else stream_full_parameters(core, source.shape, Groups.from_megatron()),
             draft.path,
-            source.shape,
-            Groups.from_megatron(),
+            shape,
+            dtype=dtype,
             vocab_size=source.vocab_size,
             tokenizer_dir=source.tokenizer,
-            dtype=DTYPES[config.dtype],
         )
         rank_zero_works(partial(require_as_transformers_builds, draft.path))
         draft.metrics.update(parameters=source.shape.num_parameters)
@@ -49,11 +64,12 @@ def run(config: ExportHfConfig) -> Artifact:
             difference = _largest_difference(core.float(), source.vocab_size, draft.path, source.shape.seq_length)
             require(
                 difference <= config.tolerance,
-                f"The exported model's logits differ from Megatron's by up to {difference:.2e}, more than "
-                f"export_hf.tolerance={config.tolerance}. Nothing was exported; please report the model's shape.",
+                f"The exported model's logits differ from Megatron's by up to {difference:.2e} of the largest logit, "
+                f"more than export_hf.tolerance={config.tolerance}. Nothing was exported; please report the model's "
+                "shape.",
                 RuntimeError,
             )
-            draft.metrics["max_logit_difference"] = difference
+            draft.metrics["max_relative_logit_difference"] = difference
         if config.prompt is not None:
             write = partial(continuation, draft.path, config.prompt, new_tokens=config.new_tokens, seed=config.seed)
             draft.facts["sample"] = rank_zero_works(write)
@@ -61,10 +77,10 @@ def run(config: ExportHfConfig) -> Artifact:
 
 
 def _largest_difference(core: Any, vocab_size: int, path: Path, seq_length: int) -> float:
-    """max |Megatron - transformers| over the logits of a fixed random sample, float32, equal on every rank."""
+    """max |Megatron - transformers| / max |logit| of a fixed random sample, float32, equal on every rank."""
     generator = torch.Generator().manual_seed(0)
     length = min(seq_length, 128) // parallel_state.get_tensor_model_parallel_world_size()
     length *= parallel_state.get_tensor_model_parallel_world_size()  # sequence parallelism splits it
     tokens = torch.randint(0, vocab_size, (2, length), generator=generator)
     ours = last_logits(core, tokens)
-    return rank_zero_works(lambda: largest_logit_difference(path, tokens, ours[..., :vocab_size]))
+    return rank_zero_works(lambda: largest_relative_difference(path, tokens, ours[..., :vocab_size]))

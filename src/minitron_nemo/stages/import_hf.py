@@ -1,21 +1,29 @@
-"""import-hf: a Hugging Face checkpoint in, a NeMo 2 checkpoint out; tensors stream one at a time from safetensors."""
+"""import-hf: a Hugging Face checkpoint in, a NeMo 2 checkpoint out; tensors stream one at a time from safetensors.
+
+One process writes the artifact's files from the folder's, several load their parts of the model.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+
+import torch
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf
-from minitron_nemo.hf.folder import shape_from_hf, vocab_size_from_hf
-from minitron_nemo.parallel import Groups
+from minitron_nemo.hf.folder import Folder
+from minitron_nemo.parallel import Groups, world_size
+from minitron_nemo.runtime.bridge import import_weights
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.training import require_vocabulary
 from minitron_nemo.text.tokenizer import require_tokenizer_files
 
 EMBEDDED = "embedded"
+logger = logging.getLogger(__name__)
 
 
 def embedded_teacher() -> Path:
@@ -32,17 +40,37 @@ def run(config: ImportHfConfig) -> Artifact:
         "checkpoint: config.json, *.safetensors and the tokenizer's files.",
         NothingThere,
     )
-    shape = shape_from_hf(source, make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
+    folder = Folder(source, ignore=config.ignore_tensors)
+    shape = folder.shape(make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
     require_tokenizer_files(source, key="import_hf.model")
     require_vocabulary(shape, source)
+    dtype = _dtype(folder, config.trainer.precision)
     prepare_layout(config.trainer, shape)
-    core = engine.new_core(shape, config.trainer, platform.dtype_of(config.trainer.precision))
-    load_hf(core, source, shape, Groups.from_megatron())
     output = Path(config.output)
     with writing(output, stage="import-hf", config=config) as draft:
-        engine.save_model(core, shape, source, draft.path)
-        draft.facts["vocab_size"] = vocab_size_from_hf(source)
+        if world_size() == 1:
+            import_weights(folder, shape, draft.path, meta_core=engine.meta_core, dtype=dtype)
+            engine.describe_model(shape, source, draft.path)
+        else:
+            core = engine.new_core(shape, config.trainer, dtype)
+            load_hf(core, source, shape, Groups.from_megatron(), ignore=config.ignore_tensors)
+            engine.save_model(core, shape, source, draft.path)
+        draft.facts.update(vocab_size=folder.vocab_size, dtype=str(dtype).removeprefix("torch."))
         draft.metrics.update(
             parameters=shape.num_parameters, non_embedding_parameters=shape.num_non_embedding_parameters, tokens=0
         )
     return open_artifact(output)
+
+
+def _dtype(folder: Folder, precision: str) -> torch.dtype:
+    """What the weights are stored in: as they came, so that the artifact is the same on every machine, or as asked."""
+    dtype = folder.dtype if precision == "auto" else platform.dtype_of(precision)
+    wider = {tensor.dtype for tensor in folder.tensors.values() if tensor.dtype.itemsize > dtype.itemsize}
+    if wider:
+        logger.warning(
+            "%s holds tensors in %s, which are stored in %s.",
+            folder.path,
+            ", ".join(sorted(str(each).removeprefix("torch.") for each in wider)),
+            str(dtype).removeprefix("torch."),
+        )
+    return dtype

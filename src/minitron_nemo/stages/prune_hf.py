@@ -22,7 +22,13 @@ def run(config: PruneHfConfig) -> Artifact:
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
     plan = PruningPlan.load(config.plan)
     with writing(config.output, stage="prune-hf", config=config) as draft:
-        prune_hf(source, plan, draft.path, max_shard_bytes=int(config.max_shard_gigabytes * 10**9))
+        prune_hf(
+            source,
+            plan,
+            draft.path,
+            max_shard_bytes=int(config.max_shard_gigabytes * 10**9),
+            ignore=config.ignore_tensors,
+        )
         plan.save(draft.path)
         draft.metrics.update(
             parameters=plan.target.num_parameters, parameters_of_source=plan.source.num_parameters, tokens=0
