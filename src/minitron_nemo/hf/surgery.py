@@ -163,13 +163,15 @@ def _second_copy_of_tied_embeddings(
 def _pruned_config(config: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
     """The source's config.json with what pruning changes; every other key as it is."""
     before, after = hf_config(plan.source), hf_config(plan.target)
-    changed = {key: after[key] for key in after if before[key] != after[key] or key in _ALWAYS_WRITTEN}
+    unlike = {key for key in after if key not in before or before[key] != after[key]}
+    changed = {key: after[key] for key in after if key in unlike or key in _ALWAYS_WRITTEN}
     for key in _PER_LAYER:
         if isinstance(config.get(key), list):
             changed[key] = _of_kept_layers(key, config[key], plan)
     if isinstance(config.get("max_window_layers"), int):  # layers from here on have the sliding window
         changed["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in plan.layer.tolist())
-    return {key: value for key, value in config.items() if key != "auto_map"} | changed  # its code is not copied
+    dropped = {"auto_map"} | (before.keys() - after.keys())  # its code is not copied; a renamed family has other keys
+    return {key: value for key, value in config.items() if key not in dropped} | changed
 
 
 def _of_kept_layers(key: str, values: Sequence[Any], plan: PruningPlan) -> list[Any]:

@@ -13,6 +13,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import EMBEDDED, PruneHfConfig
 from minitron_nemo.hf.surgery import prune_hf
 from minitron_nemo.plan import PruningPlan
+from minitron_nemo.runtimes import require_opens
 from minitron_nemo.stages.import_hf import embedded_teacher
 
 
@@ -21,6 +22,7 @@ def run(config: PruneHfConfig) -> Artifact:
     require(bool(config.model), "prune_hf.model is not set. Set it to a Hugging Face checkpoint directory.")
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
     plan = PruningPlan.load(config.plan)
+    require_opens(plan.target, plan.source)
     with writing(config.output, stage="prune-hf", config=config) as draft:
         prune_hf(source, plan, draft.path, max_shard_bytes=int(config.max_shard_gigabytes * 10**9))
         plan.save(draft.path)
