@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minitron_nemo.axes import full_shape, parameter_axes, parameter_names
 from minitron_nemo.axis_expressions import Named
-from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.checks import CannotWrite, NothingThere, require
 from minitron_nemo.hf.config import CONFIG, hf_config, read_config, read_json, require_same_shape, shape_from_config
 from minitron_nemo.hf.families import Config, Family, family_of
 from minitron_nemo.hf.safetensors_stream import INDEX, SINGLE, Planned, ShardWriter, StoredTensor, read_header
@@ -149,7 +149,7 @@ def save_hf(
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
     Every rank calls this; global rank 0 writes.
     Communicates: tp and pp, as `stream_full_parameters`.
-    Raises: ValueError: a shape this family cannot hold, or vocab_size out of range. FileExistsError, FileNotFoundError.
+    Raises: ValueError: a shape this family cannot hold, or vocab_size out of range. CannotWrite, FileNotFoundError.
     """
     path, family = Path(path), family_of(shape.family)
     vocab_size = vocab_size or shape.padded_vocab_size
@@ -179,11 +179,11 @@ def save_hf(
 
 
 def require_no_weights(directory: Path) -> None:
-    """Raises: FileExistsError: weights would be written over, or beside others."""
+    """Raises: CannotWrite: weights would be written over, or beside others."""
     require(
         not any(directory.glob("*.safetensors")),
         f"{directory} already holds safetensors. Choose a new directory, or remove the old files.",
-        FileExistsError,
+        CannotWrite,
     )
 
 

@@ -58,7 +58,7 @@ def prune_hf(
         output: directory, made if need be; it must not hold safetensors yet.
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
     Returns: the new config.json.
-    Raises: FileNotFoundError: a file is missing. FileExistsError: weights stand in `output`. ValueError: a damaged
+    Raises: FileNotFoundError: a file is missing. CannotWrite: weights stand in `output`. ValueError: a damaged
         file, a tensor that is missing, unknown, quantized or of another shape, or a plan for another model.
     """
     source, output = Path(source), Path(output)
