@@ -69,6 +69,13 @@ def quieten() -> None:
         os.environ.setdefault(name, value)
 
 
+def leave_allocation() -> None:
+    """Forget that this process runs inside a SLURM allocation: `torchrun` says who the ranks are, or there is one.
+    Lightning and NeMo would take the allocation's variables (SLURM_NTASKS, SLURM_PROCID) for this run's."""
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
+
+
 def _about(door: str) -> str:
     """What the stage's module says about itself, read without importing it and NeMo."""
     package = Path(__file__).parent
@@ -93,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_STAGE_USAGE.format(door=door, about=_about(door), recipes=", ".join(recipes())))
         return 0
     quieten()
+    if door != "submit":
+        leave_allocation()
     from minitron_nemo import doors
 
     return doors.open_door(door, overrides)

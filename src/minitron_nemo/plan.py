@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.checks import require, require_files
+from minitron_nemo.runtimes import as_family
 from minitron_nemo.shape import DIM_OF_AXIS, PRUNABLE_AXES, ModelShape
 
 _BESIDE_AXES = ("head_partner", "norm_scale")
@@ -274,8 +275,9 @@ def require_prunable(source: ModelShape, target: ModelShape) -> None:
     have_other, want_other = source.to_dict(), target.to_dict()
     for key in have_other:
         unties = key == "share_embeddings_and_output_weights" and source.share_embeddings_and_output_weights
+        renames = key == "family" and as_family(source, target.family).family == target.family
         require(
-            key in (*source.prunable_dims, "moe_layer_freq") or have_other[key] == want_other[key] or unties,
+            key in (*source.prunable_dims, "moe_layer_freq") or have_other[key] == want_other[key] or unties or renames,
             f"target.{key}={want_other[key]} differs from the source's {key}={have_other[key]}, which pruning cannot "
             f"change. Leave target.{key} out.",
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, MistralConfig, PreTrainedModel
 
 from minitron_nemo.axes import take
+from minitron_nemo.checks import CannotWrite
 from minitron_nemo.hf.checkpoint import load_hf, save_hf
 from minitron_nemo.hf.config import hf_config
 from minitron_nemo.hf.folder import shape_from_hf, vocab_size_from_hf
@@ -313,7 +314,7 @@ def test_a_vocabulary_larger_than_the_model_is_refused(checkpoint: Path) -> None
 
 
 def test_export_never_writes_over_other_weights(checkpoint: Path) -> None:
-    with pytest.raises(FileExistsError, match=r"already holds safetensors"):
+    with pytest.raises(CannotWrite, match=r"already holds safetensors"):
         save_hf(build_gpt(TINY), checkpoint, TINY, Groups())
 
 

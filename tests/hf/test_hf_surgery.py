@@ -22,6 +22,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from minitron_nemo.checks import CannotWrite
 from minitron_nemo.hf import safetensors_stream
 from minitron_nemo.hf.checkpoint import load_hf, save_hf
 from minitron_nemo.hf.folder import shape_from_hf, vocab_size_from_hf
@@ -281,6 +282,6 @@ def test_a_plan_for_another_model_is_refused(folder: Path, tmp_path: Path) -> No
 
 def test_weights_are_never_written_over(folder: Path) -> None:
     before = contents(folder)
-    with pytest.raises(FileExistsError, match="already holds safetensors"):
+    with pytest.raises(CannotWrite, match="already holds safetensors"):
         prune_hf(folder, any_plan(shape_from_hf(folder), **TARGET), folder)
     assert contents(folder) == before

@@ -15,7 +15,7 @@ from nemo.lightning.data import add_megatron_sampler
 
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.config.data import DataConfig
-from minitron_nemo.nemo.data_module import build_data_module
+from minitron_nemo.nemo.data_module import build_data_module, require_supervised
 from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, train_tokenizer
 from support.prepared import answers, decoded
 
@@ -152,3 +152,19 @@ def test_our_tokenizer_and_nemos_give_the_same_ids(prepared):
     for text in decoded(prepared, "validation")[:20]:
         assert plain_encoder(ours)(text) == nemos.text_to_ids(text)
     assert (ours.eos_token_id, ours.pad_token_id, len(ours)) == (nemos.eos_id, nemos.pad_id, nemos.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("learned", "said"), [(0, None), (1, "2.50% of the tokens are to be learned (2 of 80)"), (4, "")]
+)
+def test_a_run_that_learns_nearly_nothing_says_so_and_one_that_learns_nothing_is_refused(
+    learned: int, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples = [{"loss_mask": (torch.arange(40) < learned).float()}] * 2
+    if said is None:
+        with pytest.raises(ValueError, match="None of the 80 tokens of the first 2 samples is to be learned"):
+            require_supervised(samples)
+        return
+    require_supervised(samples)
+    found = capsys.readouterr().err
+    assert said in found and bool(found) is bool(said)

@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from minitron_nemo.config.training import OptimConfig
-from minitron_nemo.nemo.optim import lr_multiplier
+from minitron_nemo.config.training import OptimConfig, lr_multiplier
 
 
 def schedule(steps: int, **values: object) -> list[float]:

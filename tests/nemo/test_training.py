@@ -20,10 +20,10 @@ import torch
 
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.trainer import TrainerConfig
-from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.nemo.optim import lr_multiplier
+from minitron_nemo.config.training import OptimConfig, TrainingConfig, lr_multiplier
 from minitron_nemo.nemo.survival import ResumableCheckpoints
 from minitron_nemo.stages import pretrain
+from minitron_nemo.stages.training import continue_only_the_same
 from support.door import Door, environment
 from support.patience import Patience, end
 from support.ranks import Ranks
@@ -374,3 +374,25 @@ def run_but_write_nothing(run: TinyRun, output: str) -> None:
     with pytest.MonkeyPatch.context() as changed:
         changed.setattr(engine, "save_model", killed)
         run_pretrain(run, output, keep_optimizer=True, **FIRST_PHASE)
+
+
+def test_a_run_that_goes_on_with_another_length_says_how_its_rate_jumps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def config(steps: int, schedule: str = "cosine") -> pretrain.PretrainConfig:
+        optim = OptimConfig(**OPTIM, schedule=schedule)
+        return pretrain.PretrainConfig(initial="m", training=TrainingConfig(steps=steps, optim=optim))
+
+    (tmp_path / "checkpoints" / "step-6").mkdir(parents=True)
+    continue_only_the_same(tmp_path, config(8))
+    continue_only_the_same(tmp_path, config(8))
+    assert capsys.readouterr().err == ""
+    continue_only_the_same(tmp_path, config(80))
+    before, now = (OPTIM["lr"] * lr_multiplier(6, config=OptimConfig(**OPTIM), steps=steps) for steps in (8, 80))
+    said = capsys.readouterr().err
+    assert "goes on after step 6 with training.steps=80 instead of 8" in said
+    assert f"the learning rate jumps there from {before:.3g} to {now:.3g}" in said and now > 2 * before
+    (tmp_path / "config.json").unlink()
+    for steps in (8, 80):
+        continue_only_the_same(tmp_path, config(steps, "constant"))
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from minitron_nemo.pruning.targets import memory_bytes, resolve_target
 from minitron_nemo.shape import ModelShape
 
 LLAMA_8B = ModelShape("llama", 32, 4096, 14336, 32, 8, 128, 128256)
+MISTRAL_8B = dataclasses.replace(LLAMA_8B, family="mistral")
 MISTRAL_12B = ModelShape("mistral", 40, 5120, 14336, 32, 8, 128, 131072)
 NEMOTRON_15B = ModelShape(
     "nemotron",
@@ -99,8 +101,55 @@ def test_explicit_dims_stand_and_the_budget_resolves_the_rest() -> None:
 
 
 def test_fractions_keep_heads_in_their_groups() -> None:
-    shape = resolve(keep={"num_attention_heads": 0.7, "num_query_groups": 0.5, "ffn_hidden_size": 0.643})
-    assert (shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size) == (24, 4, 9218)
+    """Four groups of at most the four heads they had."""
+    shape = resolve(keep={"num_attention_heads": 0.7, "num_query_groups": 0.5})
+    assert (shape.num_attention_heads, shape.num_query_groups) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("share", "multiple_of", "expected"),
+    [
+        (0.7, {}, 2880),  # 2867.2 of 4096
+        (0.5, {}, 2048),
+        (0.7, {"hidden_size": 1}, None),
+        (0.7, {"hidden_size": 256}, 2816),
+        (1.0, {}, 4096),
+    ],
+)
+def test_shares_of_wide_dims_become_multiples_that_hardware_likes(
+    share: float, multiple_of: dict[str, int], expected: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    shape = resolve(MISTRAL_8B, keep={"hidden_size": share}, multiple_of=multiple_of)
+    assert shape.hidden_size == (expected or 2867)
+    said = f"hidden_size=2,867 becomes {shape.hidden_size:,}, a multiple of {multiple_of.get('hidden_size', 64)}."
+    assert (said in caplog.text) is (shape.hidden_size in (2880, 2816))
+
+
+def test_shares_of_a_small_model_become_multiples_of_the_power_of_two_it_has() -> None:
+    small = ModelShape("mistral", 4, 48, 90, 6, 2, 8, 512)
+    shape = resolve(small, keep={"hidden_size": 0.7, "ffn_hidden_size": 0.5})
+    assert (shape.hidden_size, shape.ffn_hidden_size) == (32, 44)  # of 16 and of 2; 33.6 and 45
+    assert resolve(small, target={"hidden_size": 33}).hidden_size == 33
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"keep": {"num_attention_heads": 0.75}},  # 24 heads
+        {"keep": {"hidden_size": 0.72}, "target": {"num_attention_heads": 24}},
+        {"keep": {"hidden_size": 0.6, "num_attention_heads": 0.8}},
+        {"keep": {"hidden_size": 0.31}, "multiple_of": {"hidden_size": 100}},
+        {"budget": {"parameters": "3.4B", "dims": {"hidden_size": 1, "num_attention_heads": 1}}},
+        {"budget": {"parameters": "3.4B"}, "target": {"num_attention_heads": 24}},
+        {"budget": {"parameters": "7.7B", "dims": {"num_attention_heads": 1}}},
+    ],
+)
+def test_what_keep_and_budget_choose_is_a_shape_that_its_family_opens(given: dict[str, Any]) -> None:
+    shape = resolve(**given)
+    assert shape.hidden_size % shape.num_attention_heads == 0
+    assert shape != LLAMA_8B and shape.hidden_size % given.get("multiple_of", {}).get("hidden_size", 64) == 0
+    other = resolve(MISTRAL_8B, **given)
+    assert other.hidden_size % other.num_attention_heads  # and one that opens anyhow is left as it was asked for
 
 
 def test_rounding_to_a_multiple_says_what_it_cost(caplog: pytest.LogCaptureFixture) -> None:

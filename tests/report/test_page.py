@@ -32,6 +32,7 @@ def test_a_whole_run_is_reported_with_every_model_picture_and_stage(report: Arti
     assert "at most\n3.4e-06" in page.text
     assert "took 10.2k tokens more" in page.text
     assert "agreement is the share of validation tokens" in " ".join(page.text.split())
+    assert "llama.cpp K-quants (rows of hidden_size=16, ffn_hidden_size=27 stay in 16 bits" in page.text
     assert "Missing or in doubt" not in page.text
 
 

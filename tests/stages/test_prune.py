@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.composition import compose
+from minitron_nemo.runtimes import suits
 from minitron_nemo.scores import Importance
 from support.artifacts import contents
 from support.door import Door
 from support.tiny import TinyChain
 from support.tiny_run import read_weights
+from support.transformers5 import transformers5
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,10 @@ def test_a_budget_becomes_a_student_that_costs_no_more(door: Door, scored: list[
     assert done.code == 0, done.err
     plan = PruningPlan.load(run_dir(scored) / "student_pruned")
     assert 36_000 < plan.target.num_parameters <= 40_000
-    assert (
-        plan.target.hidden_size < plan.source.hidden_size and plan.target.ffn_hidden_size < plan.source.ffn_hidden_size
-    )
+    assert plan.target.hidden_size < plan.source.hidden_size
+    said = open_artifact(run_dir(scored) / "student_pruned").facts["suits"]
+    assert said == suits(plan.target)
+    assert f"student's dims and tensor cores: {said['tensor cores']}" in done.err
 
 
 def test_the_best_contiguous_block_of_layers_goes(door: Door, scored: list[str]) -> None:
@@ -91,7 +94,7 @@ def test_two_rounds_are_two_prunings_with_scores_between(door: Door, scored: lis
     """By hand: a student half-way, its own importance, and the student of that."""
     place = run_dir(scored) / "rounds"
     place.mkdir()
-    target = ["+prune.target.ffn_hidden_size=40", "+prune.target.num_attention_heads=4", "+prune.target.hidden_size=20"]
+    target = ["+prune.target.ffn_hidden_size=40", "+prune.target.num_attention_heads=4", "+prune.target.hidden_size=16"]
     last = [*target, "+prune.target.num_layers=3"]
     done = door("prune", *scored, *last, "prune.depth.metric=loss", "prune.rounds=2", f"prune.output={place / 'both'}")
     assert done.code == 0, done.err
@@ -101,7 +104,7 @@ def test_two_rounds_are_two_prunings_with_scores_between(door: Door, scored: lis
     half_way = [
         "+prune.target.ffn_hidden_size=60",
         "+prune.target.num_attention_heads=6",
-        "+prune.target.hidden_size=26",
+        "+prune.target.hidden_size=24",
     ]
     steps = [
         ["prune", *half_way, f"prune.output={place / 'half'}"],
@@ -225,6 +228,49 @@ def test_an_edited_plan_is_followed(door: Door, scored: list[str], tmp_path: Pat
 
 def test_a_target_of_nothing_says_what_can_be_set(door: Door, scored: list[str]) -> None:
     assert "prune.target is empty: nothing would be pruned" in door("prune", *scored).mistake
+
+
+OPEN = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+with torch.no_grad():
+    print(json.dumps([type(model).__name__, model(torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])).logits[0, -1].tolist()]))
+"""
+
+
+def test_a_student_that_its_family_does_not_open_is_refused_or_renamed(
+    door: Door, scored: list[str], tmp_path: Path
+) -> None:
+    """A llama of 18 channels and 4 heads; as a mistral transformers opens it, and it computes the same."""
+    common = [*scored, "+prune.target.hidden_size=18", "+prune.target.num_attention_heads=4"]
+    done = door("prune", *common, f"prune.output={tmp_path / 'refused'}")
+    assert "A llama of hidden_size=18 and num_attention_heads=4 is not opened by transformers 5" in done.mistake
+    assert "target.hidden_size=16 or 20" in done.mistake and "prune.family=mistral" in done.mistake
+    done = door("prune", *common, "prune.family=qwen2", f"prune.output={tmp_path / 'refused'}")
+    assert "family=qwen2 is another model than this llama" in done.mistake
+    assert not list(tmp_path.iterdir())
+
+    folders = {}
+    for way, values in (("loaded", []), ("offline", ["prune.offline=true"])):
+        student, folders[way] = tmp_path / way, tmp_path / f"export_{way}"
+        done = door("prune", *common, *values, "prune.family=mistral", f"prune.output={student}")
+        assert done.code == 0, done.err
+        export = [f"export_hf.model={student}", f"export_hf.output={folders[way]}", "export_hf.prompt=null"]
+        done = door("export-hf", *common, *export)
+        assert done.code == 0, done.err
+    followed = [f"prune.plan={tmp_path / 'loaded'}", f"prune.output={tmp_path / 'followed'}"]
+    done = door("prune", *scored, *followed)
+    assert done.code == 0, done.err
+    folders["files"] = tmp_path / "files"
+    done = door("prune-hf", *common, f"prune_hf.plan={tmp_path / 'followed'}", f"prune_hf.output={folders['files']}")
+    assert done.code == 0, done.err
+    opened = {way: transformers5(OPEN, str(folder)) for way, folder in folders.items()}
+    assert {name for name, _ in opened.values()} == {"MistralForCausalLM"}
+    assert opened["loaded"] == opened["offline"]
+    for folder in folders.values():
+        config = json.loads((folder / "config.json").read_text())
+        assert config["sliding_window"] is None and "mlp_bias" not in config
 
 
 # ---- calibrated surgery ----------------------------------------------------------------------------------------------

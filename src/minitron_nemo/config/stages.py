@@ -130,7 +130,11 @@ class PruneConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """What the student may cost in all; resolves dims that target and keep leave open."""
     multiple_of: dict[str, int] = field(default_factory=dict)
-    """Rounds these dims to multiples that hardware and tensor parallelism like."""
+    """Rounds these dims to multiples that hardware and tensor parallelism like. Wide dims that keep gives and that are
+    not named here become multiples of 64, or of the largest power of two in the model's, if that is smaller."""
+    family: str | None = None
+    """Hugging Face family of the student, one whose model computes the same: mistral for a llama without biases. Null:
+    the model's own."""
     layers: list[int] | None = None
     """Kept layers, from 0. Where fewer layers are kept, they or depth.metric say which."""
     depth: DepthChoice = field(default_factory=DepthChoice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from minitron_nemo.checks import did_you_mean, require
@@ -39,6 +40,25 @@ class OptimConfig:
             self.schedule in SCHEDULES,
             f"optim.schedule={self.schedule} is not known; {did_you_mean(self.schedule, SCHEDULES)}",
         )
+
+
+def lr_multiplier(step: int, *, config: OptimConfig, steps: int) -> float:
+    """Fraction of the peak learning rate used by step `step` of `steps`, counted from 0.
+
+    Linear warm-up to `lr`, then cosine to `min_lr`, or WSD (warm-up, stable, linear decay over the last `decay_steps`),
+    or constant.
+    """
+    floor = config.min_lr / config.lr
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return 1.0
+    length = config.decay_steps if config.schedule == "wsd" else steps - config.warmup_steps
+    begin = steps - length
+    progress = min(max(step - begin, 0) / max(length, 1), 1.0)
+    if config.schedule == "wsd":
+        return 1.0 - (1.0 - floor) * progress
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 @dataclass

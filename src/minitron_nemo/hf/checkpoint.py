@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minitron_nemo.axes import parameter_axes, parameter_names
 from minitron_nemo.axis_expressions import Named
-from minitron_nemo.checks import require
+from minitron_nemo.checks import CannotWrite, require
 from minitron_nemo.hf.config import CONFIG, hf_config, require_same_shape
 from minitron_nemo.hf.families import family_of
 from minitron_nemo.hf.folder import Folder, hf_tensors
@@ -119,7 +119,7 @@ def write_hf(
         dtype: of the tensors written.
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
     Every rank calls this; global rank 0 writes.
-    Raises: ValueError: a shape this family cannot hold, or vocab_size out of range. FileExistsError, FileNotFoundError.
+    Raises: ValueError: a shape this family cannot hold, or vocab_size out of range. CannotWrite, FileNotFoundError.
     """
     path, family = Path(path), family_of(shape.family)
     vocab_size = vocab_size or shape.padded_vocab_size
@@ -148,9 +148,9 @@ def write_hf(
 
 
 def require_no_weights(directory: Path) -> None:
-    """Raises: FileExistsError: weights would be written over, or beside others."""
+    """Raises: CannotWrite: weights would be written over, or beside others."""
     require(
         not any(directory.glob("*.safetensors")),
         f"{directory} already holds safetensors. Choose a new directory, or remove the old files.",
-        FileExistsError,
+        CannotWrite,
     )

@@ -64,7 +64,7 @@ def prune_hf(
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
         ignore: as of `Folder`.
     Returns: the new config.json.
-    Raises: FileNotFoundError: a file is missing. FileExistsError: weights stand in `output`. ValueError: a damaged
+    Raises: FileNotFoundError: a file is missing. CannotWrite: weights stand in `output`. ValueError: a damaged
         file, a tensor that is missing, unknown, quantized or of another shape, or a plan for another model.
     """
     source, output = Path(source), Path(output)
@@ -134,13 +134,15 @@ def _all_cuts(folder: Folder, plan: PruningPlan) -> list[_Cut]:
 def _pruned_config(config: dict[str, Any], plan: PruningPlan) -> dict[str, Any]:
     """The source's config.json with what pruning changes; every other key as it is."""
     before, after = hf_config(plan.source), hf_config(plan.target)
-    changed = {key: after[key] for key in after if before[key] != after[key] or key in _ALWAYS_WRITTEN}
+    unlike = {key for key in after if key not in before or before[key] != after[key]}
+    changed = {key: after[key] for key in after if key in unlike or key in _ALWAYS_WRITTEN}
     for key in _PER_LAYER:
         if isinstance(config.get(key), list):
             changed[key] = _of_kept_layers(key, config[key], plan)
     if isinstance(config.get("max_window_layers"), int):  # layers from here on have the sliding window
         changed["max_window_layers"] = sum(layer < config["max_window_layers"] for layer in plan.layer.tolist())
-    return {key: value for key, value in config.items() if key != "auto_map"} | changed  # its code is not copied
+    dropped = {"auto_map"} | (before.keys() - after.keys())  # its code is not copied; a renamed family has other keys
+    return {key: value for key, value in config.items() if key not in dropped} | changed
 
 
 def _of_kept_layers(key: str, values: Sequence[Any], plan: PruningPlan) -> list[Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments import LightningEnvironment
 from nemo.collections.common.tokenizers import AutoTokenizer
 from nemo.lightning.io.pl import TrainerContext
 
@@ -24,7 +25,10 @@ from nemo import lightning as nl
 
 def write_context(shape: ModelShape, directory: Path) -> None:
     """Write `directory/context`. One process; `directory/tokenizer` is there already."""
-    trainer = nl.Trainer(accelerator="cpu", devices=1, strategy=nl.MegatronStrategy(), logger=False)
+    # Lightning would look for a launcher and take an allocation's SLURM variables for one
+    plain = LightningEnvironment()
+    trainer = nl.Trainer(accelerator="cpu", devices=1, strategy=nl.MegatronStrategy(), logger=False, plugins=[plain])
+    del trainer.__io__.plugins  # not of the context: it would be a pickle there
     model = plain_nemo_model(shape, AutoTokenizer(str(directory / TOKENIZER)))
     context = TrainerContext(model=model, trainer=trainer, extra={})
     context.io_dump(directory / CONTEXT, yaml_attrs=["model"])

@@ -10,6 +10,7 @@ sample index on rank 0 and has the others wait.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from torch.utils.data import Dataset
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require, require_divisible
 from minitron_nemo.config.data import DataConfig
+from minitron_nemo.parallel import is_rank_zero
 from minitron_nemo.text.blend import (
     open_blend,
     require_length,
@@ -86,7 +88,7 @@ class PackedDataModule(PreTrainingDataModule):
     ) -> None:
         """Build the datasets for a run of `trainer_max_steps` steps.
 
-        Raises: ValueError: a validation asks for more samples than the held-out text has.
+        Raises: ValueError: a validation asks for more samples than the held-out text has, or nothing is to be learned.
         """
         samples = trainer_max_steps * self.data_sampler.global_batch_size
         assert samples > 0, f"max_steps={trainer_max_steps} must be known when the data are built"
@@ -98,6 +100,7 @@ class PackedDataModule(PreTrainingDataModule):
         ).build()
         if self.train_dataset is not None:
             self._train_ds = self.train_dataset(samples)
+        require_supervised(self._train_ds)
         if isinstance(trainer_limit_val_batches, int):
             size, found = self.data_sampler.global_batch_size, len(self._validation_ds)
             require(
@@ -113,6 +116,31 @@ class PackedDataModule(PreTrainingDataModule):
         config.create_attention_mask = False
         config.pad_documents_to = self.pad_documents_to
         return config
+
+
+_LOOKED_AT = 64  # samples; enough to see text that is nearly all prompts, read in well under a second
+_NEARLY_NOTHING = 0.05
+
+
+def require_supervised(dataset: Dataset) -> None:
+    """ValueError, on every rank, where no token of the first samples is to be learned; a small share is said."""
+    size: int = len(dataset)  # type: ignore[arg-type]
+    looked_at = min(_LOOKED_AT, size)
+    masks = [dataset[index]["loss_mask"] for index in range(looked_at)]
+    learned, tokens = sum(int((mask != 0).sum()) for mask in masks), sum(mask.numel() for mask in masks)
+    require(
+        learned > 0,
+        f"None of the {tokens:,} tokens of the first {looked_at} samples is to be learned: they are prompts, or what "
+        "data.reset_at_documents leaves out. Raise trainer.seq_length above the prompts' length, or prepare text with "
+        "answers.",
+    )
+    if learned / tokens < _NEARLY_NOTHING and is_rank_zero():
+        print(
+            f"Of the first {looked_at} samples {learned / tokens:.2%} of the tokens are to be learned ({learned:,} of "
+            f"{tokens:,}); the others are prompts and padding, and cost as much.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def build_data_module(

@@ -1,8 +1,4 @@
-"""Adam and its learning-rate schedules, as NeMo optimizer modules.
-
-Schedules (steps counted from 0): linear warm-up to `lr`, then cosine to `min_lr`, or WSD (warm-up, stable, linear decay
-over the last `decay_steps`), or constant.
-"""
+"""Adam and its learning-rate schedules, as NeMo optimizer modules."""
 
 from __future__ import annotations
 
@@ -18,23 +14,8 @@ from nemo.lightning.pytorch.optim.base import LRSchedulerModule
 from torch.optim.lr_scheduler import LambdaLR
 
 from minitron_nemo import platform
-from minitron_nemo.config.training import OptimConfig
+from minitron_nemo.config.training import OptimConfig, lr_multiplier
 from minitron_nemo.distillation.teacher_student import teacher_student_in
-
-
-def lr_multiplier(step: int, *, config: OptimConfig, steps: int) -> float:
-    """Fraction of the peak learning rate used by step `step` of `steps`."""
-    floor = config.min_lr / config.lr
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return 1.0
-    length = config.decay_steps if config.schedule == "wsd" else steps - config.warmup_steps
-    begin = steps - length
-    progress = min(max(step - begin, 0) / max(length, 1), 1.0)
-    if config.schedule == "wsd":
-        return 1.0 - (1.0 - floor) * progress
-    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class WarmupDecay(LRSchedulerModule):

@@ -6,16 +6,21 @@
                at a batch and context; it resolves the dims its policy names, the others are as target and keep say
 
 A budget shrinks the dims of its policy together: dim = source * r ** weight, rounded to multiples, with the largest r
-whose model fits; then single steps of a dim that still fit are taken back, smallest first. Pure arithmetic.
+whose model fits; then single steps of a dim that still fit are taken back, smallest first. What keep and budget choose
+opens in its family, where such a shape is there (`runtimes`); what target names stands. Pure arithmetic.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.pruning import BudgetConfig
+from minitron_nemo.runtimes import default_multiple, nearest_that_opens, opening_problem
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 logger = logging.getLogger(__name__)
@@ -56,7 +61,8 @@ def resolve_target(
         keep: dims as a fraction of the source's, above 0 and at most 1.
         budget: resolves the dims of its policy that neither of them names.
         multiple_of: dims named here become multiples: those of target and keep are rounded to the nearest, and what
-            that costs is logged; a budget goes in such steps, elsewhere in powers of two that hardware likes.
+            that costs is logged; a budget goes in such steps. Wide dims that are not named: those of keep become
+            multiples of 64 or of the largest power of two in the source's, a budget goes in powers of two.
     Raises: ValueError: an unknown dim, one named twice, a budget nothing fits, or a shape that cannot be.
     """
     twice = sorted(set(target) & set(keep))
@@ -64,7 +70,7 @@ def resolve_target(
     dims = dict(target)
     for dim in sorted(keep, reverse=True):  # num_query_groups before num_attention_heads, which must fit them
         dims[dim] = _fraction(source, dim, keep[dim], groups=dims.get("num_query_groups", source.num_query_groups))
-    shape = _rounded(source, source.pruned_to(**dims), multiple_of)
+    shape = _rounded(source, source.pruned_to(**dims), multiple_of, keep)
     if budget.cost is None:
         return shape
     policy = {dim: weight for dim, weight in budget.dims.items() if dim not in dims}
@@ -102,8 +108,10 @@ def _fraction(source: ModelShape, dim: str, share: float, *, groups: int) -> int
         f"keep.{dim}: this {source.family} model does not have it; it has {', '.join(source.prunable_dims)}.",
     )
     require(0 < share <= 1, f"keep.{dim}={share} must be above 0 and at most 1: the fraction of {dim} that stays.")
-    step = groups if dim == "num_attention_heads" else 1  # every group keeps equally many
-    return max(step, round(getattr(source, dim) * share / step) * step)
+    heads = dim == "num_attention_heads"
+    step = groups if heads else 1  # every group keeps equally many, and gets no more than it had
+    most = groups * source.heads_per_group if heads else getattr(source, dim)
+    return min(most, max(step, round(getattr(source, dim) * share / step) * step))
 
 
 def _step(shape: ModelShape, dim: str, multiple_of: Mapping[str, int]) -> int:
@@ -116,34 +124,57 @@ def _step(shape: ModelShape, dim: str, multiple_of: Mapping[str, int]) -> int:
     return min(256, 2 ** max(0, (getattr(shape, dim) // 16).bit_length() - 1)) if wide else 1
 
 
-def _rounded(source: ModelShape, shape: ModelShape, multiple_of: Mapping[str, int]) -> ModelShape:
-    changes = {}
-    for dim, multiple in multiple_of.items():
+def _rounded(
+    source: ModelShape, asked: ModelShape, multiple_of: Mapping[str, int], keep: Mapping[str, float]
+) -> ModelShape:
+    """What was asked for in multiples, and dims of `keep` so that the family opens it; says what that costs."""
+    multiples = {dim: default_multiple(source, dim) for dim in sorted(keep)} | dict(multiple_of)
+    changes: dict[str, Any] = {}
+    for dim, multiple in multiples.items():
         require(
             dim in source.prunable_dims,
             f"multiple_of.{dim} is not a prunable dim of this model; {did_you_mean(dim, source.prunable_dims)}",
         )
-        have, limit = getattr(shape, dim), getattr(source, dim)
+        have, limit = getattr(asked, dim), getattr(source, dim)
         require(
             1 <= multiple <= limit,
             f"multiple_of.{dim}={multiple} must be between 1 and the source's {dim}={limit}.",
         )
         if have != limit and have % multiple:
             changes[dim] = min(max(multiple, round(have / multiple) * multiple), limit // multiple * multiple)
-    if not changes:
+    rounded = dataclasses.replace(asked, **changes)
+    free = {dim: multiples[dim] for dim in keep if getattr(asked, dim) != getattr(source, dim)}
+    shape = _opening(source, rounded, free, hidden_is_named="hidden_size" in multiple_of)
+    if shape == asked:
         return shape
-    rounded = source.pruned_to(**{dim: getattr(shape, dim) for dim in source.prunable_dims} | changes)
-    for dim, value in changes.items():
-        logger.warning(
-            "%s=%s becomes %s, a multiple of %s.", dim, f"{getattr(shape, dim):,}", f"{value:,}", multiple_of[dim]
-        )
+    for dim in asked.prunable_dims:
+        before, after = getattr(asked, dim), getattr(shape, dim)
+        if before != after:
+            why = f"a multiple of {multiples[dim]}" if before % multiples[dim] else f"which a {shape.family} opens with"
+            logger.warning("%s=%s becomes %s, %s.", dim, f"{before:,}", f"{after:,}", why)
     logger.warning(
         "Rounding to multiples changes the student from %s to %s parameters (%+.2f%%).",
+        f"{asked.num_parameters:,}",
         f"{shape.num_parameters:,}",
-        f"{rounded.num_parameters:,}",
-        100 * (rounded.num_parameters / shape.num_parameters - 1),
+        100 * (shape.num_parameters / asked.num_parameters - 1),
     )
-    return rounded
+    return shape
+
+
+def _opening(source: ModelShape, shape: ModelShape, free: Mapping[str, int], *, hidden_is_named: bool) -> ModelShape:
+    """The nearest shape that opens, by moving dims of `free` in their steps; the shape as it is where there is none.
+
+    Args:
+        hidden_is_named: the step of hidden_size is the user's; ours gives way.
+    """
+    steps = dict(free)
+    if "num_attention_heads" in steps:
+        steps["num_attention_heads"] = math.lcm(steps["num_attention_heads"], shape.num_query_groups)
+    while (found := nearest_that_opens(shape, source, steps)) is None:
+        if hidden_is_named or steps.get("hidden_size", 1) == 1:
+            return shape
+        steps["hidden_size"] //= 2
+    return found
 
 
 def _fit(
@@ -174,8 +205,12 @@ def _fit(
             for dim, size in full.items()
         }
 
+    def model(ratio: float) -> ModelShape:
+        nearest = shape.pruned_to(**at(ratio))
+        return nearest_that_opens(nearest, shape, steps) or nearest
+
     low, high = 0.0, 1.0  # a model at `low` fits, one at `high` does not
-    smallest = shape.pruned_to(**at(low))
+    smallest = model(low)
     require(
         fits(smallest),
         f"budget.{name}={getattr(budget, name)} cannot be met by shrinking {', '.join(policy)}: even {at(low)} costs "
@@ -183,14 +218,21 @@ def _fit(
     )
     for _ in range(60):  # a double has no finer ratio
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(shape.pruned_to(**at(middle))) else (low, middle)
-    best = shape.pruned_to(**at(low))
+        low, high = (middle, high) if fits(model(middle)) else (low, middle)
+    best = model(low)
     grown = True
     while grown:
-        sizes = {dim: getattr(best, dim) for dim in policy}
-        steps_up = ({dim: size + steps[dim]} for dim, size in sizes.items() if size + steps[dim] <= full[dim])
-        options = [option for step in steps_up if fits(option := shape.pruned_to(**sizes | step))]
+        larger = (_next_larger(best, dim, full[dim], steps[dim]) for dim in policy)
+        options = [option for option in larger if option is not None and fits(option)]
         grown = bool(options)
         if grown:
             best = min(options, key=lambda option: _COSTS[name](option, budget))
     return best
+
+
+def _next_larger(shape: ModelShape, dim: str, most: int, step: int) -> ModelShape | None:
+    """The shape with one dim a step larger, or as many as it takes to open; None where there is none up to `most`."""
+    larger: list[dict[str, Any]] = [{dim: size} for size in range(getattr(shape, dim) + step, most + 1, step)]
+    options = (dataclasses.replace(shape, **changes) for changes in larger)
+    opens_anyway = opening_problem(shape) is not None  # nothing of this policy opens; it is refused elsewhere
+    return next((option for option in options if opens_anyway or opening_problem(option) is None), None)

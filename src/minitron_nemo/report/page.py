@@ -21,6 +21,7 @@ from minitron_nemo.report.rows import logit_difference, seconds_of, summarize
 from minitron_nemo.report.run import EXPORT, Run
 from minitron_nemo.report.scores import Pruning, counts, importances
 from minitron_nemo.report.table import cells, count, headers
+from minitron_nemo.runtimes import suits
 from minitron_nemo.shape import ModelShape
 
 
@@ -55,6 +56,7 @@ def render(run: Run, values: dict[str, Any]) -> str:
         pictures=pictures.scores(pruning),
         agreements=pictures.agreements(importances(run), run.importance, pruning),
         shapes=_shapes(run, pruning),
+        suits=_suits(run, pruning),
         versions=versions,
         provenance=[_provenance(name, artifact, common) for name, artifact in sorted(run.artifacts.items())],
     )
@@ -85,10 +87,20 @@ def _exports(run: Run) -> list[dict[str, Any]]:
     return [{"path": str(path), "difference": difference} for path, difference in found if difference is not None]
 
 
+def _student_shape(run: Run, pruning: Pruning) -> ModelShape | None:
+    return pruning.target or _first_shape(run, [*([run.pruned] if run.pruned else []), *run.students])
+
+
+def _suits(run: Run, pruning: Pruning) -> dict[str, str]:
+    """Runtime -> how well the student's dims fit it."""
+    shape = _student_shape(run, pruning)
+    return {} if shape is None else suits(shape)
+
+
 def _shapes(run: Run, pruning: Pruning) -> list[dict[str, Any]]:
     teachers = [model.name for model in run.models if model.is_teacher]
     before = pruning.source or _first_shape(run, [*reversed(teachers)])
-    after = pruning.target or _first_shape(run, [*([run.pruned] if run.pruned else []), *run.students])
+    after = _student_shape(run, pruning)
     if before is None or after is None:
         return []
     measures = {name: (getattr(before, name), getattr(after, name)) for name in (*before.prunable_dims, "kv_channels")}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.kinds import refuse_as_artifact
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer import copy_tokenizer
 
@@ -96,6 +97,7 @@ def open_model(
         )
         artifact = None
     else:
+        refuse_as_artifact(directory, key)
         artifact = open_artifact(directory, made_by=MODEL_STAGES, key=key)
     shape = read_shape(directory, key=key, foreign=foreign)
     places = (directory / TOKENIZER, directory / CONTEXT / "nemo_tokenizer")

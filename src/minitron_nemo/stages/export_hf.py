@@ -6,7 +6,6 @@ agrees with Megatron on the logits. One process writes it from the artifact's fi
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from minitron_nemo.runtime.bridge import full_parameters
 from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
 from minitron_nemo.runtime.forward import last_logits
 from minitron_nemo.runtime.layout import prepare_layout
+from minitron_nemo.runtimes import as_family, opening_problem, renaming
 from minitron_nemo.weights import stream_full_parameters
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,12 @@ def run(config: ExportHfConfig) -> Artifact:
     """Raises: ValueError: config.json and tensors disagree. RuntimeError: transformers and Megatron do. Nothing is left
     behind."""
     source = engine.open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
-    shape = dataclasses.replace(source.shape, family=config.family or source.shape.family)
+    shape = as_family(source.shape, config.family)
+    problem = opening_problem(shape)
+    require(
+        config.family is not None or problem is None,
+        f"{config.model} is {problem}.{renaming(shape)} export_hf.family={shape.family} writes it all the same.",
+    )
     dtype = DTYPES[config.dtype]
     hf_config(shape, vocab_size=source.vocab_size, dtype=dtype)  # raises before a model is loaded
     prepare_layout(config.trainer, source.shape, seed=config.seed)

@@ -16,6 +16,7 @@ from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.config.stages import ImportHfConfig
 from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.folder import Folder
+from minitron_nemo.kinds import refuse_as_hugging_face
 from minitron_nemo.parallel import Groups, world_size
 from minitron_nemo.runtime.bridge import import_weights
 from minitron_nemo.runtime.layout import prepare_layout
@@ -34,6 +35,7 @@ def embedded_teacher() -> Path:
 def run(config: ImportHfConfig) -> Artifact:
     """Raises: FileNotFoundError, ValueError: see `hf.checkpoint.load_hf`; before anything is written."""
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
+    refuse_as_hugging_face(source, "import_hf.model")
     require(
         (source / "config.json").is_file(),
         f"import_hf.model={source} is no directory with a config.json. Set import_hf.model to a Hugging Face "

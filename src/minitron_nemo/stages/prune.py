@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
-from minitron_nemo.parallel import Groups, agree, rank_zero_works
+from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
 from minitron_nemo.pruning.compensation import compensate
@@ -25,9 +27,11 @@ from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.second_moments import CalibrationPass
 from minitron_nemo.pruning.targets import resolve_target
 from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
+from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
 from minitron_nemo.runtime.forward import run_forward
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
+from minitron_nemo.runtimes import as_family, require_opens, suits
 from minitron_nemo.scores import STREAM, Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
@@ -43,12 +47,16 @@ def run(config: PruneConfig) -> Artifact:
     job = Job(config, source)
     for shape in job.targets:
         require_splits(shape, config.trainer)
+    fitting = suits(job.target)
+    if is_rank_zero():
+        for runtime, words in fitting.items():
+            print(f"student's dims and {runtime}: {words}", file=sys.stderr, flush=True)
     student, plan = None, job.plan
     facts: dict[str, Any] = {}
     if not config.offline:
         prepare_layout(config.trainer, source.shape)
         job.draw_samples()
-        teacher = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
+        teacher = engine.open_core(source, config.trainer, _dtype(source, config.trainer.precision))
         plan = job.plan_for(teacher)
         student, plan, facts = job.cut(teacher, plan)
     assert plan is not None
@@ -60,6 +68,7 @@ def run(config: PruneConfig) -> Artifact:
             engine.save_model(student, plan.target, source.tokenizer, draft.path)
         rank_zero_works(partial(plan.save, draft.path))
         draft.facts["vocab_size"] = source.vocab_size
+        draft.facts["suits"] = fitting
         draft.facts.update(facts)
         draft.metrics.update(
             parameters=plan.target.num_parameters,
@@ -68,6 +77,14 @@ def run(config: PruneConfig) -> Artifact:
             tokens=0,
         )
     return open_artifact(Path(config.output))
+
+
+def _dtype(source: ModelInput, precision: str) -> torch.dtype:
+    """As the model is stored, so that the student is the same on every machine, or as asked."""
+    if precision != "auto":
+        return platform.dtype_of(precision)
+    stored = stored_dtype(source.path)
+    return torch.float32 if stored is torch.float16 else stored  # Megatron calibrates in bf16 or fp32
 
 
 class Job:
@@ -84,18 +101,20 @@ class Job:
         """None: it takes a pass over the model first."""
         if config.plan is not None:
             self.plan = PruningPlan.load(config.plan)
-            self._target = self.plan.target
-        if self.plan is None or config.surgery.runs_model(source.shape, self._target):
+            self.target = as_family(self.plan.target, config.family)
+            self.plan = replace(self.plan, target=self.target)
+        if self.plan is None or config.surgery.runs_model(source.shape, self.target):
             scores = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
             self.inputs.append(scores)
             self._importance = Importance.load(scores.path)
             _require_same_tokenizer(self._importance, source)
         if self.plan is None:
             assert self._importance is not None
-            self._target, self._layers = target_of(config, self._importance, source.shape)
+            self.target, self._layers = target_of(config, self._importance, source.shape)
             if config.offline or not self._lacks_stream:
                 self.plan = self._plan_of_importance()
-        runs_model = config.surgery.runs_model(source.shape, self._target)
+        require_opens(self.target, source.shape)
+        runs_model = config.surgery.runs_model(source.shape, self.target)
         require(
             not (runs_model and config.offline),
             "prune.surgery fits weights to calibration samples, which takes passes over the model, and "
@@ -113,11 +132,11 @@ class Job:
     @property
     def targets(self) -> list[ModelShape]:
         """Shapes of all models that are made."""
-        return [self._target] if self._rounds is None else self._rounds.targets
+        return [self.target] if self._rounds is None else self._rounds.targets
 
     @property
     def _lacks_stream(self) -> bool:
-        needs = self._config.surgery.needs_stream(self._source.shape, self._target)
+        needs = self._config.surgery.needs_stream(self._source.shape, self.target)
         return needs and self._importance is not None and STREAM not in self._importance.moments
 
     def draw_samples(self) -> None:
@@ -174,7 +193,7 @@ class Job:
         return plan_from_importance(
             self._importance,
             self._source.shape,
-            self._target,
+            self.target,
             batch_aggregation=config.batch_aggregation,
             sequence_aggregation=config.sequence_aggregation,
             layers=self._layers,
@@ -194,12 +213,12 @@ def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -
         "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
         "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
     )
-    dims, layers, base = dict(config.target), config.layers, source
+    dims, layers, base = dict(config.target), config.layers, as_family(source, config.family)
     if layers is not None:
         dims.setdefault("num_layers", len(layers))
     if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
         layers = kept_layers(importance, source, dims.pop("num_layers"), layers=layers, depth=config.depth)
-        base = source.keeping_layers(layers)
+        base = base.keeping_layers(layers)
 
     def resolve(base: ModelShape) -> ModelShape:
         options: dict[str, Any] = {"target": dims, "keep": config.keep, "multiple_of": config.multiple_of}

@@ -12,7 +12,9 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import EMBEDDED, PruneHfConfig
 from minitron_nemo.hf.surgery import prune_hf
+from minitron_nemo.kinds import refuse_as_hugging_face
 from minitron_nemo.plan import PruningPlan
+from minitron_nemo.runtimes import require_opens
 from minitron_nemo.stages.import_hf import embedded_teacher
 
 
@@ -20,7 +22,9 @@ def run(config: PruneHfConfig) -> Artifact:
     """Raises: FileNotFoundError, ValueError: see `hf.surgery.prune_hf`; nothing is left behind."""
     require(bool(config.model), "prune_hf.model is not set. Set it to a Hugging Face checkpoint directory.")
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
+    refuse_as_hugging_face(source, "prune_hf.model")
     plan = PruningPlan.load(config.plan)
+    require_opens(plan.target, plan.source)
     with writing(config.output, stage="prune-hf", config=config) as draft:
         prune_hf(
             source,

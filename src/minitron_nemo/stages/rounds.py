@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
-from minitron_nemo import engine, platform
+from minitron_nemo import engine
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.config.trainer import Loading
@@ -68,7 +68,7 @@ class Rounds:
 
 
 def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: Loading) -> MCoreGPTModel:
-    """This rank's part of the student. Communicates: see `prune_into`."""
-    student = engine.new_core(plan.target, trainer, platform.dtype_of(trainer.precision))
+    """This rank's part of the student, in the teacher's numbers. Communicates: see `prune_into`."""
+    student = engine.new_core(plan.target, trainer, next(teacher.parameters()).dtype)
     prune_into(teacher, student, plan, Groups.from_megatron())
     return student

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from minitron_nemo.checks import Mistake, require, require_divisible
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import TrainerConfig
-from minitron_nemo.config.training import DownstreamConfig, TrainingConfig
+from minitron_nemo.config.training import DownstreamConfig, TrainingConfig, lr_multiplier
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.runtime.layout import require_tokens_split
 from minitron_nemo.runtime.training_run import (
@@ -88,7 +90,7 @@ def run_training(
         train_dataset=train_dataset,
     )
     with saying_when_full(output), _leaving_nothing_of_a_mistake(run.directory):
-        _continue_only_the_same(run.directory, config)
+        continue_only_the_same(run.directory, config)
         result = engine.train(run)
         trained(result)
     with writing(output, stage=stage, config=config, inputs=inputs) as draft:
@@ -164,7 +166,7 @@ def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:
     return before
 
 
-def _continue_only_the_same(directory: Path, config: Any) -> None:
+def continue_only_the_same(directory: Path, config: Any) -> None:
     """A run that was cut off continues with the values it was started with; they are kept beside its checkpoints.
 
     Raises: ValueError: other values. `training.steps` may change, to end a run sooner or later, and
@@ -180,10 +182,32 @@ def _continue_only_the_same(directory: Path, config: Any) -> None:
                     f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
                     f"Continue it with {key}={then}, or remove {directory} to start over.",
                 )
+                if key == "training.steps":
+                    _say_where_the_rate_jumps(directory, config.training, steps_before=int(then))
         directory.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(as_dict(config)))
 
     rank_zero_works(compare_and_keep)
+
+
+def _say_where_the_rate_jumps(directory: Path, training: TrainingConfig, *, steps_before: int) -> None:
+    """A schedule is made for the run's length: what another one does to a run that goes on."""
+    checkpoint = newest_checkpoint(directory / CHECKPOINTS)
+    if checkpoint is None:
+        return
+    step, optim = int(checkpoint.name.split("-")[1]), training.optim
+    before, now = (
+        optim.lr * lr_multiplier(step, config=optim, steps=steps) for steps in (steps_before, training.steps)
+    )
+    if not math.isclose(before, now, rel_tol=1e-2):
+        print(
+            f"This run goes on after step {step} with training.steps={training.steps} instead of {steps_before}, "
+            f"and its {optim.schedule} schedule is that of the new length: the learning rate jumps there "
+            f"from {before:.3g} to {now:.3g}. Without a jump: training.steps={steps_before}, then a phase of its own "
+            "(training.continue_from).",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
