@@ -11,7 +11,8 @@ from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.stages.prepare_data import check, run
 from minitron_nemo.text.corpus import STDLIB_LICENCE, Source
-from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer
+from minitron_nemo.text.tokenizer import load_tokenizer, train_tokenizer
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 from support.prepared import decoded, documents
 
 

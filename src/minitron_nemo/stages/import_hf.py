@@ -13,7 +13,7 @@ from minitron_nemo.hf.config import shape_from_hf, vocab_size_from_hf
 from minitron_nemo.parallel import Groups
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.training import require_vocabulary
-from minitron_nemo.text.tokenizer import require_tokenizer_files
+from minitron_nemo.text.tokenizer_files import require_ids_within, require_tokenizer_files
 
 EMBEDDED = "embedded"
 
@@ -35,6 +35,7 @@ def run(config: ImportHfConfig) -> Artifact:
     shape = shape_from_hf(source, make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
     require_tokenizer_files(source, key="import_hf.model")
     require_vocabulary(shape, source)
+    require_ids_within(source, vocab_size_from_hf(source))
     prepare_layout(config.trainer, shape)
     core = engine.new_core(shape, config.trainer, platform.dtype_of(config.trainer.precision))
     load_hf(core, source, shape, Groups.from_megatron())

@@ -26,14 +26,8 @@ from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.progress import Reporter
 from minitron_nemo.text.corpus import STDLIB_LICENCE, TRAIN, VALIDATION, Document, Source, Splitter, read_corpus
 from minitron_nemo.text.token_files import TokenFiles, encode_documents
-from minitron_nemo.text.tokenizer import (
-    copy_tokenizer,
-    load_tokenizer,
-    require_tokenizer_files,
-    tokenizer_digest,
-    train_tokenizer,
-    vocabulary_size,
-)
+from minitron_nemo.text.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from minitron_nemo.text.tokenizer_files import copy_tokenizer, require_tokenizer_files, tokenizer_digest
 
 Item = TypeVar("Item")
 

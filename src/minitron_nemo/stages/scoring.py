@@ -26,7 +26,8 @@ from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.calibration import calibration_batches
 from minitron_nemo.text.corpus import TRAIN
-from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, tokenizer_digest
+from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 from minitron_nemo.text.windows import batches
 
 if TYPE_CHECKING:

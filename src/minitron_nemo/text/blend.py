@@ -11,7 +11,8 @@ from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import Prepared
 from minitron_nemo.text.corpus import VALIDATION
-from minitron_nemo.text.tokenizer import tokenizer_digest, vocabulary_size
+from minitron_nemo.text.tokenizer import vocabulary_size
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 if TYPE_CHECKING:
     from minitron_nemo.text.tokenizer import Tokenizer
