@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,16 +136,6 @@ def _by_class(path: Path) -> Tokenizer:
 def begins_with_bos(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer's own setting puts its beginning-of-text token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
-
-
-def plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """text -> token ids, no special token added."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    return encode
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:

@@ -77,7 +77,10 @@ def read_tokenizer_files(path: Path) -> TokenizerFiles | None:
     content = _read(path / TOKENIZER_JSON)
     settings = _plain_settings(path, content)
     changed = False
-    wanted = {key: settings[key] for key in ("add_bos_token", "add_eos_token") if settings.get(key) is not None}
+    ids, wanted = _ids_of(content, settings), {}
+    for role in ("bos_token", "eos_token"):
+        if settings.get(f"add_{role}") is not None:
+            wanted[f"add_{role}"] = settings[f"add_{role}"] and settings.get(role) in ids
     if wanted:
         adds = _added_by_template(content.get("post_processor"), settings)
         settings |= adds | wanted
@@ -309,14 +312,7 @@ def _processors(post_processor: Mapping[str, Any] | None) -> Sequence[Mapping[st
 def _template(content: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     """A post-processor that adds what the settings say, after those there are that add nothing."""
     ids = _ids_of(content, settings)
-    around = {}
-    for role in ("bos_token", "eos_token"):
-        token = settings.get(role)
-        if settings[f"add_{role}"]:
-            require(
-                token in ids, f"tokenizer_config.json has add_{role}=true, but {role}={token} is no token. Correct it."
-            )
-            around[role] = token
+    around: dict[str, str] = {role: settings[role] for role in ("bos_token", "eos_token") if settings[f"add_{role}"]}
 
     def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
         pieces: list[dict[str, Any]] = [{"Sequence": {"id": name, "type_id": type_id}}]
