@@ -201,11 +201,10 @@ def test_what_lies_beside_the_weights_comes_along_but_neither_code_nor_pickles(t
     wanted = ["tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model", "LICENSE.txt"]
     others = ["modeling_custom.py", "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf"]
     for name in [*wanted, *others]:
-        (source / name).write_text(name)
+        (source / name).write_text("{}" if name.endswith(".json") else name)
     prune_hf(source, any_plan(shape_from_hf(source), **TARGET), tmp_path / "out")
     found = {file.name for file in (tmp_path / "out").iterdir()}
-    weights = {"model.safetensors"}
-    assert found == {*wanted, "config.json", "generation_config.json"} | weights
+    assert found == {*wanted, "config.json", "generation_config.json", "tokenizer_config.json", "model.safetensors"}
 
 
 def test_buffers_and_a_second_copy_of_tied_embeddings_are_left_out(tmp_path: Path) -> None:

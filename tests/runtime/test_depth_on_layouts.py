@@ -36,14 +36,16 @@ SUBJECTS = ["cat", "old dog", "bird"]
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
     """Of two and three options, of different length, with and without a blank."""
     records = [
-        {"context": f"the _ {verb} the {thing}.", "options": SUBJECTS[: 2 + (number % 2)], "answer": number % 2}
-        for number, (verb, thing) in enumerate([("saw", "sun"), ("ate", "fish"), ("hid", "key"), ("is", "best")])
+        {"context": f"the _ {verb} {thing}.", "blank": "_", "options": SUBJECTS[: 2 + number % 2], "answer": number % 2}
+        for number, (verb, thing) in enumerate(
+            [("saw", "the sun"), ("ate", "the fish"), ("hid", "the key"), ("is", "the best")]
+        )
     ]
     records += [{"context": f"who {verb}", "options": SUBJECTS, "answer": 2} for verb in ("ran", "slept in the hay")]
     path = tmp_path_factory.mktemp("task") / "task.jsonl"
     path.write_text("\n".join(json.dumps(record) for record in records))
     return read_questions(
-        path, lambda text: [1 + ALPHABET.index(letter) for letter in text], end_of_text=0, seq_length=SHAPE.seq_length
+        path, lambda text: [1 + ALPHABET.index(letter) for letter in text], prefix=0, seq_length=SHAPE.seq_length
     )
 
 
@@ -195,7 +197,7 @@ def run_stage(run: TinyRun, task: str, output: str) -> dict[str, Any]:
 
 def test_the_stage_writes_every_depth_metric(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
     task = tmp_path / "task.jsonl"
-    task.write_text('{"context": "import _ as system", "options": ["os", "sys"], "answer": "os"}\n')
+    task.write_text('{"context": "import _ as system", "options": ["os", "sys"], "answer": "os", "blank": "_"}\n')
     found = {}
     for layout in ("single", "pp2"):
         output = str(tmp_path / layout)

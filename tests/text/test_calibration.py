@@ -6,14 +6,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from minitron_nemo.text.calibration import calibration_batches
+from minitron_nemo.text.corpus import Document
+from minitron_nemo.text.documents import mark
 
 
-def encode(text: str) -> list[int]:
-    return [ord(letter) for letter in text]
+class Letters:
+    """An encoder whose tokens are letters."""
+
+    end_of_text = 0
+
+    def __call__(self, documents: list[Document]) -> list[np.ndarray]:
+        def ids(text: str) -> np.ndarray:
+            return np.asarray([ord(letter) for letter in text], np.int64)
+
+        return [np.concatenate([mark(ids(each.prompt or "")), ids(each.text)]) for each in documents]
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -23,8 +34,8 @@ def write(path: Path, *records: Any) -> Path:
 
 
 def read(file: Path, **options: Any) -> list[dict[str, torch.Tensor]]:
-    values: dict[str, Any] = {"end_of_text": 0, "seq_length": 6, "micro_batch_size": 2, "num_samples": 3, "seed": 1}
-    return calibration_batches(file, encode, **values | options)
+    values: dict[str, Any] = {"seq_length": 6, "micro_batch_size": 2, "num_samples": 3, "seed": 1}
+    return calibration_batches(file, Letters(), **values | options)
 
 
 def texts(number: int) -> list[dict[str, str]]:

@@ -33,7 +33,7 @@ def characters(text: str) -> list[int]:
 
 
 def read(path: Path, encode: Any = characters, **values: Any) -> list[Question]:
-    return read_questions(path, encode, end_of_text=END_OF_TEXT, seq_length=values.pop("seq_length", 200), **values)
+    return read_questions(path, encode, prefix=END_OF_TEXT, seq_length=values.pop("seq_length", 200), **values)
 
 
 def texts(continuation: Continuation) -> tuple[str, str]:
@@ -43,8 +43,8 @@ def texts(continuation: Continuation) -> tuple[str, str]:
 
 
 def test_a_blank_is_filled_and_the_text_after_it_scored(tmp_path: Path) -> None:
-    own = {"context": "the _ was too big. ", "options": ["cup", "case"], "answer": "case"}
-    winogrande = {"sentence": own["context"], "option1": "cup", "option2": "case", "answer": "2", "qID": "x"}
+    own = {"context": "the ___ was too big. ", "options": ["cup", "case"], "answer": "case", "blank": "___"}
+    winogrande = {"sentence": "the _ was too big. ", "option1": "cup", "option2": "case", "answer": "2", "qID": "x"}
     for question in read(write(tmp_path / "questions.jsonl", own, "", winogrande)):
         assert [texts(option) for option in question.options] == [
             ("the cup", " was too big."),
@@ -59,12 +59,31 @@ def test_without_a_blank_the_option_is_scored_after_one_space(tmp_path: Path) ->
         tmp_path / "questions.jsonl",
         {"context": "it is", "options": ["big", "small"], "answer": 0},
         {"context": "it is ", "options": ["big", "small"], "answer": 0},
-        {"context": "it is _", "options": ["big", "small"], "answer": 0},
-        {"context": "a_b is_", "options": ["big", "small"], "answer": 0},
+        {"context": "it is _", "options": ["big", "small"], "answer": 0, "blank": "_"},
+        {"context": "a_b is", "options": ["big", "small"], "answer": 0},
         {"context": "", "options": ["big", "small"], "answer": 0},
     )
     read_texts = [texts(question.options[1]) for question in read(path)]
-    assert read_texts == [("it is", " small")] * 3 + [("a_b is_", " small"), (chr(END_OF_TEXT), "small")]
+    assert read_texts == [("it is", " small")] * 3 + [("a_b is", " small"), (chr(END_OF_TEXT), "small")]
+
+
+def test_an_underscore_of_a_context_is_no_blank(tmp_path: Path) -> None:
+    (question,) = read(
+        write(tmp_path / "questions.jsonl", {"context": "call read_text for", "options": ["a", "b"], "answer": 0})
+    )
+    assert [texts(option) for option in question.options] == [
+        ("call read_text for", " a"),
+        ("call read_text for", " b"),
+    ]
+
+
+def test_a_question_begins_as_a_document_does(tmp_path: Path) -> None:
+    def encode(text: str) -> list[int]:
+        return [END_OF_TEXT, *characters(text)]
+
+    path = write(tmp_path / "questions.jsonl", GOOD, GOOD | {"context": ""})
+    for question, context in zip(read(path, encode), ("a", ""), strict=True):
+        assert texts(question.options[0]) == (chr(END_OF_TEXT) + context, " b" if context else "b")
 
 
 def test_tokens_are_those_of_the_whole_text(tmp_path: Path, tokenizer: Any) -> None:
@@ -73,7 +92,7 @@ def test_tokens_are_those_of_the_whole_text(tmp_path: Path, tokenizer: Any) -> N
 
     path = write(
         tmp_path / "questions.jsonl",
-        {"context": "the _ did not fit", "options": ["trophy", "suitcase"], "answer": 0},
+        {"context": "the _ did not fit", "options": ["trophy", "suitcase"], "answer": 0, "blank": "_"},
         {"context": "the trophy because the ", "options": ["suitcase", "trophy"], "answer": 0},
     )
     blank, after = read(path, encode)
@@ -135,6 +154,7 @@ GOOD = {"context": "a", "options": ["b", "c"], "answer": 0}
             {"sentence": "a _", "option1": "b", "option2": "c", "answer": ""},
             r"answer='' must be an option's number, 1 to",
         ),
+        (GOOD | {"blank": "_"}, r"line 2: blank='_' stands once, this one has 0"),
         ({"sentence": "a", "option1": "b", "option2": "c", "answer": "1"}, r'exactly one blank "_", this one has 0'),
         (GOOD | {"context": "a" * 9}, r"line 2: 10 tokens with option 'b', but the model reads at most 9"),
     ],

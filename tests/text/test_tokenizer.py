@@ -8,13 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from minitron_nemo.text.tokenizer import (
-    copy_tokenizer,
-    load_tokenizer,
-    tokenizer_digest,
-    train_tokenizer,
-    vocabulary_size,
-)
+from minitron_nemo.text.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from minitron_nemo.text.tokenizer_files import copy_tokenizer, tokenizer_digest
 
 TEXTS = [f"def function_{number}(argument):\n    return argument + {number}\n" for number in range(200)]
 

@@ -35,7 +35,8 @@ class ImportanceConfig:
     """Second moments of the residual stream, which prune.surgery.basis=rotation needs: normalised (every token weighs
     the same), raw, or none. h^2 numbers more, and 2 h^2 FLOPs a token and norm."""
     calibration: str | None = None
-    """JSONL file of calibration samples, {"text"} or {"prompt", "response"} a line; None: the training blend."""
+    """JSONL file of calibration samples, {"text"}, {"prompt", "response"} or {"messages"} a line; None: the training
+    blend."""
     count_prompts: bool = True
     """Whether a calibration file's prompts count as its responses do; either way the model reads them."""
 

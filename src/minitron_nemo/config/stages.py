@@ -19,6 +19,7 @@ EMBEDDED = "embedded"
 """In place of a Hugging Face directory: the small teacher inside this package."""
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 EXPORT_DTYPES = ("bf16", "fp32")
+SPECIAL_TOKENS = ("auto", "keep", "split")
 
 
 @dataclass
@@ -34,6 +35,19 @@ class PrepareDataConfig:  # conf/prepare-data.yaml
     prompt_key: str | None = None
     """That of a prompt, which the text answers, written as the model is to see it: the prompt is read, and only the
     text is learned. Null: there are no prompts."""
+    messages_key: str = "messages"
+    """That of a chat's messages, in records without a text: the tokenizer's template writes them, with what stands
+    under `tools`, and only the assistant's part is learned."""
+    special_tokens: str = "auto"
+    """What spells a special token in a document: `keep` makes it one, `split` leaves it text; `auto` keeps it in chats
+    and in prompts with their answers, and splits it in plain text."""
+    add_bos: bool | None = None
+    """Whether a document begins with the beginning-of-text token; null: as the tokenizer does, and a chat as its
+    template does."""
+    max_skipped: float = 0.01
+    """Largest share of a source's records that may be left out because their text is null, from 0 to 1."""
+    max_characters: int | None = None
+    """Longer documents are left out; null: none are."""
     tokenizer: str | None = None
     """Local Hugging Face tokenizer directory, such as the teacher's; null trains one on the training split."""
     vocab_size: int = 4096
@@ -47,6 +61,19 @@ class PrepareDataConfig:  # conf/prepare-data.yaml
 
     def __post_init__(self) -> None:
         require(self.seed >= 0, f"seed={self.seed} must be at least 0.")
+        require(
+            self.special_tokens in SPECIAL_TOKENS,
+            f"special_tokens={self.special_tokens} is not known; use {', '.join(SPECIAL_TOKENS)}.",
+        )
+        require(0 <= self.max_skipped <= 1, f"max_skipped={self.max_skipped} is a share, from 0 to 1. Try 0.01.")
+        require(
+            self.max_characters is None or self.max_characters >= 1,
+            f"max_characters={self.max_characters} must be at least 1, or null for any length.",
+        )
+        require(
+            not self.add_bos or self.tokenizer is not None,
+            "add_bos=true needs a tokenizer; the one that is trained begins no text. Set tokenizer or add_bos=null.",
+        )
         require(
             self.vocab_size >= SMALLEST_VOCABULARY,
             f"vocab_size={self.vocab_size} must be at least {SMALLEST_VOCABULARY}: every byte and the end of text. Try "

@@ -28,7 +28,7 @@ from minitron_nemo.hf.folder import Folder, hf_tensors
 from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTensor
 from minitron_nemo.parallel import Groups, is_rank_zero, rank_zero_works
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.text.tokenizer import copy_tokenizer, special_token_ids
+from minitron_nemo.text.tokenizer_files import copy_tokenizer, require_ids_within, special_token_ids
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -115,7 +115,8 @@ def write_hf(
         parameters: in the order of `parameter_names(shape)`; every rank takes all of them.
         path: directory, made if need be; it must not hold safetensors yet.
         vocab_size: rows of the embedding table to keep, the rest being padding; None: all.
-        tokenizer_dir: HF tokenizer files to copy beside the weights; its bos, eos and pad tokens go to config.json.
+        tokenizer_dir: HF tokenizer files to copy beside the weights, with the chat templates, generation config and
+            terms of use there; its bos, eos and pad tokens go to config.json.
         dtype: of the tensors written.
         max_shard_bytes: size of a file; a larger tensor gets a file of its own.
     Every rank calls this; global rank 0 writes.
@@ -130,6 +131,7 @@ def write_hf(
     config = hf_config(shape, vocab_size=vocab_size, dtype=dtype)
     tensors = {name: hf_tensors(name, shape, family, vocab_size) for name in parameter_names(shape)}
     if tokenizer_dir is not None:
+        require_ids_within(tokenizer_dir, vocab_size)
         config |= special_token_ids(tokenizer_dir, key="tokenizer_dir")
     rank_zero_works(lambda: require_no_weights(path))
     planned = {hf_name: Planned(dtype, sizes) for parts in tensors.values() for hf_name, sizes in parts}

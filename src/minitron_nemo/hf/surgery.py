@@ -11,7 +11,6 @@ float32 copies. The vocabulary is HF's own, without padding. Nothing communicate
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +28,8 @@ from minitron_nemo.hf.safetensors_stream import Planned, ShardWriter, StoredTens
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.surgery import source_of
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.tokenizer_files import copy_files_beside, require_ids_within
 
-_COPIED = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICENSE*", "NOTICE*", "USE_POLICY*")
-"""Beside the weights: tokenizer, generation config, terms of use. No code, no pickles, no other format's weights."""
-_NOT_COPIED = (CONFIG, "*.index.json")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "moe_layer_freq", "no_rope_layers")
 """Lists of config.json with one entry a layer."""
 _ALWAYS_WRITTEN = {
@@ -73,14 +70,14 @@ def prune_hf(
     require_same_shape(folder.shape(), plan.source, source, mend=mend)
     pruned_config = _pruned_config(folder.raw_config, plan)
     cuts = _all_cuts(folder, plan)
+    require_ids_within(source, folder.vocab_size)
     require_no_weights(output)
+    copy_files_beside(source, output)
     writer = ShardWriter(output, {cut.name: Planned(cut.stored.dtype, cut.sizes) for cut in cuts}, max_shard_bytes)
     for cut in cuts:
         for rows in cut.blocks(plan.source):
             writer.append(cut.name, rows)
     writer.finish()
-    for file in _files_beside(source):
-        shutil.copy2(file, output / file.name)
     (output / CONFIG).write_text(json.dumps(pruned_config, indent=2, sort_keys=True) + "\n")
     return pruned_config
 
@@ -151,8 +148,3 @@ def _of_kept_layers(key: str, values: Sequence[Any], plan: PruningPlan) -> list[
         f"config.json's {key} has {len(values)} entries for {plan.source.num_layers} layers. Correct it.",
     )
     return [values[layer] for layer in plan.layer.tolist()]
-
-
-def _files_beside(source: Path) -> list[Path]:
-    files = {file for pattern in _COPIED for file in source.glob(pattern) if file.is_file()}
-    return sorted(file for file in files if not any(file.match(pattern) for pattern in _NOT_COPIED))

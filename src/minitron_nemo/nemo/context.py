@@ -8,6 +8,7 @@ Communication: none.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,24 @@ from minitron_nemo.checks import require
 from minitron_nemo.nemo.models import FAMILIES, ROPE_SCALING_FIELDS, plain_nemo_model
 from minitron_nemo.runtime.model_artifact import CONTEXT, TOKENIZER
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.tokenizer_files import copy_what_is_read
 from nemo import lightning as nl
 
 
 def write_context(shape: ModelShape, directory: Path) -> None:
-    """Write `directory/context`. One process; `directory/tokenizer` is there already."""
+    """Write `directory/context`. One process; `directory/tokenizer` is there already.
+
+    NeMo copies the tokenizer's directory, which it loads a model by, file by file: of ours, what is read.
+    """
     # Lightning would look for a launcher and take an allocation's SLURM variables for one
     plain = LightningEnvironment()
     trainer = nl.Trainer(accelerator="cpu", devices=1, strategy=nl.MegatronStrategy(), logger=False, plugins=[plain])
     del trainer.__io__.plugins  # not of the context: it would be a pickle there
-    model = plain_nemo_model(shape, AutoTokenizer(str(directory / TOKENIZER)))
-    context = TrainerContext(model=model, trainer=trainer, extra={})
-    context.io_dump(directory / CONTEXT, yaml_attrs=["model"])
+    with tempfile.TemporaryDirectory() as read:
+        copy_what_is_read(directory / TOKENIZER, Path(read) / TOKENIZER)
+        model = plain_nemo_model(shape, AutoTokenizer(str(Path(read) / TOKENIZER)))
+        context = TrainerContext(model=model, trainer=trainer, extra={})
+        context.io_dump(directory / CONTEXT, yaml_attrs=["model"])
 
 
 _ACTIVATION_NAMES = {"silu": "silu", "gelu": "gelu", "squared_relu": "squared_relu", "openai_gelu": "gelu"}

@@ -29,6 +29,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.parallel import is_rank_zero
 from minitron_nemo.text.blend import (
     open_blend,
+    require_documents_end_once,
     require_length,
     require_tokenizer_of,
     split_prefixes,
@@ -177,6 +178,8 @@ def build_data_module(
     blend = open_blend(config)
     require_tokenizer_of(blend[0][0], tokenizer)
     for artifact, _ in blend:
+        if config.reset_at_documents:
+            require_documents_end_once(artifact)
         require_length(artifact, TRAIN, seq_length)
         require_length(artifact, VALIDATION, seq_length)
     validation = [prefix for artifact, _ in blend for prefix in split_prefixes(artifact, VALIDATION, seq_length)]

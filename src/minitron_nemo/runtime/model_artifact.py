@@ -17,7 +17,7 @@ from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.kinds import refuse_as_artifact
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.text.tokenizer import copy_tokenizer
+from minitron_nemo.text.tokenizer_files import copy_tokenizer
 
 CONTEXT, TOKENIZER, SHAPE = "context", "tokenizer", "shape.json"
 

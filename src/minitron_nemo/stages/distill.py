@@ -27,7 +27,7 @@ from minitron_nemo.stages.training import run_training
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import samples_of
 from minitron_nemo.text.teacher_store import TeacherStore
-from minitron_nemo.text.tokenizer import tokenizer_digest
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 
 def run(config: DistillConfig) -> Artifact:

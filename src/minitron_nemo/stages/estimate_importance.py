@@ -16,7 +16,6 @@ from minitron_nemo.runtime.depth_sweep import estimate_depth
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.text.questions import read_questions
-from minitron_nemo.text.tokenizer import plain_encoder
 
 
 def run(config: EstimateImportanceConfig) -> Artifact:
@@ -35,8 +34,8 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     if depth.task is not None:
         questions = read_questions(
             depth.task,
-            plain_encoder(calibration.tokenizer),
-            end_of_text=calibration.tokenizer.eos_token_id,
+            calibration.encoder.prompt,
+            prefix=calibration.encoder.prefix,
             seq_length=source.shape.seq_length,
         )
     prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=config.seed)

@@ -21,7 +21,7 @@ from minitron_nemo.parallel import Groups, world_size
 from minitron_nemo.runtime.bridge import import_weights
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.training import require_vocabulary
-from minitron_nemo.text.tokenizer import require_tokenizer_files
+from minitron_nemo.text.tokenizer_files import require_ids_within, require_tokenizer_files
 
 EMBEDDED = "embedded"
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def run(config: ImportHfConfig) -> Artifact:
     shape = folder.shape(make_vocab_size_divisible_by=config.make_vocab_size_divisible_by)
     require_tokenizer_files(source, key="import_hf.model")
     require_vocabulary(shape, source)
+    require_ids_within(source, folder.vocab_size)
     dtype = _dtype(folder, config.trainer.precision)
     prepare_layout(config.trainer, shape)
     output = Path(config.output)

@@ -4,7 +4,8 @@
                                      └─► validation ────────────────────────► validation.bin/.idx
 
 The artifact also holds `tokenizer/`, and in its manifest the facts later stages check against: tokenizer_digest,
-vocab_size, tokens and documents of each split, sources and their weights, corpus, licence.
+vocab_size, tokens and documents of each split, sources and their weights, corpus, licence; by which rule documents
+became ids (special_tokens, begins_with, closes_with), and what was left out of each source.
 
 One process does the work; under several ranks the first, while the others wait.
 """
@@ -24,16 +25,20 @@ from minitron_nemo.config.data import STDLIB
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.progress import Reporter
-from minitron_nemo.text.corpus import STDLIB_LICENCE, TRAIN, VALIDATION, Document, Source, Splitter, read_corpus
-from minitron_nemo.text.token_files import TokenFiles, encode_documents
-from minitron_nemo.text.tokenizer import (
-    copy_tokenizer,
-    load_tokenizer,
-    require_tokenizer_files,
-    tokenizer_digest,
-    train_tokenizer,
-    vocabulary_size,
+from minitron_nemo.text.corpus import (
+    STDLIB_LICENCE,
+    TRAIN,
+    VALIDATION,
+    Document,
+    Reading,
+    Source,
+    Splitter,
+    read_corpus,
 )
+from minitron_nemo.text.encoding import Encoder
+from minitron_nemo.text.token_files import TokenFiles, encode_documents
+from minitron_nemo.text.tokenizer import load_tokenizer, train_tokenizer, vocabulary_size
+from minitron_nemo.text.tokenizer_files import copy_tokenizer, require_tokenizer_files, tokenizer_digest
 
 Item = TypeVar("Item")
 
@@ -41,7 +46,7 @@ Item = TypeVar("Item")
 def check(cfg: PrepareDataConfig) -> None:
     """What can be seen of the corpus before a chain of stages begins. Raises: FileNotFoundError, ValueError."""
     Splitter(cfg.validation_fraction)
-    read_corpus(cfg.corpus, text_key=cfg.text_key, prompt_key=cfg.prompt_key)
+    _sources(cfg)
 
 
 def run(cfg: PrepareDataConfig) -> Artifact:
@@ -51,11 +56,11 @@ def run(cfg: PrepareDataConfig) -> Artifact:
         or to fill the vocabulary. Nothing is left behind then, and an older artifact stays.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # the tokenizer's own threads; nothing forks here
-    sources = read_corpus(cfg.corpus, text_key=cfg.text_key, prompt_key=cfg.prompt_key)
+    sources = _sources(cfg)
     splitter = Splitter(cfg.validation_fraction)
     if cfg.tokenizer is not None:
         require_tokenizer_files(cfg.tokenizer)
-    sizes = rank_zero_works(partial(survey, sources, splitter))
+    sizes = rank_zero_works(partial(survey, sources, splitter, cfg))
     with writing(cfg.output, stage="prepare-data", config=cfg) as draft:
         rank_zero_works(partial(_write, cfg, sources, splitter, sizes, draft))
     return open_artifact(cfg.output)
@@ -63,30 +68,38 @@ def run(cfg: PrepareDataConfig) -> Artifact:
 
 @dataclass
 class SourceSize:
-    """What the first reading of a source found, per split."""
+    """What the first reading of a source found, per split, and what it left out."""
 
     documents: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
     characters: dict[str, int] = field(default_factory=lambda: {TRAIN: 0, VALIDATION: 0})
+    chats: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
 
 
-def survey(sources: list[Source], splitter: Splitter) -> list[SourceSize]:
+def survey(sources: list[Source], splitter: Splitter, cfg: PrepareDataConfig) -> list[SourceSize]:
     """Read everything once, so that what cannot be read or split raises before anything is written."""
+    render = None if cfg.tokenizer is None else Encoder(load_tokenizer(cfg.tokenizer)).render
     sizes = []
     for source in sources:
-        size = SourceSize()
-        for document in source.documents():
+        size, reading = SourceSize(), Reading(render, cfg.max_characters)
+        for document in source.documents(reading):
             split = _split_of(document, splitter)
             size.documents[split] += 1
-            size.characters[split] += len(document.prompt) + len(document.text)
+            size.characters[split] += len(document.whole)
+            size.chats += document.chat is not None
+        _require_few_null(source, reading, cfg.max_skipped)
         require(
-            sum(size.documents.values()) > 0,
-            f"corpus={source.path} is empty: no file or record in it holds more than white space. Correct corpus.",
+            reading.documents > 0,
+            f"corpus={source.path} is empty: no file or record in it holds more than white space"
+            + (f", or at most max_characters={cfg.max_characters}" if reading.too_long else "")
+            + ". Correct corpus.",
         )
         require(
             size.documents[TRAIN] > 0,
             f"corpus={source.path}: validation takes all of its documents ({size.documents[VALIDATION]}). "
             "Add documents or lower validation_fraction.",
         )
+        size.skipped = {"null": reading.null, "empty": reading.empty, "too_long": reading.too_long}
         sizes.append(size)
     documents = sum(sum(size.documents.values()) for size in sizes)
     require(
@@ -97,6 +110,20 @@ def survey(sources: list[Source], splitter: Splitter) -> list[SourceSize]:
     return sizes
 
 
+def _require_few_null(source: Source, reading: Reading, limit: float) -> None:
+    records = reading.documents + reading.null + reading.empty + reading.too_long
+    require(
+        reading.null <= limit * records,
+        f"{reading.first_null} has null where its text belongs, as {reading.null} of {records} records of corpus="
+        f"{source.path} do: more than max_skipped={limit}. Correct text_key or the records, or raise max_skipped to "
+        "leave them out.",
+    )
+
+
+def _sources(cfg: PrepareDataConfig) -> list[Source]:
+    return read_corpus(cfg.corpus, text_key=cfg.text_key, prompt_key=cfg.prompt_key, messages_key=cfg.messages_key)
+
+
 def _write(
     cfg: PrepareDataConfig, sources: list[Source], splitter: Splitter, sizes: list[SourceSize], draft: Draft
 ) -> None:
@@ -104,28 +131,33 @@ def _write(
     documents = {split: sum(size.documents[split] for size in sizes) for split in (TRAIN, VALIDATION)}
     if cfg.tokenizer is None:
         with Reporter("training the tokenizer, documents", documents[TRAIN]) as reporter:
-            everything = (document for source in sources for document in source.documents())
-            training = (each.prompt + each.text for each in everything if not splitter.is_validation(each))
+            everything = (each for source in sources for each in source.documents(Reading(None, cfg.max_characters)))
+            training = (each.whole for each in everything if not splitter.is_validation(each))
             train_tokenizer(_counted(training, reporter), vocab_size=cfg.vocab_size, output=directory)
     else:
         copy_tokenizer(cfg.tokenizer, directory)
     tokenizer = load_tokenizer(directory)
     vocab_size = vocabulary_size(tokenizer)
+    encoder = Encoder(tokenizer, special_tokens=cfg.special_tokens, add_bos=cfg.add_bos)
 
     written: list[dict[str, Any]] = []
     with Reporter("tokenising, documents", sum(documents.values())) as reporter:
-        for index, source in enumerate(sources):
+        for index, (source, size) in enumerate(zip(sources, sizes, strict=True)):
             ending = f"-{index}" if len(sources) > 1 else ""
+            marked = source.prompt_key is not None or size.chats > 0
             files = {
-                split: TokenFiles(draft.path / f"{split}{ending}", vocab_size, marked=source.prompt_key is not None)
+                split: TokenFiles(draft.path / f"{split}{ending}", vocab_size, marked=marked)
                 for split in (TRAIN, VALIDATION)
             }
             where: deque[str] = deque()  # the split of each document the tokenizer has taken but not given back
-            noted = _noting_split(source.documents(), splitter, where)
+            noted = _noting_split(source.documents(Reading(encoder.render, cfg.max_characters)), splitter, where)
             before = sum(entry["train_documents"] + entry["validation_documents"] for entry in written)
-            for ids in _counted(encode_documents(noted, tokenizer), reporter, before=before):
+            ends_inside = 0
+            for ids in _counted(encode_documents(noted, encoder), reporter, before=before):
                 files[where.popleft()].add(ids)
-            entry: dict[str, Any] = {"path": source.path, "weight": source.weight}
+                ends_inside += encoder.end_of_text in ids[:-1]
+            entry: dict[str, Any] = {"path": source.path, "weight": source.weight, "skipped": size.skipped}
+            entry |= {"chats": size.chats, "documents_ended_within": ends_inside}
             for split, pair in files.items():
                 pair.finish(seed=cfg.seed)
                 entry[split] = pair.prefix.name if pair.documents else None
@@ -135,6 +167,9 @@ def _write(
     draft.facts.update(
         tokenizer_digest=tokenizer_digest(directory),
         vocab_size=vocab_size,
+        special_tokens=cfg.special_tokens,
+        begins_with=tokenizer.bos_token if encoder.adds_bos else None,
+        closes_with=tokenizer.eos_token,
         sources=written,
         different_texts=splitter.different_texts,
         corpus=STDLIB if _is_stdlib(sources) else ", ".join(source.path for source in sources),

@@ -36,7 +36,7 @@ from minitron_nemo.scores import STREAM, Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut
 from minitron_nemo.stages.scoring import Calibration
-from minitron_nemo.text.tokenizer import tokenizer_digest
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 logger = logging.getLogger(__name__)
 

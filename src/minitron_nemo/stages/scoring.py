@@ -26,7 +26,9 @@ from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.calibration import calibration_batches
 from minitron_nemo.text.corpus import TRAIN
-from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, tokenizer_digest
+from minitron_nemo.text.encoding import Encoder
+from minitron_nemo.text.tokenizer import load_tokenizer
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 from minitron_nemo.text.windows import batches
 
 if TYPE_CHECKING:
@@ -85,6 +87,11 @@ class Calibration:
     def tokenizer(self) -> Tokenizer:
         return load_tokenizer(self.tokenizer_path)
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        """How samples and questions become ids: as documents do in prepare-data."""
+        return Encoder(self.tokenizer)
+
     def samples(self, num_samples: int) -> Iterable[dict[str, Tensor]]:
         """Micro-batches of this data-parallel rank, of `num_samples` samples over all of them. Needs the layout."""
         share = {
@@ -95,8 +102,7 @@ class Calibration:
         if self.config.calibration is not None:
             return calibration_batches(
                 self.config.calibration,
-                plain_encoder(self.tokenizer),
-                end_of_text=self.tokenizer.eos_token_id,
+                self.encoder,
                 seq_length=self.seq_length,
                 micro_batch_size=self.micro_batch_size,
                 num_samples=num_samples,

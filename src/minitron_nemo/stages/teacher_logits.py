@@ -31,7 +31,8 @@ from minitron_nemo.text.blend import open_blend, require_length, require_tokeniz
 from minitron_nemo.text.corpus import TRAIN
 from minitron_nemo.text.stored_samples import stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat, TeacherStore
-from minitron_nemo.text.tokenizer import load_tokenizer, tokenizer_digest
+from minitron_nemo.text.tokenizer import load_tokenizer
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 _STORE = "store.json"
 

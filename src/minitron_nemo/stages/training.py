@@ -33,8 +33,9 @@ from minitron_nemo.runtime.training_run import (
     newest_checkpoint,
 )
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.encoding import Encoder
 from minitron_nemo.text.questions import Question, read_questions
-from minitron_nemo.text.tokenizer import load_tokenizer, plain_encoder, vocabulary_size
+from minitron_nemo.text.tokenizer import load_tokenizer, vocabulary_size
 
 TRAINING_STAGES = ("pretrain", "correct-teacher", "distill")
 
@@ -130,11 +131,10 @@ def _write(run: TrainingRun, result: Trained, draft: Draft) -> None:
 def _questions(config: DownstreamConfig, trainee: Trainee) -> list[Question]:
     if config.file is None:
         return []
-    tokenizer = load_tokenizer(trainee.tokenizer)
-
-    encode, end_of_text = plain_encoder(tokenizer), tokenizer.eos_token_id
-    key = "training.downstream.file"
-    return read_questions(config.file, encode, end_of_text=end_of_text, seq_length=trainee.shape.seq_length, key=key)
+    encoder, key = Encoder(load_tokenizer(trainee.tokenizer)), "training.downstream.file"
+    return read_questions(
+        config.file, encoder.prompt, prefix=encoder.prefix, seq_length=trainee.shape.seq_length, key=key
+    )
 
 
 def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:

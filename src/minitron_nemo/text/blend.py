@@ -11,7 +11,8 @@ from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import Prepared
 from minitron_nemo.text.corpus import VALIDATION
-from minitron_nemo.text.tokenizer import tokenizer_digest, vocabulary_size
+from minitron_nemo.text.tokenizer import vocabulary_size
+from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 if TYPE_CHECKING:
     from minitron_nemo.text.tokenizer import Tokenizer
@@ -86,4 +87,14 @@ def require_length(artifact: Artifact, split: str, seq_length: int) -> None:
         f"seq_length={seq_length} does not fit into the {split} text of {artifact.path}: {tokens} tokens. "
         f"Set seq_length below {tokens}, or prepare more text"
         + (" or a larger validation_fraction." if split == VALIDATION else "."),
+    )
+
+
+def require_documents_end_once(artifact: Artifact) -> None:
+    """Documents can be told apart by the end-of-text token only where it stands nowhere else among what is learned."""
+    within = sum(source.get("documents_ended_within", 0) for source in artifact.facts["sources"])
+    require(
+        within == 0,
+        f"data.reset_at_documents=true tells documents apart by {artifact.facts.get('closes_with')}, which {within} "
+        f"documents of {artifact.path} have before their end too, as chats of several turns do. Set it to false.",
     )

@@ -2,6 +2,7 @@
 
     {"text": ...}                      every token counts
     {"prompt": ..., "response": ...}   every token counts, or the response's alone
+    {"messages": [...], "tools": ...}  every token counts, or the assistant's alone
 
     tokens, labels, position_ids   [b, s]   int64      labels close with the end-of-text token
     loss_mask                      [b, s]   float32    1 where the label is the record's and counts
@@ -12,23 +13,29 @@ communicates; every rank reads the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.text.chats import TOOLS, read_chat
+from minitron_nemo.text.corpus import Document
+from minitron_nemo.text.documents import unmark
 from minitron_nemo.text.jsonl import read_jsonl
+
+if TYPE_CHECKING:
+    from minitron_nemo.text.encoding import Encoder
 
 _KEY = "importance.calibration"
 
 
 def calibration_batches(
     file: Path | str,
-    encode: Callable[[str], list[int]],
+    encoder: Encoder,
     *,
-    end_of_text: int,
     seq_length: int,
     micro_batch_size: int,
     num_samples: int,
@@ -42,19 +49,18 @@ def calibration_batches(
     The last micro-batches are filled up by samples without a token that counts.
 
     Args:
-        encode: text -> token ids, without special tokens.
-        end_of_text: closes a record and pads.
+        encoder: how a record becomes ids, as in prepare-data; its end-of-text token closes a record and pads.
     Raises: FileNotFoundError: no such file. ValueError: a line that is no such record, too few records, or a record
         with no token that counts.
     """
-    records = list(_records(Path(file)))
+    records = list(_records(Path(file), encoder))
     require(
         1 <= num_samples <= len(records),
         f"importance.num_samples={num_samples} must be between 1 and the {len(records)} records of {_KEY}={file}. "
         f"Set importance.num_samples to at most {len(records)}.",
     )
     drawn = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:num_samples].tolist()
-    samples = [_sample(records[index], encode, end_of_text, seq_length, count_prompts) for index in drawn]
+    samples = [_sample(encoder, *records[index], seq_length=seq_length, count_prompts=count_prompts) for index in drawn]
     filler = {key: torch.zeros_like(tensor) for key, tensor in samples[0].items()}
     together = micro_batch_size * dp_size
     samples += [filler] * (-num_samples % together)
@@ -66,38 +72,39 @@ def calibration_batches(
     ]
 
 
-def _records(file: Path) -> Iterator[tuple[str, str, str]]:
-    """(where it stands, prompt, response) of every record; a plain text has an empty prompt."""
+def _records(file: Path, encoder: Encoder) -> Iterator[tuple[str, Document]]:
+    """(where it stands, document) of every record."""
     require(file.is_file(), f"{_KEY}={file} does not exist. Give a JSONL file of samples.", NothingThere)
-    for where, record in read_jsonl(file, f"{_KEY}={file}", holds="text, or prompt and response"):
+    for where, record in read_jsonl(file, f"{_KEY}={file}", holds="text, prompt and response, or messages"):
+        if "messages" in record and "text" not in record:
+            chat = read_chat(record["messages"], record.get(TOOLS), where)
+            yield where, Document(None, encoder.render(chat), chat=chat)
+            continue
         keys = ("text",) if "text" in record else ("prompt", "response")
         for key in keys:
             require(
                 isinstance(record.get(key), str),
-                f'{where} has no string {key!r}. Write {{"text": ...}} or {{"prompt": ..., "response": ...}}.',
+                f'{where} has no string {key!r}. Write {{"text": ...}}, {{"prompt": ..., "response": ...}} or '
+                '{"messages": [...]}.',
             )
-        yield where, "" if keys == ("text",) else record["prompt"], record[keys[-1]]
+        yield where, Document(None, record[keys[-1]], None if keys == ("text",) else record["prompt"])
 
 
 def _sample(
-    record: tuple[str, str, str],
-    encode: Callable[[str], list[int]],
-    end_of_text: int,
-    seq_length: int,
-    count_prompts: bool,
+    encoder: Encoder, where: str, document: Document, *, seq_length: int, count_prompts: bool
 ) -> dict[str, Tensor]:
-    where, prompt, text = record
-    before = encode(prompt) if prompt else []
-    ids = (before + encode(text))[:seq_length]
+    (stored,) = encoder([document])
+    ids, learned = unmark(torch.from_numpy(stored[:seq_length]))
     mask = torch.zeros(seq_length)
-    mask[0 if count_prompts else max(0, len(before) - 1) : len(ids)] = 1.0
+    # a token counts where its label does; the last one's is the end of text, which counts as the token before it
+    mask[: len(ids)] = 1.0 if count_prompts else torch.cat([learned[1:], learned[-1:]])
     require(
         len(ids) > 0 and bool(mask.any()),
         f"{where} leaves no token that counts within trainer.seq_length={seq_length}. Lengthen "
         "trainer.seq_length, shorten the prompt, or take the record out.",
     )
-    padded = torch.full((seq_length + 1,), end_of_text)
-    padded[: len(ids)] = torch.tensor(ids)
+    padded = torch.full((seq_length + 1,), encoder.end_of_text)
+    padded[: len(ids)] = ids
     return {
         "tokens": padded[:-1].clone(),
         "labels": padded[1:].clone(),

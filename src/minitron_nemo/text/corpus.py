@@ -1,7 +1,8 @@
 """Documents: where text comes from, in which order, and which of it is held out.
 
-A corpus is one or several sources: text files (one document each), JSONL or Parquet files (one document a record), or
-folders of these. The order is the sorted relative path, then the record's place in its file: the same everywhere.
+A corpus is one or several sources: text files (one document each), JSONL or Parquet files (one document a record: a
+text, a prompt with its answer, or a chat), or folders of these; text and JSONL also as .gz or .zst. The order is the
+sorted relative path, then the record's place in its file: the same everywhere.
 
 The embedded corpus, `stdlib`, is the source of the running interpreter's own standard library: real text on every
 machine, without a network. It is licensed under the PSF licence, and differs a little between Python versions; since
@@ -15,24 +16,22 @@ from __future__ import annotations
 import hashlib
 import math
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checks import Mistake, NothingThere, did_you_mean, require
+from minitron_nemo.checks import NothingThere, did_you_mean, require
 from minitron_nemo.config.data import STDLIB
-from minitron_nemo.text.jsonl import read_jsonl
+from minitron_nemo.text.chats import TOOLS, Chat, read_chat
+from minitron_nemo.text.records import has_records, read_records, whole_text
 
 TRAIN, VALIDATION = "train", "validation"
 """The splits."""
 STDLIB_LICENCE = "PSF-2.0 (Python Software Foundation License); some modules add their own compatible notice"
 _STDLIB_NOT_SOURCE = {"site-packages", "dist-packages", "__pycache__"}
 _STDLIB_BROKEN_ON_PURPOSE = ("lib2to3/tests/data/", "test/test_lib2to3/data/")
-_JSONL = {".jsonl", ".ndjson", ".json"}
-_PARQUET = {".parquet", ".pq"}
-_KEYS = (("text_key", "text"), ("prompt_key", "prompt"))
-_SOURCE_KEYS = ("path", "weight", "text_key", "prompt_key", "glob")
+_SOURCE_KEYS = ("path", "weight", "text_key", "prompt_key", "messages_key", "glob")
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,46 @@ class Document:
 
     name: str | None
     text: str
-    prompt: str = ""
-    """What stands before the text and is not to be learned."""
+    prompt: str | None = None
+    """What stands before the text and is not to be learned; None: it answers nothing."""
+    chat: Chat | None = None
+    """What the text is written from, by a tokenizer's template; then only the assistant's part is learned."""
+
+    @property
+    def whole(self) -> str:
+        return (self.prompt or "") + self.text
+
+
+@dataclass
+class Reading:
+    """How records become documents, and how many did not."""
+
+    render: Callable[[Chat], str] | None = None
+    """Writes a chat as text; None: a chat is an error."""
+    max_characters: int | None = None
+    """Longer documents are left out; None: none are."""
+    documents: int = 0
+    null: int = 0
+    """Records whose text or messages are null."""
+    empty: int = 0
+    """Documents of nothing but white space, and chats without an answer."""
+    too_long: int = 0
+    first_null: str | None = None
+    """Where the first of them stands."""
+
+    def _take(self, document: Document | None) -> Iterator[Document]:
+        """The document, if it is one."""
+        if document is None or not document.text or document.text.isspace():
+            self.empty += 1
+        elif self.max_characters is not None and len(document.whole) > self.max_characters:
+            self.too_long += 1
+        else:
+            self.documents += 1
+            yield document
+
+    def _skip_null(self, where: str) -> None:
+        self.null += 1
+        self.first_null = self.first_null or where
 
 
 @dataclass(frozen=True)
@@ -56,6 +93,8 @@ class Source:
     """Key (JSONL) or column (Parquet) that holds the text."""
     prompt_key: str | None = None
     """That of a prompt, which the text answers; null: there are none. Files of other kinds have none."""
+    messages_key: str = "messages"
+    """That of a chat's messages, in records without a text."""
     glob: str = "*"
     """Which files of a folder to take, by name; applied at every depth."""
 
@@ -89,24 +128,70 @@ class Source:
         )
         return files
 
-    def documents(self) -> Iterator[Document]:
-        """Every document that is more than white space. Raises: ValueError: a file or record that cannot be read."""
-        keys = [self.text_key] if self.prompt_key is None else [self.text_key, self.prompt_key]
+    def documents(self, reading: Reading | None = None) -> Iterator[Document]:
+        """Every document that is more than white space.
+
+        Args:
+            reading: how, and what counts those left out.
+        Raises: ValueError: a file or record that cannot be read.
+        """
+        reading = reading or Reading()
         for name, file in self.files():
-            if file.suffix in _JSONL:
-                documents = (Document(None, *texts) for texts in _jsonl_texts(file, keys))
-            elif file.suffix in _PARQUET:
-                documents = (Document(None, *texts) for texts in _parquet_texts(file, keys))
+            if has_records(file):
+                for where, record in read_records(file, self._columns, text=self.text_key, chat=self.messages_key):
+                    yield from self._of_record(record, where, reading)
             else:
-                documents = (Document(name, text) for text in _whole_text(file, skip_undecodable=self.path == STDLIB))
-            yield from (each for each in documents if each.text and not each.text.isspace())
+                text = whole_text(file, skip_undecodable=self.path == STDLIB)
+                if text is not None:
+                    yield from reading._take(Document(name, text))
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        """The keys that are read, and the config key that chose each."""
+        columns = {self.text_key: "text_key", self.messages_key: "messages_key", TOOLS: ""}
+        return columns if self.prompt_key is None else columns | {self.prompt_key: "prompt_key"}
+
+    def _of_record(self, record: Mapping[str, Any], where: str, reading: Reading) -> Iterator[Document]:
+        text, messages = record.get(self.text_key), record.get(self.messages_key)
+        if text is not None:
+            prompt = None if self.prompt_key is None else self._string(record, self.prompt_key, "prompt", where) or ""
+            yield from reading._take(Document(None, self._string(record, self.text_key, "text", where), prompt))
+        elif messages is not None:
+            chat = read_chat(messages, record.get(TOOLS), where)
+            require(
+                reading.render is not None,
+                f"{where} is a chat, which a tokenizer's chat template writes as text. Set tokenizer to one of a chat "
+                "model, or text_key to the key of a text.",
+            )
+            text = _without_lone_surrogates(reading.render(chat)) if chat.has_answer else ""  # type: ignore[misc]
+            yield from reading._take(Document(None, text, chat=chat))
+        elif self.text_key in record or self.messages_key in record:
+            reading._skip_null(where)
+        else:
+            self._string(record, self.text_key, "text", where)
+
+    def _string(self, record: Mapping[str, Any], key: str, what: str, where: str) -> str:
+        require(
+            key in record,
+            f"{where} has no key {what}_key={key}; {did_you_mean(key, record)} Set {what}_key to the one that holds "
+            f"the {what}.",
+        )
+        value = record[key]
+        require(
+            isinstance(value, str) or (value is None and what == "prompt"),
+            f"{where}: {key} is {type(value).__name__}, not a string. Set {what}_key to the key that holds the {what}.",
+        )
+        return _without_lone_surrogates(value or "")
 
 
-def read_corpus(corpus: Any, *, text_key: str = "text", prompt_key: str | None = None) -> list[Source]:
+def read_corpus(
+    corpus: Any, *, text_key: str = "text", prompt_key: str | None = None, messages_key: str = "messages"
+) -> list[Source]:
     """The sources named by the config key `corpus`.
 
     Args:
-        corpus: `stdlib`, a path, or a list of paths or of mappings {path, weight, text_key, prompt_key, glob}.
+        corpus: `stdlib`, a path, or a list of paths or of mappings {path, weight, text_key, prompt_key, messages_key,
+            glob}.
     Raises: ValueError: an empty list, an unknown key, or weights on some sources only.
     """
     entries = [corpus] if isinstance(corpus, (str, Path, Mapping)) else corpus
@@ -114,7 +199,7 @@ def read_corpus(corpus: Any, *, text_key: str = "text", prompt_key: str | None =
         isinstance(entries, Sequence) and len(entries) > 0,
         f"corpus={corpus!r} names no source. Set it to '{STDLIB}', a path, or a list of paths or {{path, weight}}.",
     )
-    sources = [_read_source(entry, text_key, prompt_key) for entry in entries]
+    sources = [_read_source(entry, text_key, prompt_key, messages_key) for entry in entries]
     weighted = [source for source in sources if source.weight is not None]
     require(
         len(weighted) in (0, len(sources)),
@@ -144,7 +229,7 @@ class Splitter:
         )
 
     def is_validation(self, document: Document) -> bool:
-        of_text = hashlib.sha256((document.prompt + document.text).encode()).digest()
+        of_text = hashlib.sha256(document.whole.encode()).digest()
         if document.name is None:
             deciding = of_text
         else:
@@ -158,9 +243,9 @@ class Splitter:
         return len(self._side)
 
 
-def _read_source(entry: Any, text_key: str, prompt_key: str | None) -> Source:
+def _read_source(entry: Any, text_key: str, prompt_key: str | None, messages_key: str) -> Source:
     if isinstance(entry, (str, Path)):
-        return Source(str(entry), text_key=text_key, prompt_key=prompt_key)
+        return Source(str(entry), text_key=text_key, prompt_key=prompt_key, messages_key=messages_key)
     require(isinstance(entry, Mapping), f"corpus: {entry!r} is neither a path nor a mapping {{path, weight}}.")
     for key in entry:
         require(key in _SOURCE_KEYS, f"corpus: unknown key {key!r} in {dict(entry)}; {did_you_mean(key, _SOURCE_KEYS)}")
@@ -175,6 +260,7 @@ def _read_source(entry: Any, text_key: str, prompt_key: str | None) -> Source:
         weight=None if weight is None else float(weight),
         text_key=entry.get("text_key") or text_key,
         prompt_key=entry.get("prompt_key") or prompt_key,
+        messages_key=entry.get("messages_key") or messages_key,
         glob=entry.get("glob") or "*",
     )
 
@@ -200,39 +286,6 @@ def _is_stdlib_source(name: str) -> bool:
     return not (parts[0] == "test" and parts[-1].startswith("bad"))
 
 
-def _whole_text(file: Path, *, skip_undecodable: bool) -> Iterator[str]:
-    try:
-        yield file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        require(
-            skip_undecodable,
-            f"corpus: {file} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start}). "
-            "Convert it (iconv -t UTF-8), take it out of the folder, or choose files with glob.",
-        )
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _jsonl_texts(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Of each record what stands under `keys`: the text's, and the prompt's if there are prompts."""
-    try:
-        for here, record in read_jsonl(file, f"corpus: {file}", holds="a text"):
-            for key, (name, what) in zip(keys, _KEYS, strict=False):
-                require(
-                    key in record,
-                    f"{here} has no key {name}={key}; {did_you_mean(key, record)} "
-                    f"Set {name} to the one that holds the {what}.",
-                )
-                require(
-                    isinstance(record[key], str),
-                    f"{here}: {key} is {type(record[key]).__name__}, not a string. "
-                    f"Set {name} to the key that holds the {what}.",
-                )
-            yield tuple(_without_lone_surrogates(record[key]) for key in keys)
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
 def _without_lone_surrogates(text: str) -> str:
     """JSON can spell half of a surrogate pair, which is no character and cannot be encoded; it becomes U+FFFD."""
     try:
@@ -240,34 +293,3 @@ def _without_lone_surrogates(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def _parquet_texts(file: Path, keys: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        names = table.schema_arrow.names
-        for key, (name, what) in zip(keys, _KEYS, strict=False):
-            require(
-                key in names,
-                f"corpus: {file} has no column {name}={key}; {did_you_mean(key, names)} "
-                f"Set {name} to the one that holds the {what}.",
-            )
-            kind = table.schema_arrow.field(key).type
-            require(
-                pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind),
-                f"corpus: {file}: column {key} holds {kind}, not strings. Set {name} to the one with the {what}.",
-            )
-        for batch in table.iter_batches(batch_size=1024, columns=list(keys)):
-            rows = zip(*(batch.column(key).to_pylist() for key in keys), strict=True)
-            yield from (tuple(value or "" for value in row) for row in rows)
-    except pyarrow.ArrowException as error:
-        raise Mistake(f"corpus: {file} is not a readable Parquet file ({error}). Write it again.") from error
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: OSError) -> Mistake:
-    return Mistake(f"corpus: {file} cannot be read ({error.strerror or error}). Repair it or take it out of corpus.")

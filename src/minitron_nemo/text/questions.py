@@ -2,18 +2,20 @@
 
 One question a line, in either form:
 
-    {"context": "The trophy did not fit because _ was too big.", "options": ["it", "the case"], "answer": 0}
-    {"sentence": "The trophy ...", "option1": "it", "option2": "the case", "answer": "1"}
+    {"context": "The trophy did not fit because it was too", "options": ["big", "small"], "answer": 0}
+    {"sentence": "The trophy did not fit because _ was too big.", "option1": "it", "option2": "the case", "answer": "1"}
 
-`answer` is an option's index from 0 or its text; in the second form, Winogrande's own, it counts from 1. Where the
-context has exactly one blank "_", the option is put there and the text after the blank is scored (partial evaluation);
-else the option is scored after the context. The model's choice is the option with the largest sum of log-likelihoods of
-the scored tokens; with `normalize`, divided by the number of characters of the scored text.
+`answer` is an option's index from 0 or its text; in the second form, Winogrande's own, it counts from 1. The option is
+scored after the context; where there is a blank, it is put there and the text after it is scored (partial evaluation).
+Winogrande's blank is "_"; the first form has one where the question names it, `"blank": "___"`. The model's choice is
+the option with the largest sum of log-likelihoods of the scored tokens; with `normalize`, divided by the number of
+characters of the scored text.
 
 Texts become tokens as in lm-evaluation-harness, so that accuracies compare: one space between context and continuation,
 spaces at the context's end belong to the continuation, and the continuation's tokens are those the whole text has more
-than the context alone, since a tokenizer may merge across the border. No special tokens are added; an empty context is
-one end-of-text token. Few-shot examples, where wanted, stand in the context.
+than the context alone, since a tokenizer may merge across the border. A question begins as a document does; an empty
+context is the beginning-of-text token, or the end-of-text token where there is none. Few-shot examples, where wanted,
+stand in the context.
 """
 
 from __future__ import annotations
@@ -51,12 +53,13 @@ class Question:
 
 
 def read_questions(
-    path: Path | str, encode: Callable[[str], list[int]], *, end_of_text: int, seq_length: int, key: str = "depth.task"
+    path: Path | str, encode: Callable[[str], list[int]], *, prefix: int, seq_length: int, key: str = "depth.task"
 ) -> list[Question]:
     """The file's questions as tokens.
 
     Args:
-        encode: text -> token ids, without special tokens.
+        encode: text -> token ids, as a document begins; see `Encoder.prompt`.
+        prefix: what an empty context is.
         seq_length: tokens the model can read at once.
         key: the user's config key that named the path, for messages.
     Raises: FileNotFoundError; ValueError: names the file, the line and the key.
@@ -65,10 +68,10 @@ def read_questions(
     require(path.is_file(), f"{key}={path} is not a file. Give a JSONL file, one question a line.", NothingThere)
     questions = []
     for where, record in read_jsonl(path, str(path), holds=f"the keys {', '.join(_OWN)}"):
-        context, options, answer = _parse(record, where)
+        context, options, answer, blank = _parse(record, where)
         continuations = []
         for option in options:
-            continuation = _tokenise(*_place(context, option), encode, end_of_text)
+            continuation = _tokenise(*_place(context, option, blank), encode, prefix)
             require(
                 continuation.num_scored > 0,
                 f"{where}: nothing is left to score for option {option!r}: the tokenizer gives context and text "
@@ -85,8 +88,8 @@ def read_questions(
     return questions
 
 
-def _parse(record: dict[str, Any], where: str) -> tuple[str, list[str], int]:
-    """Context, options and the answer's index from 0."""
+def _parse(record: dict[str, Any], where: str) -> tuple[str, list[str], int, str | None]:
+    """Context, options, the answer's index from 0, and what marks the blank in the context, if it has one."""
     winogrande = "sentence" in record
     for key in _WINOGRANDE if winogrande else _OWN:
         require(
@@ -103,11 +106,14 @@ def _parse(record: dict[str, Any], where: str) -> tuple[str, list[str], int]:
         and len(set(options)) == len(options),
         f"{where}: options={options} must be at least two different texts.",
     )
+    blank = BLANK if winogrande else record.get("blank")
     require(
-        not winogrande or context.count(BLANK) == 1,
-        f'{where}: a Winogrande sentence has exactly one blank "{BLANK}", this one has {context.count(BLANK)}.',
+        blank is None or (isinstance(blank, str) and blank != "" and context.count(blank) == 1),
+        f"{where}: "
+        + (f'a Winogrande sentence has exactly one blank "{BLANK}"' if winogrande else f"blank={blank!r} stands once")
+        + f", this one has {context.count(blank) if isinstance(blank, str) and blank else 0}.",
     )
-    return context, options, _index(record["answer"], options, 1 if winogrande else 0, where)
+    return context, options, _index(record["answer"], options, 1 if winogrande else 0, where), blank
 
 
 def _index(answer: Any, options: list[str], first: int, where: str) -> int:
@@ -123,10 +129,10 @@ def _index(answer: Any, options: list[str], first: int, where: str) -> int:
     return int(answer) - first
 
 
-def _place(context: str, option: str) -> tuple[str, str]:
+def _place(context: str, option: str, blank: str | None) -> tuple[str, str]:
     """What is read, and what is scored after it."""
-    if context.count(BLANK) == 1:
-        before, after = context.split(BLANK)
+    if blank is not None:
+        before, after = context.split(blank)
         if after.strip():
             return before + option, " " + after.strip()
         context = before  # nothing stands after the blank: the option itself is scored
@@ -134,12 +140,13 @@ def _place(context: str, option: str) -> tuple[str, str]:
     return context, f" {option}" if context else option
 
 
-def _tokenise(context: str, scored: str, encode: Callable[[str], list[int]], end_of_text: int) -> Continuation:
+def _tokenise(context: str, scored: str, encode: Callable[[str], list[int]], prefix: int) -> Continuation:
     bare = context.rstrip()
     text = context[len(bare) :] + scored
-    prefix = encode(bare) if bare else [end_of_text]
-    whole = encode(bare + text) if bare else prefix + encode(text)
-    return Continuation(tuple(whole), max(0, len(whole) - len(prefix)), len(scored.strip()))
+    before, whole = encode(bare) if bare else [prefix], encode(bare + text)
+    if not bare and whole[:1] != before:
+        whole = before + whole
+    return Continuation(tuple(whole), max(0, len(whole) - len(before)), len(scored.strip()))
 
 
 def micro_batches(

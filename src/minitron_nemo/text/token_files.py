@@ -1,7 +1,8 @@
 """Token files: documents become ids on disk, and are read again as one long row.
 
     <split>.bin   every document's tokens, end to end, each closed by the end-of-text token    uint16 or int32
-                  (int32 where there are prompts, whose tokens are marked as not to be learned, see documents.py)
+                  (int32 where there are prompts or chats, which have tokens that are marked as not to be learned, see
+                  documents.py)
     <split>.idx   where documents begin (Megatron-core's indexed dataset)
 
 Training and validation are separate pairs of files, so no sample can reach across. Nothing communicates.
@@ -19,10 +20,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.text.corpus import Document
-from minitron_nemo.text.documents import mark
 
 if TYPE_CHECKING:
-    from minitron_nemo.text.tokenizer import Tokenizer
+    from minitron_nemo.text.encoding import Encoder
 
 _BATCH_CHARACTERS = 2_000_000  # texts handed to the tokenizer at once: enough for its threads, small in memory
 
@@ -72,23 +72,12 @@ class TokenFiles:
         return IndexedDatasetBuilder(str(path), dtype=dtype)
 
 
-def encode_documents(documents: Iterable[Document], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each document's ids, closed by the end-of-text token; its prompt's stand first, marked.
-
-    What looks like a special token in a text stays text.
-    """
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        encoded = tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, split_special_tokens=True, verbose=False
-        )
-        return encoded["input_ids"]
-
+def encode_documents(documents: Iterable[Document], encoder: Encoder) -> Iterator[np.ndarray]:
+    """Each document's ids, see `Encoder`, closed by the end-of-text token unless it ends with it already."""
     for batch in _by_size(documents):
-        prompts, texts = (encode([getattr(each, part) for each in batch]) for part in ("prompt", "text"))
-        for prompt, text in zip(prompts, texts, strict=True):
-            ids = np.asarray([*text, tokenizer.eos_token_id])
-            yield np.concatenate([mark(np.asarray(prompt)), ids]) if prompt else ids
+        for ids in encoder(batch):
+            closed = len(ids) > 0 and ids[-1] == encoder.end_of_text
+            yield ids if closed else np.append(ids, encoder.end_of_text)
 
 
 class TokenStream:
@@ -124,7 +113,7 @@ def _by_size(documents: Iterable[Document]) -> Iterator[list[Document]]:
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.prompt) + len(document.text)
+        size += len(document.whole)
         if size >= _BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

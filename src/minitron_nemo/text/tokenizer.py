@@ -1,30 +1,27 @@
-"""Tokenizers, from and to local Hugging Face directories: train one, load one, copy one, tell two apart.
-
-Nothing here reaches for a network: a path that is not a local directory is an error, not a download.
-"""
+"""Tokenizers from local Hugging Face directories: train one, load one; their files are in tokenizer_files.py."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron_nemo.checks import Mistake, NothingThere, require
+from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.stages import SMALLEST_VOCABULARY
+from minitron_nemo.text.tokenizer_files import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
+    TOKENIZER_JSON,
+    TokenizerFiles,
+    read_tokenizer_files,
+    require_tokenizer_files,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
-_FILES = (
-    *_VOCABULARY_FILES,
-    *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json"),
-)
-"""All that a Hugging Face tokenizer is made of; a model's directory holds weights and more beside them."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path | str) -> None:
@@ -73,9 +70,10 @@ def require_vocab_size(vocab_size: int) -> None:
 
 
 def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> Tokenizer:
-    """The Hugging Face tokenizer in a local directory, the fast one where there is one.
+    """The Hugging Face tokenizer in a local directory: what its tokenizer.json says, whatever class it names.
 
-    Where no end-of-text token is set, the separator stands for it, as in NeMo's tokenizers.
+    Where there is none, it is transformers' conversion of the vocabulary there is. Where no end-of-text token is set,
+    the separator stands for it, as in NeMo's tokenizers.
 
     Args:
         key: the user's config key that named the path, for the message.
@@ -83,7 +81,10 @@ def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> Tokenizer:
     """
     path = require_tokenizer_files(path, key=key)
     try:
-        tokenizer = _from_pretrained(path)
+        files = read_tokenizer_files(path)
+        tokenizer = _from_files(path, files) if files else _by_class(path)
+    except Mistake:
+        raise
     except Exception as error:  # transformers raises whatever its file readers do
         raise Mistake(
             f"{key}={path} holds no tokenizer that transformers can load ({error}). "
@@ -98,95 +99,45 @@ def load_tokenizer(path: Path | str, *, key: str = "tokenizer") -> Tokenizer:
     return tokenizer
 
 
-def _from_pretrained(path: Path) -> Tokenizer:
+def _from_files(path: Path, files: TokenizerFiles) -> Tokenizer:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    settings = {key: value for key, value in files.settings.items() if key != "tokenizer_class"}
+    settings["added_tokens_decoder"] = {
+        int(index): AddedToken(**token) for index, token in settings["added_tokens_decoder"].items()
+    }
+    settings |= _chat_template(path, settings.get("chat_template"))
+    if files.changed:
+        backend: dict[str, Any] = {"tokenizer_object": Backend.from_str(json.dumps(files.content))}
+    else:
+        backend = {"tokenizer_file": str(path / TOKENIZER_JSON)}
+    return PreTrainedTokenizerFast(**backend, name_or_path=str(path), **settings)
+
+
+def _chat_template(path: Path, configured: Any) -> dict[str, Any]:
+    """The templates that stand in files of their own, which go before what tokenizer_config.json has `configured`."""
+    named = {file.stem: file.read_text(encoding="utf-8") for file in sorted((path / CHAT_TEMPLATES).glob("*.jinja"))}
+    if (path / CHAT_TEMPLATE).is_file():
+        default = (path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+        return {"chat_template": {"default": default} | named if named else default}
+    if configured is None and (path / "chat_template.json").is_file():
+        return {"chat_template": json.loads((path / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]}
+    return {"chat_template": named} if named else {}
+
+
+def _by_class(path: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(path), use_fast=True, trust_remote_code=False, local_files_only=True)
-    except Exception:
-        return AutoTokenizer.from_pretrained(str(path), use_fast=False, trust_remote_code=False, local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(path), use_fast=False, trust_remote_code=False, local_files_only=True)
 
 
-def plain_encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
-    """text -> token ids, no special token added."""
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    return encode
+def begins_with_bos(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer's own setting puts its beginning-of-text token before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("x").input_ids[0] == tokenizer.bos_token_id
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
     """Rows an embedding needs for this tokenizer: its highest id plus one, before any padding."""
     return max(tokenizer.get_vocab().values()) + 1
-
-
-def copy_tokenizer(source: Path | str, target: Path | str, *, key: str = "tokenizer") -> None:
-    """Copy the tokenizer's files, and no others."""
-    source = require_tokenizer_files(source, key=key)
-    Path(target).mkdir(parents=True, exist_ok=True)
-    for name in _FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, Path(target) / name)
-
-
-def tokenizer_digest(path: Path | str, *, key: str = "tokenizer") -> str:
-    """sha256 of what decides the ids: vocabulary, merges, normalisation and the end-of-text token.
-
-    Equal for copies and for re-saved files that differ only in layout or in padding and truncation.
-    """
-    path = require_tokenizer_files(path, key=key)
-    if (path / "tokenizer.json").is_file():
-        content = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
-        parts: dict[str, Any] = {k: v for k, v in content.items() if k not in ("padding", "truncation", "version")}
-    else:
-        files = [path / name for name in _VOCABULARY_FILES if (path / name).is_file()]
-        parts = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    parts["eos_token"] = _eos_token(path)
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def special_token_ids(path: Path | str, *, key: str = "tokenizer") -> dict[str, int]:
-    """bos_token_id, eos_token_id and pad_token_id as far as the tokenizer's own files say."""
-    path = require_tokenizer_files(path, key=key)
-    settings, ids = {}, {}
-    if (path / "tokenizer_config.json").is_file():
-        settings = json.loads((path / "tokenizer_config.json").read_text(encoding="utf-8"))
-        ids = {token["content"]: int(i) for i, token in settings.get("added_tokens_decoder", {}).items()}
-    if (path / "tokenizer.json").is_file():
-        tokenizer = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
-        ids |= {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    found = {}
-    for role in ("bos", "eos", "pad"):
-        token = settings.get(f"{role}_token")
-        content = token.get("content") if isinstance(token, dict) else token
-        if content in ids:
-            found[f"{role}_token_id"] = ids[content]
-    return found
-
-
-def require_tokenizer_files(path: Path | str, *, key: str = "tokenizer") -> Path:
-    """The path, once it is known to be a local directory that holds a tokenizer's vocabulary."""
-    path = Path(path)
-    require(
-        path.is_dir(),
-        f"{key}={path} is not a directory on this machine. Give the path of a Hugging Face tokenizer directory; "
-        "names of models on a hub are not looked up.",
-        NothingThere,
-    )
-    require(
-        any((path / name).is_file() for name in _VOCABULARY_FILES),
-        f"{key}={path} holds no tokenizer: none of {', '.join(_VOCABULARY_FILES)} is there. "
-        "Save one there with tokenizer.save_pretrained(...).",
-    )
-    return path
-
-
-def _eos_token(path: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (path / name).is_file():
-            token = json.loads((path / name).read_text(encoding="utf-8")).get("eos_token")
-            if token is not None:
-                return token["content"] if isinstance(token, dict) else token
-    return None
