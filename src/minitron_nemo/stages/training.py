@@ -201,9 +201,9 @@ def _say_where_the_rate_jumps(directory: Path, training: TrainingConfig, *, step
     )
     if not math.isclose(before, now, rel_tol=1e-2):
         print(
-            f"This run goes on after step {step} with training.steps={training.steps} instead of {steps_before}, and its "
-            f"{optim.schedule} schedule is that of the new length: the learning rate jumps there from {before:.3g} to "
-            f"{now:.3g}. Without a jump: training.steps={steps_before}, then a phase of its own "
+            f"This run goes on after step {step} with training.steps={training.steps} instead of {steps_before}, and "
+            f"its {optim.schedule} schedule is that of the new length: the learning rate jumps there from {before:.3g} "
+            f"to {now:.3g}. Without a jump: training.steps={steps_before}, then a phase of its own "
             "(training.continue_from).",
             file=sys.stderr,
             flush=True,
