@@ -112,6 +112,12 @@ class Importance:
                 scores = scores.unflatten(-1, (self.shape.num_query_groups, self.shape.heads_per_group)).sum(-1)
         return scores.float()
 
+    def tokens_of_experts(self) -> Tensor | None:
+        """Calibration tokens [l, e] that were routed to each expert, 0 in dense layers; None where nobody counted them,
+        or where there are no experts."""
+        moments = self.moments.get("expert")
+        return None if moments is None or not _is_sums(moments) else moments[:, 0]
+
     def layer_scores(self, metric: str) -> Tensor:
         """Depth scores [l] float32 of single layers by one metric."""
         return self.block_scores(metric, 1)

@@ -145,6 +145,14 @@ def test_a_checkpoint_names_nemos_own_class(family: str, model_class: type) -> N
     assert type(plain_nemo_model(SHAPES[family], tokenizer=None)) is model_class
 
 
+def test_a_checkpoint_of_a_scaled_mistral_names_the_class_that_scales() -> None:
+    """NeMo's MistralConfig7B has no fields for it: plain NeMo would load a model with other frequencies."""
+    shape = dataclasses.replace(SHAPES["llama scaled"], family="mistral")
+    model = plain_nemo_model(shape, tokenizer=None)
+    assert type(model) is llm.LlamaModel
+    assert (model.config.scale_factor, model.config.old_context_len) == (4.0, 16)
+
+
 @pytest.mark.parametrize("name", ["llama tied", "nemotron", "qwen2", "qwen3"])
 def test_a_model_is_scored_and_pruned_to_the_planned_shape(name: str) -> None:
     shape = SHAPES[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -379,3 +380,34 @@ def test_an_input_that_is_not_finite_is_named_on_every_stage(ranks: Ranks) -> No
         refused(plan, broken=True)
     with pytest.raises(ValueError, match=message):
         ranks("pp2").run(refused, plan, MASK, True)
+
+
+def compensated_on_few_tokens() -> tuple[Weights, Weights, Compensation, str]:
+    """Weights before and after, the outcome, and what was logged, of a pass over five tokens."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    plan = plan_of("experts")
+    model = build_gpt(plan.source)
+    before = full_weights(model, plan.source)
+    logging.getLogger("minitron_nemo").addHandler(handler)
+    try:
+        run = calibration(model, TOKENS[:1], (torch.arange(LENGTH) < 5).float().expand(1, -1), micro_batch=1)
+        found = compensate(model, plan, Groups.from_megatron(), run, CompensationConfig(ridge=RIDGE))
+    finally:
+        logging.getLogger("minitron_nemo").removeHandler(handler)
+    return before, full_weights(model, plan.source), found, "".join(record.getMessage() for record in records)
+
+
+def test_an_expert_that_few_tokens_reached_is_cut_and_not_refitted(ranks: Ranks) -> None:
+    [(before, after, found, said)] = ranks("single").run(compensated_on_few_tokens)
+    plan, experts = plan_of("experts"), [linear for linear in found.linears if linear.axis == "expert_ffn"]
+    assert f"{len(experts)} experts (the first: expert" in said and "were cut without refitting" in said
+    for linear in experts:
+        assert linear.error == linear.plain_error
+        name = f"decoder.layers.{linear.layer}.mlp.experts.local_experts.{linear.expert}.linear_fc2.weight"
+        kept = plan.expert_ffn[linear.layer, linear.expert]
+        expected = torch.zeros_like(before[name])
+        expected[:, kept] = before[name][:, kept]
+        assert torch.equal(after[name], expected)
+        assert torch.equal(found.plan.expert_ffn[linear.layer, linear.expert], kept)  # not by an error of few tokens

@@ -129,6 +129,24 @@ def test_experts_are_ranked_in_their_layer_and_neurons_in_their_expert() -> None
     assert plan.shared_expert_ffn.shape == (4, 2)
 
 
+def test_experts_that_no_token_reached_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    importance = random_scores(EXPERTS)
+    of_experts, neurons = torch.ones(4, 4, 4, dtype=torch.float64), torch.ones(4, 4, 4, 10, dtype=torch.float64)
+    of_experts[:, 0], neurons[:, :, 0] = 7, 7  # tokens, then sums over them
+    for layer, expert in ((2, 1), (3, 3)):
+        of_experts[layer, :, expert], neurons[layer, expert] = 0, 0
+    importance = dataclasses.replace(
+        importance, moments={**importance.moments, "expert": of_experts, "expert_ffn": neurons}
+    )
+    plan_from_importance(importance, EXPERTS, EXPERTS.pruned_to(ffn_hidden_size=20))
+    assert caplog.text == ""
+    plan_from_importance(importance, EXPERTS, EXPERTS.pruned_to(num_moe_experts=3))
+    assert caplog.text == ""  # of four, the one that was never reached goes
+    plan_from_importance(importance, EXPERTS, EXPERTS.pruned_to(moe_ffn_hidden_size=6))
+    assert "2 experts that stay were reached by none of the tokens" in caplog.text
+    assert "(layers 2: 1, 3: 3). The rarest of the others saw 7 tokens" in caplog.text
+
+
 def test_dense_and_expert_layers_stay_what_they_are() -> None:
     target = EXPERTS.keeping_layers([0, 1, 3])
     assert target.moe_layer_freq == (1, 0, 1)

@@ -6,6 +6,7 @@ names classes every NeMo installation has; none of ours adds parameters.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,8 @@ _LAYOUT_FIELDS = (*Layout().of_model, "pipeline_dtype", "params_dtype", "bf16")
 
 def plain_nemo_model(shape: ModelShape, tokenizer: Any) -> llm.GPTModel:
     """NeMo's own class for this shape, without weights: what a checkpoint's context describes."""
+    if shape.rope_scaling is not None and shape.family == "mistral":
+        shape = dataclasses.replace(shape, family="llama")  # the same model; NeMo has fields for scaling there alone
     model_class, _ = FAMILIES[shape.family]
     return model_class(nemo_config(shape, transformer_layer_spec=default_layer_spec), tokenizer=tokenizer)
 

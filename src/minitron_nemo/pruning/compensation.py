@@ -21,6 +21,7 @@ f/etp, f]); for one linear at a time the whole C, and what `least_squares` needs
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,12 @@ from minitron_nemo.pruning.least_squares import eliminate, refit
 from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, announced_batch
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt
+
+logger = logging.getLogger(__name__)
+
+TOKENS_PER_INPUT = 1
+"""Calibration tokens an expert must have seen, for each of its neurons, to be refitted: the second moment of fewer has
+no full rank, and the fit would say what the samples do not."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def compensate(
     with evaluating(gpt):
         for layers in _turns(plan.source.num_layers, config.layers_at_once):
             outcomes += _compensate_layers(gpt, layers, axes, plan, groups, run, config)
+    _say_what_was_not_refitted(outcomes, plan)
     return Compensation(_plan_of(plan, outcomes), tuple(outcome.linear for outcome in outcomes))
 
 
@@ -137,6 +145,8 @@ class _Outcome:
     linear: RefittedLinear
     kept: tuple[int, ...]
     problem: str | None = None
+    too_few_tokens: bool = False
+    """An expert that was only cut."""
 
 
 def _compensate_layers(
@@ -212,13 +222,17 @@ def _watch(
 def _refit_experts(seen: ExpertInputs, plan: PruningPlan, config: CompensationConfig) -> list[_Outcome]:
     """Refit the kept experts of one layer that are on this rank."""
     assert plan.expert is not None
-    outcomes = []
+    outcomes, tokens = [], seen.tokens_over_ranks()
     for expert in range(plan.source.num_moe_experts or 0):
         moment = seen.merge_over_ranks(expert)  # every rank takes part, whoever holds the expert
         if expert not in seen.experts or expert not in plan.expert[seen.index]:
             continue
         name, weight = f"{seen.place}.experts.{expert}.linear_fc2", seen.gather_weight(expert)
-        outcome, full = _refit("expert_ffn", seen.index, expert, name, weight, moment, plan, config)
+        few = tokens[expert] < TOKENS_PER_INPUT * weight.shape[1]
+        fit = dataclasses.replace(config, selection="scores", ridge=1.0) if few else config  # one that always works
+        outcome, full = _refit("expert_ffn", seen.index, expert, name, weight, moment, plan, fit)
+        if few and outcome.problem is None:
+            outcome, full = _only_cut(outcome, weight)
         seen.set_weight(expert, full)
         outcomes.append(outcome)
     return outcomes
@@ -254,6 +268,28 @@ def _refit(
         return _Outcome(nothing, (), f"{name}: {error}"), weight
     linear = RefittedLinear(axis, layer, expert, result.plain_error, result.error)
     return _Outcome(linear, tuple(kept.tolist())), result.weight
+
+
+def _only_cut(outcome: _Outcome, weight: Tensor) -> tuple[_Outcome, Tensor]:
+    """An outcome whose fit is not trusted: the kept columns of `weight` as they were."""
+    cut, kept = torch.zeros_like(weight), list(outcome.kept)
+    cut[:, kept] = weight[:, kept]
+    linear = dataclasses.replace(outcome.linear, error=outcome.linear.plain_error)
+    return _Outcome(linear, outcome.kept, too_few_tokens=True), cut
+
+
+def _say_what_was_not_refitted(outcomes: Sequence[_Outcome], plan: PruningPlan) -> None:
+    found = [outcome.linear for outcome in outcomes if outcome.too_few_tokens]
+    if found:
+        logger.warning(
+            "%s experts (the first: expert %s of layer %s) saw fewer than %s calibration tokens, as many as they have "
+            "neurons, and were cut without refitting what is left. More prune.surgery.compensation.num_samples reach "
+            "more.",
+            len(found),
+            found[0].expert,
+            found[0].layer,
+            TOKENS_PER_INPUT * (plan.source.moe_ffn_hidden_size or 0),
+        )
 
 
 def _columns(axis: str, kept: Tensor, plan: PruningPlan) -> Tensor:

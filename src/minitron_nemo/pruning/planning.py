@@ -8,7 +8,8 @@ Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from minitron_nemo.pruning.basis import norm_scales, principal_basis, stream_mom
 from minitron_nemo.pruning.ranking import head_partners, top_heads, top_k
 from minitron_nemo.scores import GREEDY, Importance, expected_sizes
 from minitron_nemo.shape import DIM_OF_AXIS, ModelShape
+
+logger = logging.getLogger(__name__)
 
 _RANKED = {"ffn", "expert", "expert_ffn", "shared_expert_ffn"}
 """Axes ranked row by row, each for itself."""
@@ -82,8 +85,44 @@ def plan_from_importance(
             "depth": "explicit" if layers is not None else depth.metric if depth else None,
             "surgery": surgery.describe(),
         },
-        **{axis: top_k(scores(axis), getattr(target, DIM_OF_AXIS[axis])) for axis in _RANKED & set(axes_of(source))},
+        **_rows(scores, importance, source, target),
     )
+
+
+def _rows(
+    scores: Callable[[str], Tensor], importance: Importance, source: ModelShape, target: ModelShape
+) -> dict[str, Tensor]:
+    """What stays of the axes that are ranked row by row."""
+    axes = _RANKED & set(axes_of(source))
+    kept = {axis: top_k(scores(axis), getattr(target, DIM_OF_AXIS[axis])) for axis in axes}
+    _say_what_was_never_reached(importance, kept, source, target)
+    return kept
+
+
+def _say_what_was_never_reached(
+    importance: Importance, kept: dict[str, Tensor], source: ModelShape, target: ModelShape
+) -> None:
+    """Experts that stay, or whose neurons do, by their numbers alone: no calibration token was routed to them."""
+    reached = importance.tokens_of_experts()
+    dims = ("num_moe_experts", "moe_ffn_hidden_size")
+    if reached is None or all(getattr(source, dim) == getattr(target, dim) for dim in dims):
+        return
+    layers = [layer for layer in range(source.num_layers) if source.has_experts(layer)]
+    unreached = {layer: [e for e in kept["expert"][layer].tolist() if reached[layer, e] == 0] for layer in layers}
+    unreached = {layer: experts for layer, experts in unreached.items() if experts}
+    if unreached:
+        seen = reached[layers][reached[layers] > 0]
+        logger.warning(
+            "%s experts that stay were reached by none of the tokens of %s calibration samples, and are ranked by "
+            "their number alone (layers %s). The rarest of the others saw %s tokens, the median %s. Estimate "
+            "importance with several times as many samples (estimate_importance.importance.num_samples).",
+            sum(map(len, unreached.values())),
+            importance.num_samples,
+            ", ".join(f"{layer}: {', '.join(map(str, experts))}" for layer, experts in list(unreached.items())[:4])
+            + (", ..." if len(unreached) > 4 else ""),
+            f"{int(seen.min()):,}" if len(seen) else 0,
+            f"{int(seen.median()):,}" if len(seen) else 0,
+        )
 
 
 def kept_layers(

@@ -113,14 +113,29 @@ class ExpertInputs:
         self._whole = shape.moe_ffn_hidden_size or 0
         self._part = self._whole // group_size(groups.etp)
         self._moments = [SecondMoment(self._part, self._whole, routing.device) for _ in self.experts]
+        self._num_experts = shape.num_moe_experts or 0
+        self._num_tokens = torch.zeros(len(self.experts), dtype=torch.float64, device=routing.device)
 
     @torch.no_grad()
     def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
         """Add local expert `expert`'s tokens [t, f/etp]. Communicates: expert tensor parallelism, one all-gather."""
         counts = self._routing.counted(expert, neurons.shape[0])
+        self._num_tokens[expert] += counts.sum()
         rows = neurons.where(counts.unsqueeze(1), 0)  # no host value: tokens that do not count are 0, even a NaN
         whole = torch.cat(all_gather_shards(rows, group=self._groups.etp), dim=1)
         self._moments[expert].add(rows, whole)
+
+    def tokens_over_ranks(self) -> list[int]:
+        """Calibration tokens that each expert of the layer saw, equal on every rank of this stage.
+
+        Communicates: tp, cp and dp (sum). Waits for the device.
+        """
+        total = torch.zeros(self._num_experts, dtype=torch.float64, device=self._routing.device)
+        if group_rank(self._groups.etp) == 0:  # the ranks one expert is split over saw the same tokens
+            total[self.experts[0] : self.experts[-1] + 1] = self._num_tokens
+        for group in (self._groups.tp, self._groups.cp, self._groups.dp):
+            total = all_reduce_sum(total, group=group)
+        return [int(count) for count in total.tolist()]
 
     def merge_over_ranks(self, expert: int) -> Tensor:
         """C [f, f] of global expert `expert` over all its tokens, equal on every rank of this stage.
