@@ -40,7 +40,7 @@ def make(folder: Path) -> dict[str, Any]:
     import surgery
 
     from minitron_nemo.stages.import_hf import embedded_teacher
-    from minitron_nemo.text.tokenizer import copy_tokenizer
+    from minitron_nemo.text.tokenizer_files import copy_tokenizer
 
     made = surgery.make(folder)
     copy_tokenizer(embedded_teacher(), folder / "hf")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import MixtralConfig, NemotronConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from minitron_nemo.artifact import open_artifact
-from minitron_nemo.text.tokenizer import copy_tokenizer
+from minitron_nemo.text.tokenizer_files import copy_tokenizer
 from support.hf import DIMS, hf_model, tensors_of
 from support.ranks import Ranks
 from support.tiny import write_corpus, write_teacher
