@@ -22,11 +22,12 @@ from minitron_nemo.text.tokenizer import load_tokenizer
 from support.chats import CHATML, GENERATION, GROWING, chat_tokenizer
 
 USER = {"role": "user", "content": "line 12?"}
-ANSWER = {"role": "assistant", "content": "pay 3\n"}
+ANSWER = {"role": "assistant", "content": "pay 3\n "}
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "sum", "arguments": {"a": 1}}}]}
 TOOL = {"role": "tool", "content": "42"}
 SYSTEM = {"role": "system", "content": "it's short"}
 TOOLS = [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+WITHOUT_END = GENERATION.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
 PROMPT, TEXT = "<|im_start|>line 5", " pay 6<|im_end|>"
 
 
@@ -94,11 +95,20 @@ def test_a_chat_is_the_ids_of_its_template_and_begins_as_that_does(tmp_path: Pat
         assert np.where(stored < 0, -1 - stored, stored).tolist() == theirs
 
 
-@pytest.mark.parametrize("template", [CHATML, GENERATION, GROWING], ids=["growing", "generation", "no role marks"])
-def test_the_assistants_turns_are_learned_and_nothing_else(tmp_path: Path, template: str) -> None:
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (CHATML, "pay 3\n <|im_end|>\n  42 it's<|im_end|>\n"),
+        (GENERATION, "pay 3\n <|im_end|>  42 it's<|im_end|>"),
+        (WITHOUT_END, "pay 3\n   42 it's"),
+        (GROWING, "pay 3\n </s>  42 it's</s>"),
+    ],
+    ids=["growing", "generation", "generation without its end", "no prompt for an answer"],
+)
+def test_the_assistants_turns_are_learned_and_nothing_else(tmp_path: Path, template: str, written: str) -> None:
     found = encoder(tmp_path, template)
     read, learned = parts(found, chat(found, SYSTEM, USER, ANSWER, USER, {"role": "assistant", "content": "  42 it's"}))
-    assert learned.replace("<|im_end|>", "").replace("\n", "").replace("</s>", "") == "pay 3  42 it's"
+    assert learned == written
     assert "pay 3" not in read and read.count("line 12?") == 2 and "it's short" in read
 
 
