@@ -89,7 +89,7 @@ def save_hf(
     Raises: as `write_hf`.
     """
     write_hf(
-        stream_full_parameters(model, shape, groups),
+        ((name, [full]) for name, full in stream_full_parameters(model, shape, groups)),
         path,
         shape,
         dtype=dtype or next(model.parameters()).dtype,
@@ -100,7 +100,7 @@ def save_hf(
 
 
 def write_hf(
-    parameters: Iterable[tuple[str, Tensor]],
+    parameters: Iterable[tuple[str, Sequence[Tensor]]],
     path: Path | str,
     shape: ModelShape,
     *,
@@ -112,7 +112,8 @@ def write_hf(
     """Write full parameters as a HF checkpoint, one at a time.
 
     Args:
-        parameters: in the order of `parameter_names(shape)`; every rank takes all of them.
+        parameters: in the order of `parameter_names(shape)`, each whole or in the parts that it is fused from; every
+            rank takes all of them.
         path: directory, made if need be; it must not hold safetensors yet.
         vocab_size: rows of the embedding table to keep, the rest being padding; None: all.
         tokenizer_dir: HF tokenizer files to copy beside the weights, with the chat templates, generation config and
@@ -136,11 +137,12 @@ def write_hf(
     rank_zero_works(lambda: require_no_weights(path))
     planned = {hf_name: Planned(dtype, sizes) for parts in tensors.values() for hf_name, sizes in parts}
     writer = ShardWriter(path, planned, max_shard_bytes) if is_rank_zero() else None
-    for name, full in parameters:
+    for name, parts in parameters:
         if writer is not None:
             axis = parameter_axes(name).axes[0]
-            rows = full[:vocab_size] if axis == Named("vocab") else full
-            for (hf_name, _), tensor in zip(tensors[name], axis.unfuse(rows, shape), strict=True):
+            if len(parts) == 1:
+                parts = axis.unfuse(parts[0][:vocab_size] if axis == Named("vocab") else parts[0], shape)
+            for (hf_name, _), tensor in zip(tensors[name], parts, strict=True):
                 writer.append(hf_name, tensor.to("cpu", dtype))
     if writer is not None:
         writer.finish()

@@ -10,6 +10,7 @@ model instead (`hf.checkpoint`), which each fill with what they hold. Nothing co
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -57,17 +58,26 @@ def import_weights(
     save_pieces(meta_core(shape), directory, read)
 
 
-def full_parameters(path: Path, shape: ModelShape, *, meta_core: MetaCore) -> Iterator[tuple[str, Tensor]]:
-    """Every full parameter of the model artifact at `path`, in the order of `parameter_names(shape)`, as it is stored.
+def stored_parameters(path: Path, shape: ModelShape, *, meta_core: MetaCore) -> Iterator[tuple[str, list[Tensor]]]:
+    """Every parameter of the model artifact at `path`, in the order of `parameter_names(shape)`, as it is stored.
 
+    Whole, or gate and up apart; the next is read while one is used.
     Raises: ValueError: several processes, or weights that are cut short, missing or of another shape; at once.
     """
     require_one_process("Export on disk")
     stored = StoredWeights(path / WEIGHTS, meta_core(shape))
 
-    def read() -> Iterator[tuple[str, Tensor]]:
-        for name in parameter_names(shape):
-            pieces = [stored.read(piece) for piece in stored.pieces[name]]
-            yield name, pieces[0] if len(pieces) == 1 else parameter_axes(name).axes[0].fuse(pieces, shape)
+    def read(name: str) -> list[Tensor]:
+        return [stored.read(piece) for piece in stored.pieces[name]]
 
-    return read()
+    def ahead() -> Iterator[tuple[str, list[Tensor]]]:
+        names = parameter_names(shape)
+        with ThreadPoolExecutor(1) as reader:
+            coming = reader.submit(read, names[0])
+            for name, following in zip(names, [*names[1:], None], strict=True):
+                parts = coming.result()
+                if following is not None:
+                    coming = reader.submit(read, following)
+                yield name, parts
+
+    return ahead()

@@ -19,15 +19,14 @@ from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ExportHfConfig
 from minitron_nemo.hf.check import continuation, largest_relative_difference, require_as_transformers_builds
-from minitron_nemo.hf.checkpoint import write_hf
+from minitron_nemo.hf.checkpoint import save_hf, write_hf
 from minitron_nemo.hf.config import hf_config
 from minitron_nemo.parallel import Groups, rank_zero_works, world_size
-from minitron_nemo.runtime.bridge import full_parameters
+from minitron_nemo.runtime.bridge import stored_parameters
 from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
 from minitron_nemo.runtime.forward import last_logits
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtimes import as_family, opening_problem, renaming
-from minitron_nemo.weights import stream_full_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +52,12 @@ def run(config: ExportHfConfig) -> Artifact:
     core: Any = engine.open_core(source, config.trainer, dtype) if config.verify or not on_disk else None
     output = Path(config.output)
     with writing(output, stage="export-hf", config=config, inputs=source.artifacts) as draft:
-        write_hf(
-            full_parameters(source.path, source.shape, meta_core=engine.meta_core)
-            if on_disk
-            else stream_full_parameters(core, source.shape, Groups.from_megatron()),
-            draft.path,
-            shape,
-            dtype=dtype,
-            vocab_size=source.vocab_size,
-            tokenizer_dir=source.tokenizer,
-        )
+        written: dict[str, Any] = {"dtype": dtype, "vocab_size": source.vocab_size, "tokenizer_dir": source.tokenizer}
+        if on_disk:
+            parameters = stored_parameters(source.path, source.shape, meta_core=engine.meta_core)
+            write_hf(parameters, draft.path, shape, **written)
+        else:
+            save_hf(core, draft.path, shape, Groups.from_megatron(), **written)
         rank_zero_works(partial(require_as_transformers_builds, draft.path))
         draft.metrics.update(parameters=source.shape.num_parameters)
         if config.verify:
