@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
@@ -166,6 +168,46 @@ def test_text_is_cut_as_the_named_pre_tokenizer_cuts_it(
     assert encoded.ids == [TOKENS.index(token) for token in encoded.tokens]
 
 
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_sentencepiece_ids_are_those_of_sentencepiece(prefixed: bool, llama: PreTrainedModel, tmp_path: Path) -> None:
+    text = Path(__file__).read_text().splitlines()
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        add_dummy_prefix=prefixed,
+        character_coverage=0.99,
+        normalization_rule_name="identity",  # this and the next as Llama's
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    expected = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(expected.get_piece_size())
+    kinds = {"is_unknown": 2, "is_control": 3, "is_unused": 5, "is_byte": 6}
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": [expected.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [expected.get_score(i) for i in ids],
+        "tokenizer.ggml.token_type": [next((k for f, k in kinds.items() if getattr(expected, f)(i)), 1) for i in ids],
+        "tokenizer.ggml.add_space_prefix": prefixed,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        **dict.fromkeys(["tokenizer.ggml.pre", "tokenizer.ggml.merges", "tokenizer.ggml.add_bos_token"]),
+    }
+    rows = {"token_embd.weight": np.zeros((400, 24), np.float32), "output.weight": np.zeros((400, 24), np.float32)}
+    unpack_gguf(write_gguf(llama, tmp_path / "model.gguf", metadata=metadata, tensors=rows), tmp_path / "unpacked")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "unpacked")
+    awkward = ["a 12", "\n\n3", "  42", "日本語 x", "e\u0301 \t tab", "x▁y", "trail  ", "1234567890", "🙂a🙂"]
+    for line in [*text, *awkward]:
+        assert tokenizer(line)["input_ids"] == [1, *expected.encode(line)], line
+        assert tokenizer.decode(tokenizer(line)["input_ids"], skip_special_tokens=True) == expected.decode(
+            expected.encode(line)
+        )
+
+
 @pytest.mark.parametrize(
     ("pre", "said", "begins"), [("smollm", True, True), ("llama-bpe", None, True), ("llama-bpe", False, False)]
 )
@@ -238,6 +280,10 @@ REFUSED = {
     "no pre-tokenizer": (
         {"metadata": {"tokenizer.ggml.pre": None}},
         "has tokenizer.ggml.pre=missing: how it cuts text before merging is not known",
+    ),
+    "a unigram tokenizer": (
+        {"metadata": {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0, -3.25]}},
+        "has tokenizer.ggml.scores that are no ranks: a SentencePiece unigram model",
     ),
     "another kind of tokenizer": (
         {"metadata": {"tokenizer.ggml.model": "t5"}},
