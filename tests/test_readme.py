@@ -1,4 +1,5 @@
-"""The README's commands, run as a reader types them: one after the other in one terminal, in a checkout of one's own.
+"""The commands of the README and of the real model's page, run as a reader types them: one after the other in one
+terminal, in a checkout of one's own.
 
 Blocks marked ```bash are run to the last line. What needs a cluster, a container or files of the reader's stands in
 blocks marked ```console, with a `$` before each command; those of `minitron` still have to name keys that exist.
@@ -6,6 +7,7 @@ blocks marked ```console, with a `$` before each command; those of `minitron` st
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -64,6 +66,29 @@ def test_the_commands_run_as_written(checkout: Path) -> None:
     if "make quickstart" in commands:
         assert (checkout / "runs" / "quickstart" / "export" / "config.json").is_file()
         assert (checkout / "runs" / "quickstart" / "report" / "report.html").is_file()
+
+
+SMOLLM2_TOKENS = {
+    "a 12": ["a", "Ġ", "1", "2"],  # digits one by one, and the space before them alone
+    "\n\n3": ["ĊĊ", "3"],
+    "  42": ["ĠĠ", "4", "2"],
+    "<|im_start|>user\nhi<|im_end|>": ["<|im_start|>", "user", "Ċ", "hi", "<|im_end|>"],
+}
+
+
+@pytest.mark.slow
+def test_the_published_model_is_compressed_as_its_page_says(checkout: Path) -> None:
+    from transformers import AutoTokenizer
+
+    code, screen = type_in(checkout, run_blocks((ROOT / "docs" / "real_model.md").read_text()))
+    assert code == 0, screen[screen.rfind("\n$ ") :]
+    run = checkout / "runs" / "real"
+    manifest = json.loads((run / "teacher" / "manifest.json").read_text())
+    assert manifest["facts"]["source"]["tensor_types"] == {"Q8_0": 1, "F32": 61, "Q4_1": 210}
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert {text: tokenizer.tokenize(text) for text in SMOLLM2_TOKENS} == SMOLLM2_TOKENS
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    assert tokenizer("hi")["input_ids"] == tokenizer.encode("hi", add_special_tokens=False)  # the file: no BOS
 
 
 def test_a_command_that_fails_ends_the_session_and_stands_last(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ _TO_HUGGING_FACE = {
     OLD_MEGATRON: "Let Megatron-LM save it again (--ckpt-convert-format torch_dist --ckpt-convert-save DIR). From DIR "
     + _EXPORT_BY_BRIDGE.replace("{path}", "DIR"),
     NEMO_1: "NeMo's scripts/checkpoint_converters/convert_<family>_nemo_to_hf.py writes it as a Hugging Face folder",
-    GGUF: "Its weights are quantized or reordered: take the Hugging Face folder it was made from",
+    GGUF: "minitron import-hf reads it (import_hf.model=<file>.gguf), and minitron export-hf makes a folder of that",
 }
 
 
@@ -63,7 +63,7 @@ def refuse_as_artifact(path: Path, key: str) -> None:
     kind = kind_of(path)
     if kind in (None, ARTIFACT, NEMO_2):
         return
-    if kind == HUGGING_FACE:
+    if kind in (HUGGING_FACE, GGUF):
         way = f"Import it: minitron import-hf import_hf.model={path}"
     else:
         way = f"{_TO_HUGGING_FACE[kind].format(path=path)}; that one goes in by minitron import-hf"

@@ -104,7 +104,10 @@ class PretrainConfig:
 @dataclass
 class ImportHfConfig:
     model: str = EMBEDDED
-    """Directory with config.json, safetensors and tokenizer; `embedded` is the small teacher inside this package."""
+    """Directory with config.json, safetensors and tokenizer, or a .gguf file; `embedded` is the small teacher inside
+    this package."""
+    tokenizer: str | None = None
+    """Local Hugging Face tokenizer directory in place of the model's own; null: the model's own."""
     make_vocab_size_divisible_by: int = 1
     """Pads the embedding table with zero rows up to a multiple, so that it splits over tensor parallelism."""
     ignore_tensors: list[str] = field(default_factory=list)

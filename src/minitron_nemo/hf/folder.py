@@ -25,7 +25,7 @@ from minitron_nemo.axes import full_shape, parameter_axes, parameter_names
 from minitron_nemo.axis_expressions import Named
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.hf.config import read_config, read_json, shape_from_config, sliding_window, with_defaults
-from minitron_nemo.hf.families import Family, family_of
+from minitron_nemo.hf.families import Config, Family, family_of
 from minitron_nemo.hf.safetensors_stream import INDEX, SINGLE, StoredTensor, read_header
 from minitron_nemo.places import EMBEDDING, OUTPUT
 from minitron_nemo.shape import ModelShape
@@ -125,10 +125,6 @@ class Folder:
             )
         return same
 
-    def is_held(self, name: str) -> bool:
-        """Whether the checkpoint holds a full parameter; the biases it does not hold are zero."""
-        return not name.endswith(".bias") or "layernorm" in name or self.family.has_bias(self.config, name)
-
     def find(self, name: str, sizes: tuple[int, ...]) -> StoredTensor:
         """A tensor of these sizes and a floating dtype, not read yet."""
         require(
@@ -157,7 +153,7 @@ class Folder:
         found = {
             name: [self.find(*tensor) for tensor in hf_tensors(name, shape, self.family, self.vocab_size)]
             for name in parameter_names(shape)
-            if self.is_held(name)
+            if is_held(name, self.family, self.config)
         }
         known = {tensor.name for tensors in found.values() for tensor in tensors}
         if shape.share_embeddings_and_output_weights:
@@ -199,6 +195,11 @@ def shape_from_hf(path: Path | str, *, make_vocab_size_divisible_by: int = 1) ->
 def vocab_size_from_hf(path: Path | str) -> int:
     """As `Folder.vocab_size`."""
     return Folder(path).vocab_size
+
+
+def is_held(name: str, family: Family, config: Config) -> bool:
+    """Whether a checkpoint of this config holds a full parameter; the biases it does not hold are zero."""
+    return not name.endswith(".bias") or "layernorm" in name or family.has_bias(config, name)
 
 
 def hf_tensors(name: str, shape: ModelShape, family: Family, vocab_size: int) -> list[tuple[str, tuple[int, ...]]]:

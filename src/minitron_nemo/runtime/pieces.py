@@ -45,9 +45,6 @@ MetaCore = Callable[[ModelShape], GPTModel]
 Make = Callable[[str, int, ShardedTensor], tuple[torch.dtype, Callable[[], Tensor]]]
 """(parameter, number of its piece, piece) -> dtype of the piece, and what makes it."""
 
-_WRITERS = 2
-"""Pieces that are made and written at a time: reading one goes on while another is written."""
-
 _Place = tuple[str, tuple[int, ...]]
 """A piece by its key in the checkpoint and its offsets there."""
 
@@ -193,9 +190,7 @@ class _PieceByPiece(SaveShardedStrategy):
         dcp.save(
             mcore_to_pyt_state_dict(by_key, False),
             # a file a tensor: the writer keeps what it has put into one file in memory until the file is complete
-            storage_writer=dcp.FileSystemWriter(
-                checkpoint_dir, single_file_per_rank=False, sync_files=False, thread_count=_WRITERS
-            ),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, single_file_per_rank=False, sync_files=False),
             planner=_MadeWhenWritten(self.origin),
             no_dist=True,
         )
