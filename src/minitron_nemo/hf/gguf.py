@@ -5,8 +5,8 @@
     tokenizer.*         ->  tokenizer.json and its settings          gguf_tokenizer.py
 
 Weights and names come from llama.cpp's own `gguf` package, not from transformers' reader (4.57, 5.23): that one drops
-rope_freqs.weight and rope.scaling.* in silence and holds the whole model; 4.57 also loses the pre-tokenizer,
-add_bos_token and the end-of-text token of a llama, and 5.23 does not save what it has read. What llama.cpp's
+rope_freqs.weight, rope.scaling.* and the pre-tokenizer of a llama in silence and holds the whole model; 4.57 also loses
+add_bos_token and the end-of-text token, and 5.23 does not save what it has read. What llama.cpp's
 convert_hf_to_gguf.py did to the weights is undone here: query and key rows of `llama` stand in pairs, as its rotary
 embedding is interleaved, norms of `nemotron` have 1 added, and experts of a layer are one tensor. Nothing communicates.
 """
