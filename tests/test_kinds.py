@@ -30,7 +30,6 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     ),
     "nemo 1, unpacked": (("model_config.yaml", "model_weights/metadata.json"), "is a NeMo 1", "_nemo_to_hf.py"),
     "model.nemo": ((), "is a NeMo 1", "_nemo_to_hf.py"),
-    "model.gguf": ((), "is a GGUF file", "import-hf reads it (import_hf.model=<file>.gguf)"),
 }
 
 
@@ -78,6 +77,15 @@ def test_a_hugging_face_folder_is_to_be_imported_first(tmp_path: Path) -> None:
         f"distill.teacher={place} is a Hugging Face folder, not a model artifact. Import it: minitron import-hf "
         f"import_hf.model={place}, and distill.teacher is its output."
     )
+
+
+def test_a_gguf_file_is_imported_by_its_own_name(tmp_path: Path) -> None:
+    folder = write(tmp_path / "folder", ("model.gguf",))
+    for place in (folder, folder / "model.gguf"):
+        with pytest.raises(ValueError, match=f"is a GGUF file, not a model .*import_hf.model={folder}/model.gguf, and"):
+            open_model(place, key="prune.model")
+    with pytest.raises(ValueError, match=r"is a GGUF file, not a Hugging Face folder\. minitron import-hf reads it"):
+        import_hf.run(import_hf.ImportHfConfig(model=str(folder), output=str(tmp_path / "out")))
 
 
 def test_an_artifact_and_a_nemo_checkpoint_are_no_hugging_face_folders(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def refuse_as_artifact(path: Path, key: str) -> None:
     if kind in (None, ARTIFACT, NEMO_2):
         return
     if kind in (HUGGING_FACE, GGUF):
-        way = f"Import it: minitron import-hf import_hf.model={path}"
+        file = next(path.glob("*.gguf"), path) if kind == GGUF else path
+        way = f"Import it: minitron import-hf import_hf.model={file}"
     else:
         way = f"{_TO_HUGGING_FACE[kind].format(path=path)}; that one goes in by minitron import-hf"
     raise Mistake(f"{key}={path} is {_WORDS[kind]}, not a model artifact. {way}, and {key} is its output.")
