@@ -99,6 +99,15 @@ def test_the_exported_tokenizer_is_the_teachers(exported: Exported, tiny_chain: 
     assert ours(text).input_ids == teachers(text).input_ids
 
 
+def test_the_exported_model_goes_on_from_what_the_exported_tokenizer_gives(exported: Exported) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(exported.artifact.path)
+    model = AutoModelForCausalLM.from_pretrained(exported.artifact.path)
+    given = tokenizer("def read", return_tensors="pt")
+    assert model.generate(**given, max_new_tokens=3, min_new_tokens=3).shape[1] == given.input_ids.shape[1] + 3
+
+
 @pytest.mark.parametrize("damage", ["flipped", "swapped", "not a number"])
 def test_a_damaged_weight_is_noticed_and_nothing_is_left(
     exported: Exported, ranks: Ranks, tmp_path: Path, damage: str
