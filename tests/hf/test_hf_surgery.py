@@ -34,6 +34,7 @@ from support.artifacts import contents
 from support.hf import DIMS, LLAMA3_SCALING, hf_model, tensors_of
 from support.megatron import bare_model
 from support.plans import any_plan, turned
+from support.transformers5 import transformers4, transformers5
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -182,6 +183,32 @@ def test_config_json_keeps_what_pruning_does_not_change(tmp_path: Path) -> None:
         "max_window_layers": sum(layer < 3 for layer in layers),
         "rope_parameters": {**LLAMA3_SCALING, "rope_theta": 10000.0},  # as transformers 5 reads it, beside 4.57's form
     }
+
+
+_KINDS_OF_LAYERS = """
+import json, sys
+from transformers import AutoConfig, AutoModelForCausalLM
+found = {}
+for path in sys.argv[1:]:
+    config = AutoConfig.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="float32")
+    found[path] = [config.num_hidden_layers, len(model.model.layers), getattr(config, "layer_types", None)]
+print(json.dumps(found))
+"""
+
+
+def test_lists_of_layers_are_cut_as_both_lines_of_transformers_want_them(tmp_path: Path) -> None:
+    """A stale `layer_types` is refused by both for Qwen3, and by 5.x alone for Llama."""
+    folders = []
+    for name in ("llama", "qwen3", "qwen2"):
+        source = hf_folder(CONFIGS[name], tmp_path / name)
+        config = json.loads((source / "config.json").read_text())
+        (source / "config.json").write_text(json.dumps(config | {"layer_types": ["full_attention"] * 4}))
+        folders.append(str(tmp_path / f"{name}-cut"))
+        prune_hf(source, any_plan(shape_from_hf(source), num_layers=3, hidden_size=18), folders[-1])
+    expected = {path: [3, 3, ["full_attention"] * 3] for path in folders}
+    assert transformers4(_KINDS_OF_LAYERS, *folders) == expected
+    assert transformers5(_KINDS_OF_LAYERS, *folders) == expected
 
 
 def test_head_dim_and_groups_are_said_even_where_the_source_left_them_out(tmp_path: Path) -> None:
