@@ -74,7 +74,7 @@ def test_without_a_stage_the_usage_names_them_all(capsys: pytest.CaptureFixture[
     alone, asked = capsys.readouterr().out.split("usage: minitron <stage>")[1:]
     assert alone == asked
     assert ", ".join(DOORS) in alone
-    assert "recipes: embedded_teacher, prune, quickstart" in alone
+    assert "recipes: embedded_teacher, prune, quickstart, real" in alone
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -92,7 +92,7 @@ def test_hydras_options_answer(door: Door) -> None:
     assert OmegaConf.create(config.out).distill.training.steps == 7
     section = door("distill", "recipe=quickstart", "--cfg", "job", "--package", "prune")
     assert {"model", "importance", "target", "output"} <= set(OmegaConf.create(section.out))
-    assert "recipe: embedded_teacher, prune, quickstart" in door("distill", "recipe=quickstart", "--help").out
+    assert "recipe: embedded_teacher, prune, quickstart, real" in door("distill", "recipe=quickstart", "--help").out
     assert "recipe/quickstart" in door("distill", "recipe=quickstart", "--info", "defaults").out
 
 

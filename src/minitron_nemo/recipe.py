@@ -32,7 +32,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from minitron_nemo.checks import Mistake, did_you_mean, require
@@ -94,19 +94,18 @@ def steps_of(overrides: Sequence[str]) -> dict[str, Step]:
     for entry in _entries(overrides):
         if isinstance(entry, Mapping):
             step = _step(entry)
+            known = found.setdefault(step.name, step)
             require(
-                found.get(step.name, step) == step,
-                f"compress.steps: {step.name} is a step of stage {found[step.name].stage} already. Choose another name."
-                if step.name in found
-                else "",
+                known == step,
+                f"compress.steps: {step.name} is a step of stage {known.stage} already. Choose another name.",
             )
-            found[step.name] = step
     for step in found.values():
         require(
             step.base is None or step.base in found,
             f"compress.steps: {step.name} takes its values from {step.base}, which is no step; "
             f"{did_you_mean(str(step.base), found)}",
         )
+    for step in found.values():
         _require_ends(step, found)
     return found
 
@@ -132,7 +131,7 @@ def _step(entry: Mapping[str, Any]) -> Step:
 
 def _require_ends(step: Step, steps: Mapping[str, Step]) -> None:
     seen = [step.name]
-    while (base := steps[seen[-1]].base) is not None and base in steps:
+    while (base := steps[seen[-1]].base) is not None:
         require(
             base not in seen,
             f"compress.steps: {' takes its values from '.join([*seen, base])}, without an end. Give one its own.",
@@ -172,10 +171,13 @@ def _entries_of_file(recipe: str, folders: Sequence[Path]) -> Iterator[Any]:
     content = OmegaConf.load(file)
     if not isinstance(content, DictConfig):
         return
-    for default in content.get("defaults") or ():
+    for default in OmegaConf.select(content, "defaults") or ():
         if isinstance(default, str) and default != "_self_":
             yield from _entries_of_file(Path(default).name, folders)
-    yield from OmegaConf.to_container(content, resolve=False).get("compress", {}).get("steps") or ()  # type: ignore[union-attr]
+    steps = OmegaConf.select(content, "compress.steps", throw_on_resolution_failure=False)
+    entries = OmegaConf.to_container(steps, resolve=False) if isinstance(steps, ListConfig) else []
+    assert isinstance(entries, list)
+    yield from entries
 
 
 def names_of(entries: Sequence[Any]) -> list[str]:
@@ -240,8 +242,9 @@ _TOP = ("name", "run_dir", "section", *SHARED, "compress", "submit", "slurm", "h
 def _section_schema(step: Step, steps: Mapping[str, Step]) -> type:
     """The stage's dataclass less what stands at the top of a recipe, and without its checks, which run on the whole."""
     given: set[str] = set()
+    hints = typing.get_type_hints(step.schema)
     if step.base is not None:
-        base, hints = steps[step.base].schema, typing.get_type_hints(step.schema)
+        base = steps[step.base].schema
         same_stage = base is step.schema
         given = {name for name, kind in typing.get_type_hints(base).items() if hints.get(name) == kind}
         given -= {"output"} if same_stage else {"output", "model", "plan"}
@@ -252,10 +255,9 @@ def _section_schema(step: Step, steps: Mapping[str, Step]) -> type:
         if each.name == "output" and step.name not in OWN_STEPS:
             own.append((each.name, str, f"${{run_dir}}/{step.name}"))
         elif each.name in given:
-            kind = typing.get_type_hints(step.schema)[each.name]
-            own.append((each.name, *_following(kind, f"{step.base}.{each.name}")))
+            own.append((each.name, *_following(hints[each.name], f"{step.base}.{each.name}")))
         else:
-            own.append((each.name, typing.get_type_hints(step.schema)[each.name], _default(each)))
+            own.append((each.name, hints[each.name], _default(each)))
     return dataclasses.make_dataclass(step.schema.__name__, own)
 
 
