@@ -61,13 +61,14 @@ def run(way: str, folder: Path, output: Path) -> None:
 
 def run_one(what: str, folder: Path) -> dict[str, Any]:
     """Seconds, and this process's peak memory in bytes."""
-    output = folder / "output"
-    if what != "copy":
-        import transformers.tokenization_utils_fast  # noqa: F401
+    # the copy's process too: how fast pages are written depends on how long ago others were given back to the machine
+    import transformers.tokenization_utils_fast  # noqa: F401
 
-        import minitron_nemo.nemo.implementation
-        import minitron_nemo.stages.export_hf
-        import minitron_nemo.stages.import_hf  # noqa: F401
+    import minitron_nemo.nemo.implementation
+    import minitron_nemo.stages.export_hf
+    import minitron_nemo.stages.import_hf  # noqa: F401
+
+    output = folder / "output"
     begin = time.perf_counter()
     if what == "copy":
         copy(folder / "hf", output)

@@ -21,8 +21,10 @@ place="$(mktemp -d)"
 trap 'rm -rf "$place"' EXIT
 python3 -m venv "$place/venv"
 pip() { "$place/venv/bin/pip" install --quiet --disable-pip-version-check "$@"; }
+four() { "$place/venv/bin/python" "$@" 2>"$place/log" || { cat "$place/log" >&2 && exit 1; }; }
+five() { PYTHONPATH="$place/later" four "$@"; }
 pip torch==2.13.0 transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2 'numpy<2.3'
-pip --no-deps --target "$place/later" transformers==5.23.0 tokenizers==0.23.3 huggingface-hub==1.33.0
+pip --target "$place/later" transformers==5.23.0 tokenizers==0.23.3 huggingface-hub==1.33.0
 
 cat >"$place/make.py" <<'PY'
 import json
@@ -75,10 +77,9 @@ for folder in sorted(each for each in Path(sys.argv[1]).iterdir() if each.is_dir
 print(json.dumps(found))
 PY
 mkdir "$place/folders"
-PYTHONPATH="$place/later" "$place/venv/bin/python" "$place/make.py" "$place/folders" >/dev/null 2>&1
-"$place/venv/bin/python" "$place/look.py" "$place/folders" "$place/out4" 2>/dev/null | tail -n 1 >"$place/4.json"
-PYTHONPATH="$place/later" "$place/venv/bin/python" "$place/look.py" "$place/folders" "$place/out5" 2>/dev/null |
-    tail -n 1 >"$place/5.json"
+five "$place/make.py" "$place/folders" >/dev/null
+four "$place/look.py" "$place/folders" "$place/out4" | tail -n 1 >"$place/4.json"
+five "$place/look.py" "$place/folders" "$place/out5" | tail -n 1 >"$place/5.json"
 
 "$place/venv/bin/python" - "$place/4.json" "$place/5.json" <<'PY'
 import json

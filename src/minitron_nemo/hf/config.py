@@ -94,8 +94,8 @@ def _parts_of_rope(parameters: Config, key: str) -> dict[str, Any]:
 def _require_agreement(key: str, value: Any, other: str, theirs: Any) -> None:
     require(
         value == theirs,
-        f"config.json has {key}={value} and {other}={theirs}: transformers 4.57 and 5.x go by different ones, and open "
-        "two models. Remove the wrong one.",
+        f"config.json has {key}={value} and {other}={theirs}. Which of them transformers goes by depends on its "
+        "version: one folder, two models. Remove the wrong one.",
     )
 
 
