@@ -6,7 +6,8 @@
 #   make lint         ruff, mypy, the floors between the rooms, and what is too long
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
-#                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants;
+#                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
+#                     bench-bridge, bench-both-lines;
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
@@ -52,10 +53,10 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python tests/house.py
 
-bench: $(STAMP)
+bench: $(STAMP) $(NEWEST)
 	@set -e; for benchmark in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
-bench-%: $(STAMP)
+bench-%: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py $(BEFORE)
 
 docs: $(STAMP)
