@@ -98,11 +98,11 @@ def test_nothing_in_a_context_names_a_path_of_the_machine(tiny_run: TinyRun) -> 
             assert str(tiny_run.directory) not in file.read_text(), file.name
 
 
-def test_only_the_tokenizer_is_taken_from_a_models_directory(tiny_run: TinyRun) -> None:
+def test_only_what_goes_with_a_tokenizer_is_taken_from_a_models_directory(tiny_run: TinyRun) -> None:
     assert (tiny_run.hf / "model.safetensors").is_file()
-    for kept in ("tokenizer", "context/tokenizer"):
-        files = {file.name for file in (tiny_run.directory / "teacher" / kept).iterdir()}
-        assert files == {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}, kept
+    read = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    for kept, files in {"tokenizer": read | {"generation_config.json"}, "context/tokenizer": read}.items():
+        assert {file.name for file in (tiny_run.directory / "teacher" / kept).iterdir()} == files, kept
 
 
 def save_built(directory: Path) -> None:

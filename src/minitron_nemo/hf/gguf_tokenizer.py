@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minitron_nemo.checks import require
+from minitron_nemo.text.tokenizer_files import INPUT_NAMES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -123,7 +124,7 @@ def write_tokenizer(metadata: Metadata, folder: Path) -> None:
     settings = roles | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],  # the class has one more, which generate() refuses
+        "model_input_names": INPUT_NAMES,
         "model_max_length": metadata.get(f"{metadata['general.architecture']}.context_length", int(1e30)),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

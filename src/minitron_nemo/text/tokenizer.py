@@ -12,6 +12,7 @@ from minitron_nemo.config.stages import SMALLEST_VOCABULARY
 from minitron_nemo.text.tokenizer_files import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES,
+    INPUT_NAMES,
     TOKENIZER_JSON,
     TokenizerFiles,
     read_tokenizer_files,
@@ -59,6 +60,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, output: Path | str
         pad_token=END_OF_TEXT,
         unk_token=END_OF_TEXT,
         clean_up_tokenization_spaces=False,
+        model_input_names=INPUT_NAMES,
     ).save_pretrained(str(output))
 
 

@@ -40,7 +40,7 @@ _FILES = (
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _ANY_CLASS = "PreTrainedTokenizerFast"
-_INPUT_NAMES = ["input_ids", "attention_mask"]
+INPUT_NAMES = ["input_ids", "attention_mask"]
 """The class has token_type_ids besides, which generate() of 4.57 refuses."""
 _OF_A_CLASS = (
     "auto_map",
@@ -247,7 +247,7 @@ def _plain_settings(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """
     settings = {key: value for key, value in _settings(path).items() if key not in _OF_A_CLASS}
     settings["tokenizer_class"] = _ANY_CLASS
-    settings.setdefault("model_input_names", _INPUT_NAMES)
+    settings.setdefault("model_input_names", INPUT_NAMES)
     if settings.get("eos_token") is None and settings.get("sep_token") is None:
         settings |= _end_of_text_of_model(path, content)
     _list_extra_tokens(settings, _read(path / _SPECIAL_TOKENS_MAP))
