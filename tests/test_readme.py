@@ -51,7 +51,9 @@ def checkout(tmp_path: Path) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
     (copy / ".venv").mkdir()
-    (copy / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+    for part in ("bin", "lib", "pyvenv.cfg"):  # all that makes a Python there the environment's, also for pip
+        if (Path(sys.prefix) / part).exists():
+            (copy / ".venv" / part).symlink_to(Path(sys.prefix) / part)
     (copy / ".venv" / ".installed").touch()
     return copy
 
