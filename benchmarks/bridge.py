@@ -32,7 +32,7 @@ from surgery import FREE_DISK, GIB, SHAPE, TIME_LIMIT, copy
 # Nothing heavy is imported here: a child's peak memory counts that of the process it was started from.
 
 WAYS = ("import", "export")
-REPEATS = 5
+REPEATS = 3
 
 
 def make(folder: Path) -> dict[str, Any]:
