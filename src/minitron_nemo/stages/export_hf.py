@@ -46,8 +46,9 @@ def run(config: ExportHfConfig) -> Artifact:
     dtype = DTYPES[config.dtype]
     hf_config(shape, vocab_size=source.vocab_size, dtype=dtype)  # raises before a model is loaded
     prepare_layout(config.trainer, source.shape, seed=config.seed)
-    if stored_dtype(source.path).itemsize > dtype.itemsize:
-        logger.warning("The weights are stored in %s and exported in %s.", stored_dtype(source.path), dtype)
+    stored = stored_dtype(source.path)
+    if stored.itemsize > dtype.itemsize:
+        logger.warning("The weights are stored in %s and exported in %s.", stored, dtype)
     on_disk = world_size() == 1
     core: Any = engine.open_core(source, config.trainer, dtype) if config.verify or not on_disk else None
     output = Path(config.output)
