@@ -176,15 +176,35 @@ def test_the_same_run_in_another_directory_makes_the_same_things(ranks: Any, tin
         assert found.path != expected.path
 
 
-@pytest.mark.parametrize(("change", "found"), [("b", "has other contents"), (None, "is gone")])
-def test_contents_are_checked_when_asked(tmp_path: Path, change: str | None, found: str) -> None:
+def test_sizes_and_small_files_are_checked_at_every_opening_and_large_ones_when_asked(tmp_path: Path) -> None:
+    with writing(tmp_path / "student", stage="prune", config={}) as draft:
+        (draft.path / "folder").mkdir()
+        for name, size in {"folder/small": 2**20, "folder/large": 2**20 + 1}.items():
+            (draft.path / name).write_bytes(bytes(size))
+    artifact = open_artifact(tmp_path / "student", verify=True)
+    for name, opens in {"folder/small": False, "folder/large": True}.items():
+        file, is_not = artifact.path / name, f"model={artifact.path} is not as prune made it: {name}"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + b"x")
+        with pytest.raises(ValueError, match=f"{is_not} has other contents. Make it again, or copy it again."):
+            open_artifact(artifact.path, key="model", verify=opens)
+        if opens:
+            assert open_artifact(artifact.path, key="model").digest == artifact.digest
+        file.write_bytes(whole[:-1])
+        with pytest.raises(ValueError, match=f"{is_not} has {len(whole) - 1} bytes, not {len(whole)}"):
+            open_artifact(artifact.path, key="model")
+        file.unlink()
+        with pytest.raises(ValueError, match=f"{is_not} is gone"):
+            open_artifact(artifact.path, key="model")
+        file.write_bytes(whole)
+    assert open_artifact(artifact.path, verify=True) == artifact
+
+
+def test_a_manifest_of_an_earlier_version_which_holds_no_digest_of_itself_opens(tmp_path: Path) -> None:
     artifact = write(tmp_path / "student")
-    assert open_artifact(artifact.path, verify=True).digest == artifact.digest
-    file = artifact.path / "folder" / "weights"
-    file.unlink() if change is None else file.write_text(change)
-    assert open_artifact(artifact.path).digest == artifact.digest
-    with pytest.raises(ValueError, match=f"model={artifact.path} is not as prune made it: folder/weights {found}"):
-        open_artifact(artifact.path, key="model", verify=True)
+    file = artifact.path / "manifest.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}))
+    assert open_artifact(artifact.path) == artifact
 
 
 def test_an_artifact_of_another_stage_is_refused_with_the_key_that_named_it(tmp_path: Path) -> None:

@@ -46,9 +46,9 @@ def test_every_recipe_names_steps_and_dims_that_exist(recipe: str) -> None:
 
 
 def test_what_stands_at_the_top_reaches_every_section_that_has_it() -> None:
-    top = ("recipe=quickstart", "seed=7", "trainer.seq_length=128", "trust_checkpoint=true")
+    top = ("recipe=quickstart", "seed=7", "trainer.seq_length=128")
     distill, scores = typed("distill", *top), typed("estimate_importance", *top)
-    assert distill.seed == scores.seed == distill.data.seed == 7 and distill.trust_checkpoint
+    assert distill.seed == scores.seed == distill.data.seed == 7
     assert distill.trainer.seq_length == scores.trainer.seq_length == 128
 
 

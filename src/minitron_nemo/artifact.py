@@ -7,7 +7,8 @@
 The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
 be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
 stage made it, from which config and inputs (with digests), with which versions, what it measured, and of every file its
-size and sha256.
+size and sha256; and it holds a sha256 of itself. Opening an artifact compares the manifest, all sizes and the contents
+of small files, which is where numbers and names stand; the contents of all with `verify`.
 
 The digest is the identity of what was made: stage, what in the config decides it, identities of the inputs, and the
 files. Where something lies does not count (an input's path stands for its identity, and one beside the output for its
@@ -39,13 +40,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checks import CannotWrite, NothingThere, require
+from minitron_nemo.checks import CannotWrite, NothingThere, reading, require
 from minitron_nemo.config.identity import as_dict, decisive
 from minitron_nemo.parallel import barrier, is_rank_zero, rank_zero_works
 
 MANIFEST = "manifest.json"
 _READERS = 8  # threads, which hash about 1 GB/s each
 _BLOCK_BYTES = 4 * 2**20
+_SMALL_BYTES = 2**20
+"""Files up to this size are read whenever their artifact is opened: all but weights, tokens and teachers' answers."""
+_SEAL = "sha256"
+_MEND = "Make it again, or copy it again."
 _VERSIONED = ("minitron-nemo", "torch", "megatron-core", "nemo-toolkit", "transformers")
 
 
@@ -95,8 +100,9 @@ def open_artifact(
     Args:
         made_by: stages whose artifacts fit; empty accepts any.
         key: the user's config key that named the path, for the message.
-        verify: read every file, to see that each is as it was written.
-    Raises: FileNotFoundError: nothing there, or unfinished. ValueError: made by another kind of stage, or changed.
+        verify: read large files too, to see that each is as it was written.
+    Raises: FileNotFoundError: nothing there, or unfinished. ValueError: made by another kind of stage, or a file is
+        gone or not as it was written.
     """
     path = Path(path)
     require(path.exists(), f"{key}={path} does not exist. Run the stage that makes it, or correct {key}.", NothingThere)
@@ -106,21 +112,51 @@ def open_artifact(
         f"Run the stage that makes it to its end, or correct {key}.",
         NothingThere,
     )
-    artifact = Artifact(path, json.loads((path / MANIFEST).read_text()))
+    artifact = Artifact(path, _read_manifest(path, key))
     require(
         not made_by or artifact.stage in made_by,
         f"{key}={path} was made by stage {artifact.stage}, but one made by {' or '.join(made_by)} is needed here. "
         f"Set {key} to such an artifact.",
     )
-    if verify:
-        written, found = artifact.manifest["files"], _files(path)
-        for name, file in written.items():
-            require(
-                found.get(name) == file,
-                f"{key}={path} is not as {artifact.stage} made it: {name} "
-                f"{'has other contents' if name in found else 'is gone'}. Make it again, or copy it again.",
-            )
+    _require_as_written(artifact, key, verify=verify)
     return artifact
+
+
+def _read_manifest(path: Path, key: str) -> dict[str, Any]:
+    with reading(path / MANIFEST, f"It belongs to {key}={path}. {_MEND}"):
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
+        whole = all(name in manifest for name in ("stage", "metrics", "facts", "files"))
+        seal = manifest.pop(_SEAL, None)  # an earlier version wrote none
+    require(
+        whole and seal in (None, _seal(manifest)),
+        f"{key}={path} is damaged: {MANIFEST} is not as it was written. {_MEND}",
+    )
+    return manifest
+
+
+def _seal(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest, of what it says and not how it is laid out."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _require_as_written(artifact: Artifact, key: str, *, verify: bool) -> None:
+    """Compare the files with the manifest: sizes, and contents of small files or of all. Raises: Mistake."""
+    looked_at = []
+    for name, written in artifact.manifest["files"].items():
+        file = artifact.path / name
+        size = file.stat().st_size if file.is_file() else None
+        problem = "is gone" if size is None else f"has {size} bytes, not {written['bytes']}"
+        require(size == written["bytes"], _not_as_written(artifact, key, name, problem))
+        if verify or written["bytes"] <= _SMALL_BYTES:
+            looked_at.append((name, written["sha256"]))
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = readers.map(_sha256, [artifact.path / name for name, _ in looked_at])
+        for (name, sha256), now in zip(looked_at, found, strict=True):
+            require(now == sha256, _not_as_written(artifact, key, name, "has other contents"))
+
+
+def _not_as_written(artifact: Artifact, key: str, name: str, problem: str) -> str:
+    return f"{key}={artifact.path} is not as {artifact.stage} made it: {name} {problem}. {_MEND}"
 
 
 @contextmanager
@@ -148,7 +184,9 @@ def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Art
             "seconds": round(time.time() - started, 3),
             "files": files,
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        as_plain = json.loads(json.dumps(manifest))  # numbers and keys as they will be read
+        sealed = as_plain | {_SEAL: _seal(as_plain)}
+        (partial / MANIFEST).write_text(json.dumps(sealed, indent=2, sort_keys=True) + "\n")
         _replace(partial, output)
 
     rank_zero_works(lambda: _make(partial, output))

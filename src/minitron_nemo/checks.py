@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -31,6 +32,20 @@ def require(condition: bool, message: str, error: type[Exception] = Mistake) -> 
     """
     if not condition:
         raise error(message)
+
+
+@contextmanager
+def reading(file: Path, mend: str) -> Iterator[None]:
+    """What goes wrong in the block, which reads `file`, is said of the file: a library speaks of bytes and lines."""
+    try:
+        yield
+    except Mistake:
+        raise
+    except FileNotFoundError as error:
+        raise NothingThere(f"{file} is gone. {mend}") from error
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Mistake(f"{file} cannot be read ({first.rstrip('.')}). {mend}") from error
 
 
 def nearest_multiples(value: int, divisor: int) -> str:

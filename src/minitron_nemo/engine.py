@@ -65,19 +65,19 @@ def _chosen(name: str = "nemo") -> Implementation:
     return IMPLEMENTATIONS[name]()
 
 
-def open_model(path: Path | str | None, *, key: str, trust_checkpoint: bool = False) -> ModelInput:
+def open_model(path: Path | str | None, *, key: str, verify: bool = False) -> ModelInput:
     """A model given as an input: an artifact of ours, or a checkpoint that the trainer wrote without us.
 
     Args:
         key: the user's config key that named the path.
-        trust_checkpoint: the user's word for a checkpoint of the latter kind, as loading one unpickles its metadata.
-    Raises: FileNotFoundError: missing or unfinished. ValueError: another kind of artifact, or not trusted.
+        verify: compare the weights, too, with what the artifact's manifest says.
+    Raises: FileNotFoundError: missing or unfinished. ValueError: another kind of artifact, or damaged.
     """
 
     def foreign(directory: Path) -> ModelShape:
         return _chosen().read_foreign_shape(directory)
 
-    return model_artifact.open_model(path, key=key, trust_checkpoint=trust_checkpoint, foreign=foreign)
+    return model_artifact.open_model(path, key=key, foreign=foreign, verify=verify)
 
 
 def new_core(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> MCoreGPTModel:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from minitron_nemo.checks import Mistake
+from minitron_nemo.checks import Mistake, reading
 
 ARTIFACT, HUGGING_FACE, NEMO_2 = "artifact", "Hugging Face", "NeMo 2"
 NEMO_1, BRIDGE, MEGATRON, OLD_MEGATRON, GGUF = "NeMo 1", "Megatron-Bridge", "Megatron-LM", "old Megatron-LM", "GGUF"
@@ -77,13 +77,14 @@ def refuse_as_hugging_face(path: Path, key: str) -> None:
     if kind is None or (path / "config.json").is_file():
         return
     if kind == ARTIFACT:
-        stage = json.loads((path / "manifest.json").read_text()).get("stage")
+        with reading(path / "manifest.json", "Make the artifact again, or copy it again."):
+            stage = json.loads((path / "manifest.json").read_text()).get("stage")
         what = f"an artifact of stage {stage}"
         way = "Stages read it as it is (prune.model, distill.teacher, ...); minitron export-hf makes a folder of it"
     elif kind == NEMO_2:
         what = _WORDS[kind]
         way = (
-            "Stages read it as it is (prune.model, distill.teacher, ...) with trust_checkpoint=true; NeMo's "
+            "Stages read it as it is (prune.model, distill.teacher, ...); NeMo's "
             "llm.export_ckpt(path=..., target='hf') makes a folder of it"
         )
     else:

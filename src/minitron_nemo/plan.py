@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron_nemo.checks import require, require_files
+from minitron_nemo.checks import reading, require, require_files
 from minitron_nemo.runtimes import as_family
 from minitron_nemo.shape import DIM_OF_AXIS, PRUNABLE_AXES, ModelShape
 
@@ -246,21 +246,20 @@ class PruningPlan:
         folder = Path(folder)
         mend = "Run the prune stage to its end, or save a plan there."
         require_files(folder, (INDICES, DESCRIPTION), "pruning plan", mend)
-        description = json.loads((folder / DESCRIPTION).read_text())
-        entries = load_file(folder / INDICES)
+        again = "Make the plan again, or copy it again."
+        with reading(folder / DESCRIPTION, again):
+            description = json.loads((folder / DESCRIPTION).read_text())
+            layer, origin = torch.tensor(description["layer"], dtype=torch.int64), description["origin"]
+            source, target = (ModelShape.from_dict(description[which]) for which in ("source", "target"))
+        with reading(folder / INDICES, again):
+            entries = load_file(folder / INDICES)
         known = {*PRUNABLE_AXES, *_BESIDE_AXES} - {"layer"}
         require(
             set(entries) <= known,
             f"{folder / INDICES} holds {', '.join(sorted(set(entries) - known))}, which is no axis of a plan; known: "
             f"{', '.join(sorted(known))}.",
         )
-        return cls(
-            source=ModelShape.from_dict(description["source"]),
-            target=ModelShape.from_dict(description["target"]),
-            layer=torch.tensor(description["layer"], dtype=torch.int64),
-            origin=description["origin"],
-            **entries,
-        )
+        return cls(source=source, target=target, layer=layer, origin=origin, **entries)
 
 
 def require_prunable(source: ModelShape, target: ModelShape) -> None:

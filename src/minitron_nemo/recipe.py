@@ -60,7 +60,7 @@ STAGES: dict[str, type] = {
 """Stage -> the dataclass of its sections; its module is `minitron_nemo.stages.<stage>`."""
 
 _GROUPS: dict[str, type] = {"trainer": TrainerConfig, "data": DataConfig}
-SHARED = ("seed", "trust_checkpoint", *_GROUPS)
+SHARED = ("seed", *_GROUPS)
 """Fields that a section takes from the top of the recipe."""
 
 
@@ -222,7 +222,6 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("name", str, MISSING),
         ("run_dir", str, MISSING),
         ("section", str | None, None),
-        ("trust_checkpoint", bool, False),
         ("seed", int, 1234),
         *((name, group, field(default_factory=group)) for name, group in _GROUPS.items()),
         ("compress", stages.CompressConfig, field(default_factory=stages.CompressConfig)),

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron_nemo.aggregation import Aggregation, aggregate_samples, aggregate_sequence
-from minitron_nemo.checks import did_you_mean, require, require_files
+from minitron_nemo.checks import did_you_mean, reading, require, require_files
 from minitron_nemo.shape import ModelShape
 
 STREAM, NORM = "stream", "norm"
@@ -232,10 +232,14 @@ class Importance:
         folder = Path(folder)
         mend = "Run the estimate-importance stage to its end."
         require_files(folder, (TENSORS, DESCRIPTION), "importance scores", mend)
-        description = json.loads((folder / DESCRIPTION).read_text())
+        again = "Make the scores again, or copy them again."
+        with reading(folder / DESCRIPTION, again):
+            description = json.loads((folder / DESCRIPTION).read_text())
+        with reading(folder / TENSORS, again):
+            tensors = load_file(folder / TENSORS)
         moments: dict[str, Tensor] = {}
         depth: dict[str, dict[int, Tensor]] = {}
-        for key, tensor in load_file(folder / TENSORS).items():
+        for key, tensor in tensors.items():
             if key.startswith("depth."):
                 _, metric, size = key.split(".")
                 depth.setdefault(metric, {})[int(size)] = tensor

@@ -23,7 +23,7 @@ def estimate_and_prune(run: TinyRun, nemo: str, directory: Path) -> None:
     from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.stages import estimate_importance, prune
 
-    shared: dict[str, Any] = {"model": nemo, "trust_checkpoint": True, "trainer": TrainerConfig(**trainer_values())}
+    shared: dict[str, Any] = {"model": nemo, "trainer": TrainerConfig(**trainer_values())}
     estimate_importance.run(
         estimate_importance.EstimateImportanceConfig(
             **shared,
@@ -57,7 +57,7 @@ def prune_in_memory(run: TinyRun, nemo: str) -> tuple[dict[str, Tensor], Tensor]
     from minitron_nemo.text.windows import batches
     from minitron_nemo.weights import stream_full_parameters
 
-    source, trainer = engine.open_model(nemo, key="model", trust_checkpoint=True), TrainerConfig(**trainer_values())
+    source, trainer = engine.open_model(nemo, key="model"), TrainerConfig(**trainer_values())
     prepare_layout(trainer, source.shape, seq_length=SEQ_LENGTH, seed=1234)
     dtype = platform.dtype_of(trainer.precision)
     teacher = engine.open_core(source, trainer, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,11 @@ def load_with_nemo(path: Path) -> tuple[str, dict[str, int], dict[str, Tensor]]:
     return kind, {dim: getattr(model.config, dim) for dim in dims}, weights
 
 
-def evaluate_on(run: TinyRun, model: str, output: str, trust_checkpoint: bool) -> float:
+def evaluate_on(run: TinyRun, model: str, output: str) -> float:
     artifact = evaluate.run(
         evaluate.EvaluateConfig(
             model=model,
             num_samples=6,
-            trust_checkpoint=trust_checkpoint,
             trainer=TrainerConfig(**trainer_values()),
             data=DataConfig(prepared=run.data),
             output=output,
@@ -126,26 +126,31 @@ def test_a_checkpoint_of_nemos_importer_is_an_input_like_our_own(
     ranks: Ranks, tiny_run: TinyRun, nemo_checkpoint: Path
 ) -> None:
     ours, theirs = tiny_run.teacher, str(nemo_checkpoint)
-    model = open_model(theirs, key="model", trust_checkpoint=True)
+    model = open_model(theirs, key="model")
     assert model.artifact is None
     shape = open_model(ours, key="model").shape
     assert model.shape == shape
-    [expected], [found] = (ranks("single").run(read_weights, path, True) for path in (ours, theirs))
+    [expected], [found] = (ranks("single").run(read_weights, path) for path in (ours, theirs))
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     [expected_loss], [loss] = (
-        ranks("single").run(evaluate_on, tiny_run, path, str(tiny_run.directory / f"{name}-loss"), True)
+        ranks("single").run(evaluate_on, tiny_run, path, str(tiny_run.directory / f"{name}-loss"))
         for name, path in (("ours", ours), ("theirs", theirs))
     )
     assert loss == expected_loss
 
 
-def test_a_checkpoint_from_elsewhere_needs_the_users_trust(tiny_run: TinyRun, nemo_checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="is a NeMo checkpoint from elsewhere, and loading one runs Python's"):
-        evaluate_on(tiny_run, str(nemo_checkpoint), str(tiny_run.directory / "untrusted"), False)
-    assert not (tiny_run.directory / "untrusted").exists()
-    with pytest.raises(ValueError, match="set trust_checkpoint=true"):
-        open_model(nemo_checkpoint, key="prune.model")
+def test_a_checkpoint_from_elsewhere_is_looked_at_before_anything_is_made_of_it(
+    tmp_path: Path, nemo_checkpoint: Path
+) -> None:
+    damaged = shutil.copytree(nemo_checkpoint, tmp_path / "damaged")
+    context = damaged / "context" / "model.yaml"
+    context.write_text(context.read_text()[:100] + "{")
+    with pytest.raises(ValueError, match=rf"{context} cannot be read \(.*Copy the checkpoint again"):
+        open_model(damaged, key="prune.model")
+    (damaged / "weights" / ".metadata").write_bytes(b"cbuiltins\nprint\n.")
+    with pytest.raises(ValueError, match=rf"{damaged}/weights/.metadata names builtins.print, which is no part of"):
+        open_model(damaged, key="prune.model")
 
 
 # ---- the shape a context describes -----------------------------------------------------------------------------------

@@ -107,9 +107,9 @@ BAD_INPUT = {
         ["prune", "prune.model={run}/distilled"],
         "The importance is of another model: hidden_size=32 there, 24 in the model to prune",
     ),
-    "a NeMo checkpoint nobody vouched for": (
+    "a NeMo checkpoint without weights": (
         ["export-hf", "export_hf.model={spoiled}/foreign"],
-        "If you trust where it comes from, set trust_checkpoint=true; else import its HF safetensors with import-hf.",
+        "{spoiled}/foreign/weights/.metadata is gone. Make the checkpoint again, or copy it again.",
     ),
     "a run directory that is not there": (["report", "report.run_dir={spoiled}/nowhere"], "{spoiled}/nowhere is not a"),
     # layouts and batches

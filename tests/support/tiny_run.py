@@ -78,7 +78,7 @@ def make_artifacts(run: TinyRun, corpus: Path) -> None:
     )
 
 
-def read_weights(path: str, trust_checkpoint: bool = False) -> dict[str, Tensor]:
+def read_weights(path: str) -> dict[str, Tensor]:
     """Full parameters of a model artifact; runs on one process."""
     from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
@@ -86,7 +86,7 @@ def read_weights(path: str, trust_checkpoint: bool = False) -> dict[str, Tensor]
     from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.weights import stream_full_parameters
 
-    source = engine.open_model(path, key="path", trust_checkpoint=trust_checkpoint)
+    source = engine.open_model(path, key="path")
     trainer = TrainerConfig(**trainer_values())
     prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=0)
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))

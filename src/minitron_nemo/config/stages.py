@@ -89,7 +89,6 @@ class PretrainConfig:
     """A model artifact whose shape random weights take."""
     initial: str | None = None
     """A model artifact whose weights training starts from."""
-    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -121,7 +120,6 @@ class ImportHfConfig:
 class CorrectTeacherConfig:
     model: str = ""
     """Model artifact of the teacher as it came."""
-    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -136,7 +134,6 @@ class EstimateImportanceConfig:
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     """Scores of layers and blocks of layers; none unless it names metrics."""
-    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: Passing = field(default_factory=Passing)
     data: Prepared = field(default_factory=Prepared)
@@ -180,7 +177,6 @@ class PruneConfig:
     """What is done to the weights so that less is lost; by default nothing, as in the papers."""
     offline: bool = False
     """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
-    trust_checkpoint: bool = how(False)
     trainer: Calibrating = field(default_factory=Calibrating)
     output: str = how("runs/student_pruned")
 
@@ -242,7 +238,6 @@ class TeacherLogitsConfig:
     that needs more goes through them again."""
     samples_per_shard: int = 64
     """Samples of one file: what a data-parallel rank can lose to a kill."""
-    trust_checkpoint: bool = how(False)
     trainer: Passing = field(default_factory=Passing)
     data: Documents = field(default_factory=Documents)
     output: str = how("runs/teacher_logits")
@@ -273,7 +268,6 @@ class DistillConfig:
     offload_teacher: bool = how(False)
     """Keep the teacher's layers in host memory; each visits the device when its turn comes."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -312,7 +306,6 @@ class EvaluateConfig:
     """Model artifact to measure."""
     num_samples: int | None = None
     """Samples over all data-parallel ranks; null takes all of the held-out text."""
-    trust_checkpoint: bool = how(False)
     trainer: Passing = field(default_factory=Passing)
     data: Prepared = field(default_factory=Prepared)
     output: str = how("runs/evaluation")
@@ -334,7 +327,6 @@ class ExportHfConfig:
     """Text the exported model continues, for a first look; null generates nothing."""
     new_tokens: int = 64
     """Tokens it adds."""
-    trust_checkpoint: bool = how(False)
     seed: int = 1234
     trainer: Layout = field(default_factory=Layout)
     output: str = how("runs/export")

@@ -25,6 +25,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from minitron_nemo.checks import reading
 from minitron_nemo.config.training import DownstreamConfig
 from minitron_nemo.importance.removal import Pass
 from minitron_nemo.nemo.history import History
@@ -98,7 +99,10 @@ def best_kept(directory: Path) -> tuple[Path, dict[str, Any]] | None:
     """
 
     def look() -> tuple[Path, dict[str, Any]] | None:
-        found = [(path, json.loads((path / _FILE).read_text())) for path in directory.glob("best-step-*[0-9]")]
+        found = []
+        for path in directory.glob("best-step-*[0-9]"):
+            with reading(path / _FILE, f"Remove {path} to go on without the best so far."):
+                found.append((path, json.loads((path / _FILE).read_text())))
         return max(found, key=lambda each: _rank_of(each[1]), default=None)
 
     return rank_zero_works(look)

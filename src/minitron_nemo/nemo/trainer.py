@@ -36,6 +36,8 @@ from minitron_nemo.nemo.models import EngineModel
 from minitron_nemo.nemo.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
 from minitron_nemo.parallel import is_rank_zero, rank, world_size
 from minitron_nemo.platform.peak import peak_tflops_here
+from minitron_nemo.runtime.checkpoint_metadata import as_data
+from minitron_nemo.runtime.distributed_checkpoint import WEIGHTS
 from minitron_nemo.runtime.training_run import CHECKPOINTS, HISTORY, OPTIMIZER, TrainingRun
 from nemo import lightning as nl
 
@@ -55,6 +57,12 @@ class Strategy(nl.MegatronStrategy):
         state.data_parallel_size = parallel_state.get_data_parallel_world_size()
         if self.data_sampler:
             self.data_sampler.setup(rank())
+
+    def load_checkpoint(self, checkpoint_path: Path | str, selective_restore: bool = False) -> dict[str, Any]:
+        """NeMo's, which runs nothing that the files say. Raises: ValueError: a file is damaged or gone."""
+        with as_data(Path(checkpoint_path) / WEIGHTS):
+            found: dict[str, Any] = super().load_checkpoint(checkpoint_path, selective_restore)
+        return found
 
     def selective_restore(self) -> None:
         """Weights and moments of the phase before, under the hyperparameters of this one."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.checks import NothingThere, reading, require
 from minitron_nemo.config.stages import ReportRow
 from minitron_nemo.report.histories import HISTORY, History, read_history
 from minitron_nemo.report.lineage import Lineage
@@ -102,7 +102,8 @@ class Run:
         artifact = self.artifacts.get(name)
         if artifact is None or not (file := artifact.path / SHAPE).is_file():
             return None
-        return ModelShape.from_dict(json.loads(file.read_text()))
+        with reading(file, "Make the artifact again, or copy it again."):
+            return ModelShape.from_dict(json.loads(file.read_text()))
 
     def history(self, name: str) -> History | None:
         """Training history of an artifact, or None where there is none."""

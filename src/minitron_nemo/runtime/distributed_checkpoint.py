@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minitron_nemo.places import layer_of
+from minitron_nemo.runtime.checkpoint_metadata import as_data, read_common, read_metadata
 
 WEIGHTS = "weights"
 PREFIX = "module."
@@ -32,23 +34,35 @@ def save_weights(core: MCoreGPTModel, directory: Path) -> None:
 
 
 def load_weights(core: MCoreGPTModel, directory: Path) -> None:
-    """Fill `core` from `directory/weights`. Every rank calls; each reads what it holds."""
-    wanted = core.sharded_state_dict(prefix=PREFIX, metadata=content_of(directory / WEIGHTS))
-    found = dist_checkpointing.load(wanted, str(directory / WEIGHTS))
+    """Fill `core` from `directory/weights`. Every rank calls; each reads what it holds.
+
+    Raises: ValueError: a file of it is damaged or gone, or names classes that are no part of a checkpoint.
+    """
+    weights = directory / WEIGHTS
+    wanted = core.sharded_state_dict(prefix=PREFIX, metadata=content_of(weights))
+    # transformer-engine's own state, which it unpickles whole; it is empty but for FP8
+    wanted = {key: value for key, value in wanted.items() if not key.endswith("._extra_state")}
+    with as_data(weights):
+        found = dist_checkpointing.load(wanted, str(weights))
     core.load_state_dict({key.removeprefix(PREFIX): value for key, value in found.items()}, strict=False)
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
     """What most of the weights of `directory/weights` are stored in."""
     sizes: dict[torch.dtype, int] = {}
-    for tensor in dist_checkpointing.load_tensors_metadata(str(directory / WEIGHTS)).values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.global_shape)
+    for tensor in _tensors(directory / WEIGHTS).values():
+        dtype = tensor.properties.dtype
+        sizes[dtype] = sizes.get(dtype, 0) + math.prod(tensor.size)
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def content_of(weights: Path) -> dict[str, Any]:
     """How a checkpoint names its layers, as `sharded_state_dict` asks for it: stacked, or each by its number."""
-    saved = dist_checkpointing.load_content_metadata(str(weights)) or {}
-    keys = dist_checkpointing.load_tensors_metadata(str(weights))
-    by_number = any(layer_of(key.removeprefix(PREFIX)) is not None for key in keys)
+    saved = read_common(weights).get("content_metadata") or {}
+    by_number = any(layer_of(key.removeprefix(PREFIX)) is not None for key in _tensors(weights))
     return CONTENT | saved | {"non_homogeneous_layers": by_number}
+
+
+def _tensors(weights: Path) -> dict[str, TensorStorageMetadata]:
+    entries = read_metadata(weights).state_dict_metadata
+    return {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}

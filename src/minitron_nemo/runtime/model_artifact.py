@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact
-from minitron_nemo.checks import NothingThere, require
+from minitron_nemo.checks import NothingThere, reading, require
 from minitron_nemo.kinds import refuse_as_artifact
+from minitron_nemo.runtime.checkpoint_metadata import require_whole
+from minitron_nemo.runtime.distributed_checkpoint import WEIGHTS
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer_files import copy_tokenizer
 
@@ -44,7 +46,8 @@ def read_shape(directory: Path, *, key: str, foreign: ForeignShape) -> ModelShap
     Raises: FileNotFoundError: no model there.
     """
     if (directory / SHAPE).is_file():
-        return ModelShape.from_dict(json.loads((directory / SHAPE).read_text()))
+        with reading(directory / SHAPE, f"Make {key}={directory} again, or copy it again."):
+            return ModelShape.from_dict(json.loads((directory / SHAPE).read_text()))
     require(directory.exists(), f"{key}={directory} does not exist. Correct {key}.", NothingThere)
     require(
         (directory / CONTEXT / "model.yaml").is_file(),
@@ -52,7 +55,8 @@ def read_shape(directory: Path, *, key: str, foreign: ForeignShape) -> ModelShap
         f"(a NeMo 2 checkpoint). Set {key} to one of them.",
         NothingThere,
     )
-    return foreign(directory)
+    with reading(directory / CONTEXT / "model.yaml", "Copy the checkpoint again."):
+        return foreign(directory)
 
 
 MODEL_STAGES = ("import-hf", "pretrain", "correct-teacher", "prune", "distill")
@@ -74,31 +78,24 @@ class ModelInput:
         return [self.artifact] if self.artifact else []
 
 
-def open_model(
-    path: Path | str | None, *, key: str, trust_checkpoint: bool = False, foreign: ForeignShape
-) -> ModelInput:
+def open_model(path: Path | str | None, *, key: str, foreign: ForeignShape, verify: bool = False) -> ModelInput:
     """A model given as an input.
 
-    A checkpoint that no stage of ours made is loaded by libraries that unpickle its metadata, so it needs the user's
-    word that it comes from someone they trust.
+    Whoever made a checkpoint, it is read as data; see `checkpoint_metadata.py`.
 
     Args:
         key: the user's config key that named the path.
-    Raises: FileNotFoundError: missing or unfinished. ValueError: another kind of artifact, or not trusted.
+        verify: compare the weights, too, with what the artifact's manifest says.
+    Raises: FileNotFoundError: missing or unfinished. ValueError: another kind of artifact, or damaged.
     """
     require(bool(path), f"{key} is not set. Set it to a model artifact, made by {', '.join(MODEL_STAGES)}.")
     directory = Path(path)  # type: ignore[arg-type]
     if (directory / CONTEXT).is_dir() and not (directory / SHAPE).is_file():
-        require(
-            trust_checkpoint,
-            f"{key}={directory} is a NeMo checkpoint from elsewhere, and loading one runs Python's unpickler on its "
-            "metadata. If you trust where it comes from, set trust_checkpoint=true; else import its HF safetensors "
-            "with import-hf.",
-        )
+        require_whole(directory / WEIGHTS)
         artifact = None
     else:
         refuse_as_artifact(directory, key)
-        artifact = open_artifact(directory, made_by=MODEL_STAGES, key=key)
+        artifact = open_artifact(directory, made_by=MODEL_STAGES, key=key, verify=verify)
     shape = read_shape(directory, key=key, foreign=foreign)
     places = (directory / TOKENIZER, directory / CONTEXT / "nemo_tokenizer")
     tokenizer = next((place for place in places if place.is_dir()), None)

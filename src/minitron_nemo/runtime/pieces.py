@@ -7,8 +7,6 @@
 
 A piece is what Megatron-core writes as one chunk on a single rank: one layer's matrix of the stacked [l, ...] that
 layers are kept as, gate and up apart. Nothing communicates.
-
-Reading a checkpoint's metadata runs Python's unpickler, as loading one does: `open_model` asks for the user's trust.
 """
 
 from __future__ import annotations
@@ -31,10 +29,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import reading, require
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.parallel import world_size
 from minitron_nemo.places import local_name
+from minitron_nemo.runtime.checkpoint_metadata import MEND, MetadataReader, require_whole
 from minitron_nemo.runtime.distributed_checkpoint import CONTENT, PREFIX, WEIGHTS, content_of
 from minitron_nemo.runtime.layout import use_layout
 from minitron_nemo.shape import ModelShape
@@ -71,8 +70,7 @@ class StoredWeights:
     """
 
     def __init__(self, weights: Path, core: GPTModel) -> None:
-        self.reader = dcp.FileSystemReader(weights)
-        self.metadata = self.reader.read_metadata()
+        self.weights, self.reader, self.metadata = weights, MetadataReader(weights), require_whole(weights)
         self.reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self.pieces = _pieces(_sharded_state(core, content_of(weights)))
         for name, pieces in self.pieces.items():
@@ -85,12 +83,6 @@ class StoredWeights:
                     f"{piece.key} in {weights} has shape {list(stored.size)} where {list(piece.global_shape)} is "
                     "expected. Take the shape and the weights of the same model.",
                 )
-        ends: dict[str, int] = defaultdict(int)
-        for place in self.metadata.storage_data.values():
-            ends[place.relative_path] = max(ends[place.relative_path], place.offset + place.length)
-        for file, end in ends.items():
-            size = (weights / file).stat().st_size if (weights / file).is_file() else 0
-            require(size >= end, f"{weights / file} has {size} of its {end} bytes. Fetch or make the checkpoint again.")
 
     def dtype(self, piece: ShardedTensor) -> torch.dtype:
         return self._stored(piece).properties.dtype
@@ -101,12 +93,17 @@ class StoredWeights:
         return stored
 
     def read(self, piece: ShardedTensor) -> Tensor:
-        """One piece, whichever chunks it was stored as; they are read one at a time."""
+        """One piece, whichever chunks it was stored as; they are read one at a time.
+
+        Raises: ValueError: a file is damaged.
+        """
         sizes = (1,) * piece.prepend_axis_num + tuple(piece.local_shape)
         wanted = ChunkStorageMetadata(torch.Size(piece.global_offset), torch.Size(sizes))
         into = torch.empty(sizes, dtype=self.dtype(piece))
         items = create_read_items_for_chunk_list(piece.key, self._stored(piece), [wanted])
-        self.reader.read_data(LoadPlan(items), _Into(into))
+        for item in items:
+            with reading(self.weights / self.metadata.storage_data[item.storage_index].relative_path, MEND):
+                self.reader.read_data(LoadPlan([item]), _Into(into))
         return into.view(piece.local_shape)
 
     def read_whole(self, name: str) -> Tensor:

@@ -18,7 +18,7 @@ from minitron_nemo.text.blend import open_blend
 
 
 def run(config: CorrectTeacherConfig) -> Artifact:
-    source = engine.open_model(config.model, key="correct_teacher.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="correct_teacher.model")
     inputs = [*source.artifacts, *(artifact for artifact, _ in open_blend(config.data))]
     prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     return run_training(

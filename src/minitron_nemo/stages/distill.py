@@ -31,7 +31,7 @@ from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 
 def run(config: DistillConfig) -> Artifact:
-    student = engine.open_model(config.student, key="distill.student", trust_checkpoint=config.trust_checkpoint)
+    student = engine.open_model(config.student, key="distill.student")
     blend = open_blend(config.data)
     lesson = _at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
     return run_training(
@@ -62,7 +62,7 @@ def _keep_teacher(config: DistillConfig, lesson: _Lesson, trained: Trained) -> N
     if config.corrected_teacher is None:
         return
     assert trained.teacher_core is not None
-    before = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
+    before = engine.open_model(config.teacher, key="distill.teacher")
     with writing(config.corrected_teacher, stage="correct-teacher", config=config, inputs=lesson.artifacts) as draft:
         engine.save_model(trained.teacher_core, before.shape, before.tokenizer, draft.path)
         draft.facts["vocab_size"] = before.vocab_size
@@ -83,7 +83,7 @@ class _Lesson(NamedTuple):
 
 def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     """The teacher is loaded beside the student."""
-    teacher = engine.open_model(config.teacher, key="distill.teacher", trust_checkpoint=config.trust_checkpoint)
+    teacher = engine.open_model(config.teacher, key="distill.teacher")
     require(
         tokenizer_digest(teacher.tokenizer) == tokenizer_digest(student.tokenizer)
         and teacher.shape.padded_vocab_size == student.shape.padded_vocab_size,

@@ -19,7 +19,7 @@ from minitron_nemo.text.questions import read_questions
 
 
 def run(config: EstimateImportanceConfig) -> Artifact:
-    source = engine.open_model(config.model, key="estimate_importance.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="estimate_importance.model")
     trainer, depth, samples = config.trainer, config.depth, config.importance.num_samples
     calibration = Calibration(
         config.importance,

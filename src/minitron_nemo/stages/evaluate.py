@@ -19,7 +19,7 @@ from minitron_nemo.text.windows import batches
 
 
 def run(config: EvaluateConfig) -> Artifact:
-    source = engine.open_model(config.model, key="evaluate.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="evaluate.model")
     blend = [artifact for artifact, _ in open_blend(config.data)]
     require_tokenizer_of(blend[0], load_tokenizer(source.tokenizer))
     prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length)

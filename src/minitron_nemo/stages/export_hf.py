@@ -36,7 +36,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def run(config: ExportHfConfig) -> Artifact:
     """Raises: ValueError: config.json and tensors disagree. RuntimeError: transformers and Megatron do. Nothing is left
     behind."""
-    source = engine.open_model(config.model, key="export_hf.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="export_hf.model", verify=True)
     shape = as_family(source.shape, config.family)
     problem = opening_problem(shape)
     require(

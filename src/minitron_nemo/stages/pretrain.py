@@ -31,7 +31,7 @@ def run(config: PretrainConfig) -> Artifact:
         vocab_size = require_vocabulary(shape, tokenizer)
     else:
         key = "like" if config.like else "initial"
-        source = engine.open_model(config.like or config.initial, key=key, trust_checkpoint=config.trust_checkpoint)
+        source = engine.open_model(config.like or config.initial, key=key)
         shape, tokenizer, vocab_size = source.shape, source.tokenizer, source.vocab_size
         inputs += source.artifacts
     prepare_layout(config.trainer, shape, seq_length=config.trainer.seq_length, seed=config.seed)

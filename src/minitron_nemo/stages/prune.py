@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 def run(config: PruneConfig) -> Artifact:
     """Raises: ValueError, FileNotFoundError: a target or an importance that does not fit; nothing is written then."""
-    source = engine.open_model(config.model, key="prune.model", trust_checkpoint=config.trust_checkpoint)
+    source = engine.open_model(config.model, key="prune.model")
     job = Job(config, source)
     for shape in job.targets:
         require_splits(shape, config.trainer)

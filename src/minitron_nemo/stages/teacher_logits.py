@@ -21,7 +21,7 @@ from typing import Any
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, link_or_copy, open_artifact, saying_when_full, writing
-from minitron_nemo.checks import Mistake, require
+from minitron_nemo.checks import Mistake, reading, require
 from minitron_nemo.config.identity import differences
 from minitron_nemo.config.stages import TeacherLogitsConfig
 from minitron_nemo.parallel import rank_zero_works
@@ -38,7 +38,7 @@ _STORE = "store.json"
 
 
 def run(config: TeacherLogitsConfig) -> Artifact:
-    teacher = engine.open_model(config.model, key="teacher_logits.model", trust_checkpoint=config.trust_checkpoint)
+    teacher = engine.open_model(config.model, key="teacher_logits.model")
     trainer, output = config.trainer, Path(config.output)
     blend = open_blend(config.data)
     require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
@@ -99,7 +99,9 @@ def _require_same(directory: Path, facts: dict[str, Any]) -> None:
     """Raises: ValueError: the shards of a run that was cut off are of something else."""
     kept = directory / _STORE
     if kept.is_file():
-        for key, then, now in differences(json.loads(kept.read_text()), facts):
+        with reading(kept, f"Remove {directory} to start over."):
+            started_with = json.loads(kept.read_text())
+        for key, then, now in differences(started_with, facts):
             raise Mistake(
                 f"{directory} holds shards of a run that was cut off and had {key}={then}, not {now}. Continue it with "
                 f"what it was started with, or remove {directory} to start over."

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, Draft, link_or_copy, open_artifact, saying_when_full, writing
-from minitron_nemo.checks import Mistake, require, require_divisible
+from minitron_nemo.checks import Mistake, reading, require, require_divisible
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import TrainerConfig
@@ -176,7 +176,9 @@ def continue_only_the_same(directory: Path, config: Any) -> None:
 
     def compare_and_keep() -> None:
         if kept.is_file():
-            for key, then, now in differences(json.loads(kept.read_text()), config):
+            with reading(kept, f"Remove {directory} to start over."):
+                started_with = json.loads(kept.read_text())
+            for key, then, now in differences(started_with, config):
                 require(
                     key in ("training.steps", "training.keep_optimizer"),
                     f"{directory} holds a run that was cut off and was started with {key}={then}, not {now}. "
