@@ -15,12 +15,14 @@ A person writes one flat group, as in NeMo. A stage takes of it what it reads, a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.identity import HOW, how
 
 PRECISIONS = ("auto", "bf16", "fp32")
+_LONGEST_TIMEOUT = 7 * 24 * 60
 _RECOMPUTATION = {
     "recompute_granularity": ("full", "selective"),
     "recompute_method": ("uniform", "block"),
@@ -44,9 +46,17 @@ class Layout:
     """Ranks the experts of a mixture are shared out among, within the data-parallel ones; each expert is split over the
     tensor-parallel ranks as everything else is."""
     sequence_parallel: bool = how(False)
+    distributed_timeout_minutes: float = how(10.0)
+    """How long a rank waits for others in a collective before the run ends with an error, above 0; NCCL's own is 10.
+    What rank 0 does alone is waited for as long as it takes, whatever this says."""
 
     def __post_init__(self) -> None:
         _at_least_one(self, *PARALLEL_SIZES)
+        require(
+            0 < self.distributed_timeout_minutes <= _LONGEST_TIMEOUT,
+            f"trainer.distributed_timeout_minutes={self.distributed_timeout_minutes} must be above 0 and at most "
+            f"{_LONGEST_TIMEOUT}, a week; try 10.",
+        )
         require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "trainer.sequence_parallel=true splits what tensor parallelism leaves whole; it needs "
@@ -57,6 +67,11 @@ class Layout:
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model and one sample."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def distributed_timeout(self) -> timedelta:
+        """Of every process group."""
+        return timedelta(minutes=self.distributed_timeout_minutes)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -192,13 +207,12 @@ class TrainerConfig(Passing, Recomputation, Logging):
 
     global_batch_size: int = 768
     """Samples per optimizer step over all ranks. 768 in arXiv:2408.11796."""
-    num_nodes: int = how(1)
 
     def __post_init__(self) -> None:
         Passing.__post_init__(self)
         Recomputation.__post_init__(self)
         Logging.__post_init__(self)
-        _at_least_one(self, "global_batch_size", "num_nodes")
+        _at_least_one(self, "global_batch_size")
 
     @property
     def tokens_per_step(self) -> int:

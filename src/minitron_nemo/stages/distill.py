@@ -19,6 +19,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import DistillConfig
 from minitron_nemo.distillation.stored_teacher import TeacherInStore, require_stored_is_enough
 from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource
+from minitron_nemo.parallel import rank_zero_says
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
@@ -93,7 +94,7 @@ def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     require_splits(teacher.shape, config.trainer)
-    plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
+    plan = config.plan or (student.path if rank_zero_says(PruningPlan.is_in(student.path)) else None)
     offload = platform.dtype_of(config.trainer.precision) if config.offload_teacher else None
     return _Lesson(
         TeacherAtHand(teacher.shape, teacher.path, offload),
