@@ -63,7 +63,7 @@ def _require_each_once(state: dict[str, Any]) -> None:
 
 
 def _pieces(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """A sharded state dict apart, layers together up to PIECE_BYTES, at least one; what is outside them counts as one."""
+    """A sharded state dict apart: layers together up to PIECE_BYTES, at least one; the rest counts as one."""
     of_layers: dict[int | None, dict[str, Any]] = {}
     for key, sharded in state.items():
         of_layers.setdefault(layer_of(key.removeprefix(PREFIX)), {})[key] = sharded
