@@ -166,3 +166,26 @@ class DistillationConfig:
             self.teacher_lr >= 0,
             f"distillation.teacher_lr={self.teacher_lr} must be at least 0; 0 leaves the teacher as it is.",
         )
+
+
+def require_kind_reads_top_k(config: DivergenceConfig) -> None:
+    require(
+        config.kind == TOP_K,
+        f"the teacher is known by its likeliest tokens only, and divergence.kind={config.kind} needs all; use "
+        "divergence.kind=top_k.",
+    )
+
+
+def require_stored_is_enough(config: DistillationConfig) -> None:
+    """Raises: ValueError: `config` asks for more of the teacher than its k likeliest tokens."""
+    require_kind_reads_top_k(config.divergence)
+    require(
+        config.teacher_lr == 0,
+        f"distillation.teacher_lr={config.teacher_lr} needs the teacher's weights, and only its likeliest tokens are "
+        "stored. Set it to 0, or distil with the teacher in memory (distill.teacher_logits=null).",
+    )
+    require(
+        not config.hidden_states.enabled,
+        "distillation.hidden_states.enabled=true needs the teacher's hidden states, and only its likeliest tokens are "
+        "stored. Set it to false, or distil with the teacher in memory (distill.teacher_logits=null).",
+    )

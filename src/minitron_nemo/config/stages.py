@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB, DataConfig, Documents, Prepared
-from minitron_nemo.config.distillation import DistillationConfig
+from minitron_nemo.config.distillation import DistillationConfig, require_stored_is_enough
 from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
 from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
@@ -294,6 +294,13 @@ class DistillConfig:
             f"distill.teacher_logits={self.teacher_logits} are of samples whose documents see each other. Set "
             "data.reset_at_documents=false, or distil with the teacher at hand.",
         )
+        require(
+            self.teacher_logits is None or not self.offload_teacher,
+            f"distill.offload_teacher=true keeps a teacher's layers on the host, and with distill.teacher_logits="
+            f"{self.teacher_logits} the teacher is not in memory. Leave one of the two out.",
+        )
+        if self.teacher_logits is not None:
+            require_stored_is_enough(self.distillation)
         require(
             self.corrected_teacher is None or self.distillation.teacher_lr > 0,
             f"distill.corrected_teacher={self.corrected_teacher} is of a teacher that learns. Leave it out, or set "

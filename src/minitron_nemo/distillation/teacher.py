@@ -113,7 +113,8 @@ class LiveTeacher(nn.Module):
         _require_side_by_side(student, self.model)
         self.learns = config.teacher_lr > 0
         if self.learns:
-            _require_can_learn(self.model)
+            tied = self.model.share_embeddings_and_output_weights
+            require_can_learn(tied=tied, pipeline_stages=self.model.config.pipeline_model_parallel_size)
         self.model.requires_grad_(self.learns)
 
     def train(self, mode: bool = True) -> LiveTeacher:
@@ -197,12 +198,17 @@ class TeacherAtHand:
 # ---- what cannot stand side by side ----------------------------------------------------------------------------------
 
 
-def _require_can_learn(teacher: GPTModel) -> None:
+def require_can_learn(*, tied: bool, pipeline_stages: int) -> None:
+    """Raises: ValueError: a teacher cannot be corrected beside a student on so many stages.
+
+    Args:
+        tied: its output layer is its embedding.
+    """
     require(
-        not teacher.share_embeddings_and_output_weights or teacher.config.pipeline_model_parallel_size == 1,
-        f"distillation.teacher_lr cannot be set for a teacher with tied embeddings on "
-        f"{teacher.config.pipeline_model_parallel_size} pipeline stages: Megatron adds the tied gradients of one model "
-        "only. Set trainer.pipeline_model_parallel_size=1, or correct the teacher beforehand.",
+        not tied or pipeline_stages == 1,
+        f"distillation.teacher_lr cannot be set for a teacher with tied embeddings on {pipeline_stages} pipeline "
+        "stages: Megatron adds the tied gradients of one model only. Set trainer.pipeline_model_parallel_size=1, or "
+        "correct the teacher beforehand.",
     )
 
 
