@@ -13,7 +13,7 @@ from typing import NamedTuple
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from minitron_nemo import engine, platform
+from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import DistillConfig
@@ -94,9 +94,8 @@ def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     require_splits(teacher.shape, config.trainer)
     plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
-    offload = platform.dtype_of(config.trainer.precision) if config.offload_teacher else None
     return _Lesson(
-        TeacherAtHand(teacher.shape, teacher.path, offload),
+        TeacherAtHand(teacher.shape, teacher.path, config.offload_teacher),
         teacher.artifacts,
         plan=None if plan is None else PruningPlan.load(plan),
     )
