@@ -168,7 +168,7 @@ def time_outs(directory: Path) -> list[float]:
         del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
     groups = [dist.group.WORLD, parallel_state.get_data_parallel_group()]
     waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
-    trainer = build_trainer(config, TrainingConfig(steps=1), directory=directory, callbacks=[])
+    trainer = build_trainer(config, TrainingConfig(), directory=directory, callbacks=[])
     return [wait.total_seconds() for wait in [*waits, trainer.strategy._timeout]]
 
 
@@ -188,7 +188,7 @@ def place_of_trainer(directory: Path) -> tuple[int, ...]:
     os.environ |= {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     try:
         config = TrainerConfig(**trainer_values())
-        trainer = build_trainer(config, TrainingConfig(steps=1), directory=directory, callbacks=[])
+        trainer = build_trainer(config, TrainingConfig(), directory=directory, callbacks=[])
         return trainer.num_nodes, trainer.num_devices, trainer.node_rank, trainer.local_rank
     finally:
         os.environ |= before
