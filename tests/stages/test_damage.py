@@ -17,17 +17,10 @@ from minitron_nemo.artifact import is_artifact, open_artifact
 from support.door import Door
 from support.tiny import TinyChain
 
-ARTIFACTS = [
-    "data",
-    "teacher",
-    "corrected_teacher",
-    "importance",
-    "student_pruned",
-    "distilled",
-    "evaluation_pruned",
-    "export",
-    "report",
-]
+ARTIFACTS = (
+    *("data", "teacher", "corrected_teacher", "importance", "student_pruned", "distilled"),
+    *("evaluation_pruned", "export", "report"),
+)
 
 
 @contextmanager

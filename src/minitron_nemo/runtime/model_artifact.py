@@ -16,6 +16,7 @@ from pathlib import Path
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import NothingThere, reading, require
 from minitron_nemo.kinds import refuse_as_artifact
+from minitron_nemo.parallel import by_rank_zero
 from minitron_nemo.runtime.checkpoint_metadata import require_whole
 from minitron_nemo.runtime.distributed_checkpoint import WEIGHTS
 from minitron_nemo.shape import ModelShape
@@ -78,8 +79,9 @@ class ModelInput:
         return [self.artifact] if self.artifact else []
 
 
+@by_rank_zero
 def open_model(path: Path | str | None, *, key: str, foreign: ForeignShape, verify: bool = False) -> ModelInput:
-    """A model given as an input.
+    """A model given as an input. Every rank calls, and rank 0 looks.
 
     Whoever made a checkpoint, it is read as data; see `checkpoint_metadata.py`.
 
