@@ -34,7 +34,7 @@ from minitron_nemo.stages import distill, teacher_logits
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import StoredSamples, samples_of, stored_sources
 from minitron_nemo.text.teacher_store import Shards, StoreFormat, TeacherStore
-from support.artifacts import full_disk
+from support.artifacts import change_manifest, full_disk
 from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, smaller
 from support.ranks import Ranks, current_layout
@@ -362,8 +362,7 @@ def test_sources_take_turns_by_weight_and_each_gives_all_its_windows_before_one_
     tiny_run: TinyRun, tmp_path: Path
 ) -> None:
     other = shutil.copytree(tiny_run.data, tmp_path / "data")
-    manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"digest": "0" * 64}))  # as if of another corpus
+    change_manifest(other, lambda manifest: manifest.update(digest="0" * 64))  # as if of another corpus
     parts = [{"path": tiny_run.data, "weight": 3}, {"path": str(other), "weight": 1}]
     sources, windows = stored_sources(open_blend(DataConfig(prepared=parts)), SEQ_LENGTH, 39)
     assert [(source.first, source.samples) for source in sources] == [(0, 30), (30, 10)]  # 29.25 and 9.75, rounded up
@@ -416,13 +415,13 @@ def refusals(run: TinyRun, store: str, other: dict[str, str], output: str) -> di
 
 def test_what_does_not_fit_the_store_is_named(ranks: Ranks, tiny_run: TinyRun, store: str, tmp_path: Path) -> None:
     def altered(name: str, source: str, *, digest: str | None = None, **changes: Any) -> str:
-        manifest = json.loads((Path(source) / "manifest.json").read_text())
-        manifest["digest"] = digest or manifest["digest"]
-        for key, value in changes.items():
-            place, _, last = key.rpartition("__")
-            (manifest["facts"][place] if place else manifest["facts"])[last] = value
-        shutil.copytree(source, tmp_path / name)
-        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+        def change(manifest: dict[str, Any]) -> None:
+            manifest["digest"] = digest or manifest["digest"]
+            for key, value in changes.items():
+                place, _, last = key.rpartition("__")
+                (manifest["facts"][place] if place else manifest["facts"])[last] = value
+
+        change_manifest(shutil.copytree(source, tmp_path / name), change)
         return str(tmp_path / name)
 
     other = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.composition import compose
 from minitron_nemo.runtimes import suits
 from minitron_nemo.scores import Importance
-from support.artifacts import contents
+from support.artifacts import change_manifest, contents
 from support.door import Door
 from support.tiny import TinyChain
 from support.tiny_run import read_weights
@@ -155,9 +156,11 @@ def test_rounds_that_cannot_work_are_refused_before_anything_is_made(
         assert said in door("prune", *scored, *values, f"prune.output={output}").mistake
     scores = tmp_path / "importance"
     shutil.copytree(run_dir(scored) / "importance", scores)
-    manifest = json.loads((scores / "manifest.json").read_text())
-    manifest["inputs"] = [made | {"digest": "0" * 64} for made in manifest["inputs"]]  # the data are others now
-    (scores / "manifest.json").write_text(json.dumps(manifest))
+
+    def of_other_data(manifest: dict[str, Any]) -> None:
+        manifest["inputs"] = [made | {"digest": "0" * 64} for made in manifest["inputs"]]
+
+    change_manifest(scores, of_other_data)
     done = door("prune", *scored, width, "prune.rounds=2", f"prune.importance={scores}", f"prune.output={output}")
     assert f"was made again since {scores} was estimated on it" in done.mistake
     assert not output.exists()
@@ -210,6 +213,7 @@ def test_scores_come_from_a_file_of_samples_and_go_with_their_tokenizer(
     assert description["num_samples"] == 5
     description["tokenizer_digest"] = "0" * 64
     (tmp_path / "i" / "importance.json").write_text(json.dumps(description))
+    change_manifest(tmp_path / "i", lambda manifest: manifest["files"].pop("importance.json"))
     done = door("prune", *scored, f"prune.importance={tmp_path}/i", "+prune.keep.hidden_size=0.5")
     assert "prune.importance was estimated with another tokenizer (digest 000000000000)" in done.mistake
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,15 @@ def listing(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and time of writing of everything below `directory`, by relative path."""
     found = {str(path.relative_to(directory)): path.stat() for path in sorted(directory.rglob("*"))}
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+
+
+def change_manifest(artifact: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """As if an artifact had been made otherwise: `change` alters its manifest in place."""
+    file = artifact / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["sha256"]  # of itself; an earlier version's has none
+    change(manifest)
+    file.write_text(json.dumps(manifest))
 
 
 @contextmanager
