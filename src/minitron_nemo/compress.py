@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -18,9 +17,9 @@ from rich.console import Console
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ReportConfig
-from minitron_nemo.parallel import is_rank_zero, rank_zero_works
+from minitron_nemo.parallel import is_rank_zero
 from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
-from minitron_nemo.standing import serves
+from minitron_nemo.standing import make
 
 
 def run(config: DictConfig, steps: Sequence[Step]) -> None:
@@ -36,10 +35,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     for number, step in enumerate(steps, start=1):
         values = configs[step.name]
         say(f"[{number}/{len(steps)}] {step.name}")
-        if rank_zero_works(partial(serves, values, overwrite=config.compress.overwrite)):
-            say(f"    complete: {values.output}")
-            continue
-        stage_module(step.stage).run(values)
+        make(step, values, overwrite=config.overwrite)
     if is_rank_zero():
         _close(table, [configs[step.name] for step in steps], time.monotonic() - started)
 
