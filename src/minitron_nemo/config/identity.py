@@ -49,7 +49,7 @@ def _how_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of the fields that say how a step runs, of a dataclass and those within."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        if field.metadata == HOW:
+        if field.metadata.get("how"):
             yield prefix + field.name
         elif dataclasses.is_dataclass(hints[field.name]):
             yield from _how_keys(hints[field.name], f"{prefix}{field.name}.")
