@@ -95,7 +95,7 @@ for output in map(Path, sys.argv[1:]):
 
 
 def test_a_kill_at_any_moment_of_the_change_leaves_the_older_or_the_newer_artifact(tmp_path: Path) -> None:
-    # the renames and removals at the end: the manifest's, of what an earlier kill left, aside, in its place, of the older
+    # renames and removals at the end: the manifest's, of what an earlier kill left, aside, in its place, of the older
     expected = {"replaced": ["older"] * 3 + ["newer"] * 2, "new": [None, "newer", "newer"]}
     outputs = [tmp_path / kind / str(moment + 1) / "it" for kind in expected for moment in range(len(expected[kind]))]
     for output in outputs:

@@ -1,10 +1,10 @@
 """What already stands: one look and one rule at every door, a stage's own, `compress` and so every SLURM job.
 
-    there is nothing                                 made
-    current: made from the same config and inputs    kept, with one line
-    made from another config or other inputs         refused, with the first difference; `overwrite=true` replaces it
-    no artifact of ours                              refused
-    a report, which shows what is there              made again where something else is there now
+there is nothing                                 made
+current: made from the same config and inputs    kept, with one line
+made from another config or other inputs         refused, with the first difference; `overwrite=true` replaces it
+no artifact of ours                              refused
+a report, which shows what is there              made again where something else is there now
 """
 
 from __future__ import annotations
