@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig
@@ -17,7 +18,7 @@ from rich.console import Console
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ReportConfig
-from minitron_nemo.parallel import is_rank_zero
+from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
 from minitron_nemo.standing import make
 
@@ -36,8 +37,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
         values = configs[step.name]
         say(f"[{number}/{len(steps)}] {step.name}")
         make(step, values, overwrite=config.overwrite)
-    if is_rank_zero():
-        _close(table, [configs[step.name] for step in steps], time.monotonic() - started)
+    rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 
 def say(text: str) -> None:
