@@ -43,8 +43,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
             continue
         stage_module(step.stage).run(values)
         _let_go()
-    if is_rank_zero():
-        _close(table, [configs[step.name] for step in steps], time.monotonic() - started)
+    rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 
 def say(text: str) -> None:
