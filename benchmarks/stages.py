@@ -21,10 +21,11 @@ PRECISION = "bf16"
 def begin() -> float:
     """Make this process ready for stages; returns the time by the monotonic clock."""
     quieten()
+    from minitron_nemo.config.trainer import Layout
     from minitron_nemo.runtime.layout import start
 
     hush()
-    start()
+    start(Layout())
     return time.monotonic()
 
 

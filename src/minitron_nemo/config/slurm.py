@@ -1,10 +1,10 @@
-"""What a stage asks of SLURM; the same for every stage of a chain: conf's `slurm` group."""
+"""What a stage asks of SLURM, the same for every stage of a chain but those of one process: conf's `slurm` group."""
 
 from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar
 
 from minitron_nemo.checks import require
@@ -24,6 +24,11 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     """Ranks torchrun starts on a node: one per GPU, or per model-parallel rank on CPU nodes."""
     gpus_per_node: int | None = ranged(None, at_least=1)
     """GPUs asked for on each node; null on partitions without GPUs, or where whole nodes are handed out."""
+    gpus_of_one_process: int | None = ranged(None, at_least=1)
+    """GPUs asked for by a job whose stage is one process (prepare-data, prune-hf, report, prune with offline=true),
+    which runs on one node and uses none; null asks for none."""
+    partition_of_one_process: str | None = None
+    """Partition of such a job, where that of the others gives no job without GPUs; null: `partition`."""
     cpus_per_task: int | None = ranged(None, at_least=1)
     """CPUs of a node's one task, which torchrun and all its ranks share; null leaves SLURM's default (often 1)."""
     memory: str | None = None
@@ -43,6 +48,17 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     seconds_before_end: int = ranged(120, at_least=0, at_most=65535)
     """So long before its limit a job tells its training to save and stop, and queues itself again to go on; 0 to 65535,
     0 never. Must be enough for a step and a checkpoint."""
+
+    @property
+    def for_one_process(self) -> SlurmConfig:
+        """What a job asks for whose stage is one process."""
+        return replace(
+            self,
+            nodes=1,
+            processes_per_node=1,
+            gpus_per_node=self.gpus_of_one_process,
+            partition=self.partition_of_one_process or self.partition,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

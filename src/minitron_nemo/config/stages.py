@@ -389,6 +389,13 @@ class ReportConfig:
             )
 
 
+def runs_in_one_process(config: Any) -> bool:
+    """Whether one process does all that a stage does, so that others would only wait for it."""
+    return isinstance(config, PrepareDataConfig | PruneHfConfig | ReportConfig) or (
+        isinstance(config, PruneConfig) and config.offline
+    )
+
+
 @dataclass
 class CompressConfig:
     steps: list[Any] = field(default_factory=list)

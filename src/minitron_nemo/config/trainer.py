@@ -15,6 +15,7 @@ A person writes one flat group, as in NeMo. A stage takes of it what it reads, a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any, ClassVar
 
 from minitron_nemo.checks import did_you_mean, require
@@ -22,6 +23,7 @@ from minitron_nemo.config.identity import HOW, how
 from minitron_nemo.config.ranges import Ranged, ranged
 
 PRECISIONS = ("auto", "bf16", "fp32")
+_LONGEST_TIMEOUT = 7 * 24 * 60  # minutes of a week
 _RECOMPUTATION = {
     "recompute_granularity": ("full", "selective"),
     "recompute_method": ("uniform", "block"),
@@ -44,6 +46,9 @@ class Layout(_OfTrainer):
     """Ranks the experts of a mixture are shared out among, within the data-parallel ones; each expert is split over the
     tensor-parallel ranks as everything else is."""
     sequence_parallel: bool = how(False)
+    distributed_timeout_minutes: float = ranged(10.0, above=0, at_most=_LONGEST_TIMEOUT, how=True)
+    """How long a rank waits for others in a collective before the run ends with an error; NCCL's own is 10.
+    What rank 0 does alone is waited for as long as it takes, whatever this says."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +62,11 @@ class Layout(_OfTrainer):
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model and one sample."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def distributed_timeout(self) -> timedelta:
+        """Of every process group."""
+        return timedelta(minutes=self.distributed_timeout_minutes)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -168,7 +178,6 @@ class TrainerConfig(Passing, Recomputation, Logging):
 
     global_batch_size: int = ranged(768, at_least=1)
     """Samples per optimizer step over all ranks. 768 in arXiv:2408.11796."""
-    num_nodes: int = ranged(1, at_least=1, how=True)
 
     @property
     def tokens_per_step(self) -> int:

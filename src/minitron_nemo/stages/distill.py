@@ -19,6 +19,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import DistillConfig
 from minitron_nemo.distillation.stored_teacher import TeacherInStore
 from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource, require_can_learn
+from minitron_nemo.parallel import rank_zero_says
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
@@ -96,7 +97,7 @@ def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     if config.distillation.teacher_lr > 0:
         tied, stages = teacher.shape.share_embeddings_and_output_weights, config.trainer.pipeline_model_parallel_size
         require_can_learn(tied=tied, pipeline_stages=stages)
-    plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
+    plan = config.plan or (student.path if rank_zero_says(PruningPlan.is_in(student.path)) else None)
     return _Lesson(
         TeacherAtHand(teacher.shape, teacher.path, config.offload_teacher),
         teacher.artifacts,
