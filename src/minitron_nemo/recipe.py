@@ -223,6 +223,8 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("name", str, MISSING),
         ("run_dir", str, MISSING),
         ("section", str | None, None),
+        ("overwrite", bool, False),
+        ("verify_inputs", bool, False),
         ("seed", int, 1234),
         *((name, group, field(default_factory=group)) for name, group in _GROUPS.items()),
         ("compress", stages.CompressConfig, field(default_factory=stages.CompressConfig)),
@@ -236,7 +238,8 @@ def register_schema(steps: Mapping[str, Step]) -> None:
     ConfigStore.instance().store(name="schema", node=dataclasses.make_dataclass("Recipe", fields))
 
 
-_TOP = ("name", "run_dir", "section", *SHARED, "compress", "submit", "slurm", "hydra")
+_DOORS = ("section", "overwrite", "verify_inputs", "compress", "submit", "slurm")
+_TOP = ("name", "run_dir", *_DOORS, *SHARED, "hydra")
 
 
 def _section_schema(step: Step, steps: Mapping[str, Step]) -> type:

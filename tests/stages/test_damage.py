@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from minitron_nemo.artifact import is_artifact, open_artifact
+from minitron_nemo.artifact import is_artifact, open_artifact, writing
 from support.door import Door
 from support.tiny import TinyChain
 
@@ -65,3 +65,32 @@ def test_damage_ends_a_command_as_one_message(door: Door, tiny_chain: TinyChain,
         assert f"evaluate.model={model}" in said and file.name in said
         assert said.endswith("Make it again, or copy it again.\n")
     assert not (tmp_path / "output").exists()
+
+
+def test_large_inputs_are_read_whole_when_asked_and_before_an_export(
+    door: Door, tiny_chain: TinyChain, tmp_path: Path
+) -> None:
+    """The tiny teacher with one large file, whose one changed bit only its sha256 tells."""
+    model = tmp_path / "model"
+    with writing(model, stage="import-hf", config={}) as draft:
+        shutil.copytree(tiny_chain.run_dir / "teacher", draft.path, dirs_exist_ok=True)
+        draft.facts.update(open_artifact(tiny_chain.run_dir / "teacher").facts)
+        (draft.path / "manifest.json").unlink()
+        (draft.path / "large").write_bytes(bytes(2**20 + 1))
+    command = [*tiny_chain.overrides, f"evaluate.model={model}", f"evaluate.output={tmp_path / 'output'}"]
+    with spoiled(model / "large", "flipped"):
+        said = door("evaluate", *command, "verify_inputs=true").mistake
+        assert f"evaluate.model={model} is not as import-hf made it: large has other contents." in said
+        export = [f"export_hf.model={model}", f"export_hf.output={tmp_path / 'export'}"]
+        assert "large has other contents." in door("export-hf", *tiny_chain.overrides, *export).mistake
+        assert door("evaluate", *command).code == 0
+
+
+def test_a_damaged_output_is_said_and_made_again_when_asked(door: Door, tiny_chain: TinyChain, tmp_path: Path) -> None:
+    command = ["evaluate", *tiny_chain.overrides, f"evaluate.output={tmp_path / 'output'}"]
+    assert door(*command).code == 0
+    (tmp_path / "output" / "manifest.json").write_bytes(b"{")
+    said = door(*command).mistake
+    assert f"{tmp_path / 'output'} is complete but damaged: " in said and said.endswith("or set overwrite=true.\n")
+    assert door(*command, "overwrite=true").code == 0
+    assert open_artifact(tmp_path / "output", verify=True).stage == "evaluate"
