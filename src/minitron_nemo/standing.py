@@ -19,6 +19,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.identity import differences
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import Step, stage_module
+from minitron_nemo.stopping import listening
 
 
 def make(step: Step, config: Any, *, overwrite: bool) -> Artifact:
@@ -31,7 +32,8 @@ def make(step: Step, config: Any, *, overwrite: bool) -> Artifact:
         if is_rank_zero():
             print(f"    complete: {config.output}", file=sys.stderr, flush=True)
         return open_artifact(config.output)
-    return stage_module(step.stage).run(config)
+    with listening():
+        return stage_module(step.stage).run(config)
 
 
 def serves(step: Step, config: Any, *, overwrite: bool = False) -> bool:

@@ -19,6 +19,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +80,31 @@ class Door:
         answer = self._answers.readline()
         assert answer, f"the process ended while it ran: minitron {' '.join(command)}"
         return Done(**json.loads(answer))
+
+    def told_to_stop(self, *command: str, by: signal.Signals = signal.SIGUSR1) -> Done:
+        """The command, which is sent the signal as soon as it listens for it."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._process is not None
+        over, process = threading.Event(), self._process.pid
+        listens = 1 << (by - 1)
+
+        def tell() -> None:
+            while not over.is_set():
+                status = Path(f"/proc/{process}/status").read_text()
+                caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+                if int(caught.split()[1], 16) & listens:
+                    os.kill(process, by)
+                    return
+                time.sleep(0.001)
+
+        teller = threading.Thread(target=tell)
+        teller.start()
+        try:
+            return self(*command)
+        finally:
+            over.set()
+            teller.join()
 
     def _start(self) -> None:
         request_read, request_write = os.pipe()

@@ -77,6 +77,10 @@ class BlockInfluence:
             if receives:
                 self._add_pairs(theirs_rows, theirs, rows, mine, counts)
 
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {"sums": self._sums, "num_tokens": self._num_tokens}
+
     def finish(self) -> dict[int, Tensor]:
         """n -> [L-n+1] float64 for n = 1 .. L-1, entry i for layers i .. i+n-1; equal on every rank.
 

@@ -27,7 +27,7 @@ all ranks per micro-batch that stops them together where an activation is not fi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import TracebackType
 
 import torch
@@ -155,6 +155,22 @@ class DepthEstimator:
             for metric, by_size in scores.items()
         }
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that this rank has added up, for a pass that goes on another time (`resuming.Sums`)."""
+        kept = {name: tensor.clone() for name, tensor in self._running().items()}
+        return kept | {"num_batches": torch.tensor(self._num_batches)}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums that an estimator of the same model and config had."""
+        for name, tensor in self._running().items():
+            tensor.copy_(sums[name])
+        self._num_batches = int(sums["num_batches"])
+
+    def _running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        of = {"influence": self._influence.running(), "costs": self._costs.running()}
+        return {f"{name}.{key}": tensor for name, parts in of.items() for key, tensor in parts.items()}
+
     def _stop_where_not_finite(self, counts: Tensor) -> None:
         """Raise on every rank where a recorded state is not finite at a token that counts.
 
@@ -214,6 +230,10 @@ class LogitCosts:
         if "loss" in self.metrics:
             losses = token_losses(logits, batch["labels"], vocab_size=self.vocab_size, tp_group=self.groups.tp)
             self._add("loss", number, losses, counts)
+
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {"sums": self._sums, "squares": self._squares, "num_tokens": self._num_tokens}
 
     def finish(self) -> dict[str, Tensor]:
         """Metric -> [passes] float64, 0 for the first pass; equal on every rank.

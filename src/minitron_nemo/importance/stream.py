@@ -72,6 +72,10 @@ class StreamMoments:
             self._stream += product
             self._norm[row] += product.diagonal()
 
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {STREAM: self._stream, NORM: self._norm}
+
     def merge(self) -> dict[str, Tensor]:
         """The sums over all ranks, equal on every rank. Communicates: tp, cp, dp and pp, once for each of the two."""
         merged = {}
