@@ -46,7 +46,7 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     python: str = sys.executable
     """Interpreter that has minitron_nemo, by default the one that submits; inside a container most often `python`."""
     seconds_before_end: int = ranged(120, at_least=0, at_most=65535)
-    """So long before its limit a job tells its training to save and stop, and queues itself again to go on; 0 to 65535,
+    """So long before its limit a job tells its stage to save and stop, and queues itself again to go on; 0 to 65535,
     0 never. Must be enough for a step and a checkpoint."""
 
     @property
