@@ -19,12 +19,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
-import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from support.patience import LOOK_SECONDS, Patience, end
 
@@ -57,6 +55,9 @@ def environment() -> dict[str, str]:
     return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(TESTS)]), "OMP_NUM_THREADS": "1"}
 
 
+_TOLD_BY = "told to stop by "
+
+
 class Door:
     """The warm process; started by the first command."""
 
@@ -82,29 +83,8 @@ class Door:
         return Done(**json.loads(answer))
 
     def told_to_stop(self, *command: str, by: signal.Signals = signal.SIGUSR1) -> Done:
-        """The command, which is sent the signal as soon as it listens for it."""
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        assert self._process is not None
-        over, process = threading.Event(), self._process.pid
-        listens = 1 << (by - 1)
-
-        def tell() -> None:
-            while not over.is_set():
-                status = Path(f"/proc/{process}/status").read_text()
-                caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
-                if int(caught.split()[1], 16) & listens:
-                    os.kill(process, by)
-                    return
-                time.sleep(0.001)
-
-        teller = threading.Thread(target=tell)
-        teller.start()
-        try:
-            return self(*command)
-        finally:
-            over.set()
-            teller.join()
+        """The command, whose process is sent the signal as soon as it listens for it."""
+        return self(f"{_TOLD_BY}{by.value}", *command)
 
     def _start(self) -> None:
         request_read, request_write = os.pipe()
@@ -142,6 +122,20 @@ class Door:
 # ---- the warm process's side -----------------------------------------------------------------------------------------
 
 
+def _send_when_heard(by: signal.Signals) -> None:
+    """This process sends itself the signal once it has put a handler in its place."""
+    put = signal.signal
+
+    def put_and_send(number: int, handler: Any) -> Any:
+        before = put(number, handler)
+        if number == by:
+            signal.signal = put
+            os.kill(os.getpid(), by)
+        return before
+
+    signal.signal = put_and_send
+
+
 def _serve(requests: IO[str], answers: IO[str]) -> None:
     for line in requests:
         answers.write(json.dumps(_run(json.loads(line))) + "\n")
@@ -151,6 +145,8 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
 def _run(command: list[str]) -> dict[str, int | str]:
     from minitron_nemo.cli import main
 
+    if command[0].startswith(_TOLD_BY):
+        _send_when_heard(signal.Signals(int(command.pop(0).removeprefix(_TOLD_BY))))
     saved = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         os.dup2(out.fileno(), 1)
