@@ -6,12 +6,14 @@ goes on where it stopped. All steps' configs are checked before the first one st
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -40,13 +42,20 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
             say(f"    complete: {values.output}")
             continue
         stage_module(step.stage).run(values)
-    if is_rank_zero():
-        _close(table, [configs[step.name] for step in steps], time.monotonic() - started)
+        _let_go()
+    rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 
 def say(text: str) -> None:
     if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
+
+
+def _let_go() -> None:
+    """A step's models, before the next one builds its own: they lie in circles (a trainer and its model know each
+    other), which Python looks for when it likes, and on a device in torch's cache."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _close(table: ReportConfig, configs: Sequence[Any], seconds: float) -> None:

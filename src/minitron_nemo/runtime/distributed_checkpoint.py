@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo.places import layer_of
@@ -32,9 +34,19 @@ def save_weights(core: MCoreGPTModel, directory: Path) -> None:
 
 
 def load_weights(core: MCoreGPTModel, directory: Path) -> None:
-    """Fill `core` from `directory/weights`. Every rank calls; each reads what it holds."""
+    """Fill `core` from `directory/weights`. Every rank calls; each reads what it holds, into where it lies.
+
+    Memory: beside the model one tensor as it is stored. Megatron would read the two halves of gated linears apart and
+    make new tensors of them, for all layers at once; here the halves are views of the parameter.
+    """
     wanted = core.sharded_state_dict(prefix=PREFIX, metadata=content_of(directory / WEIGHTS))
-    found = dist_checkpointing.load(wanted, str(directory / WEIGHTS))
+    parts = {name: each.build() for name, each in wanted.items() if isinstance(each, ShardedTensorFactory)}
+    places = [[each.data for each in nested_values(part)] for part in parts.values()]
+    found = dist_checkpointing.load(wanted | parts, str(directory / WEIGHTS))
+    for name, of_part in zip(parts, places, strict=True):
+        for place, value in zip(of_part, nested_values(found.pop(name)), strict=True):
+            if place.data_ptr() != value.data_ptr():
+                place.copy_(value)
     core.load_state_dict({key.removeprefix(PREFIX): value for key, value in found.items()}, strict=False)
 
 
