@@ -277,7 +277,9 @@ def _chunk_results(
         else:
             teacher_scores = scores(teacher, config.teacher_logit_scale, config.teacher_softcap)
             teacher_scores = tempered(teacher_scores, config.temperature)
-            result = OF_SCORES[config.kind](teacher_scores, student, vocabulary.size, reduce)
+            never_said = teacher_scores == float("-inf")
+            teacher_scores, known = (each.masked_fill(never_said, 0.0) for each in (teacher_scores, student))
+            result = OF_SCORES[config.kind](teacher_scores, known, vocabulary.size, reduce)
         entropy = []
         if labels is not None:
             if has_log_softmax(student, vocabulary):
