@@ -14,7 +14,6 @@ import pytest
 from support.artifacts import listing
 from support.door import ROOT, Door, environment
 from support.patience import run_patiently
-from support.tiny import TinyChain
 
 MISTYPED = {
     "a key with a typing error": (
@@ -217,22 +216,3 @@ def test_one_rank_that_cannot_go_on_ends_all_with_its_word(tmp_path: Path, how: 
     else:
         assert said.strip().endswith("RuntimeError: a fault of ours")
     assert "minitron" not in silent and "Traceback" not in silent, silent
-
-
-ONLY_RANK_ONE = """
-import os, sys
-from minitron_nemo.cli import main
-if __name__ == "__main__":
-    model = "nowhere" if os.environ["RANK"] == "1" else sys.argv[1]
-    sys.exit(main(["export-hf", "recipe=quickstart", f"export_hf.model={model}", *sys.argv[2:]]))
-"""
-
-
-def test_a_mistake_only_another_rank_meets_is_said_by_it(tmp_path: Path, tiny_chain: TinyChain) -> None:
-    script = tmp_path / "export.py"
-    script.write_text(ONLY_RANK_ONE)
-    code, screen = torchrun(
-        str(script), str(tiny_chain.run_dir / "student_pruned"), "trainer.seq_length=32", f"run_dir={tmp_path / 'run'}"
-    )
-    assert code != 0
-    assert "rank 1: minitron export-hf: export_hf.model=nowhere does not exist." in screen
