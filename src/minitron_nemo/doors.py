@@ -30,7 +30,6 @@ from minitron_nemo.recipe import (
     names_of,
     register_schema,
     require_own_keys,
-    stage_module,
     steps_of,
 )
 
@@ -123,7 +122,9 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
         step.stage == door,
         f"section={step.name} is run by another stage: minitron {step.stage} section={step.name} ...",
     )
-    artifact = stage_module(step.stage).run(values)
+    from minitron_nemo.standing import make
+
+    artifact = make(step, values, overwrite=config.overwrite)
     if int(os.environ.get("RANK", 0)) == 0:
         print(artifact.path)
 

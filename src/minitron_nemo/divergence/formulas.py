@@ -12,6 +12,10 @@ float64 for float64 logits. A formula reads its chunk, agrees over tp on a few n
 divergence and a function that forms the gradient from what the formula still holds. Where no gradient waits for the
 divergence (SUMMED_AT_THE_END, and the cross-entropy), it returns this rank's part.
 
+A logit of -inf (a token that a model never says) has probability 0, and 0 log 0 is 0. Where one model has no
+probability and the other has, their log p differ by FURTHEST at most; cosine and mse leave out what the teacher never
+says. So every value and gradient is finite where each row has a finite logit.
+
 Communication: tp, in `vocabulary.Reductions` alone: [n] values or a few of them, in the forward pass only.
 """
 
@@ -24,6 +28,9 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary, column, row_max
+
+FURTHEST = 1e4
+"""Nats, of log p_T - log p_S: far above what finite logits give, and its square fits float32."""
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
@@ -69,8 +76,14 @@ class Softmax(NamedTuple):
 
 def softmaxes(all_scores: Sequence[Tensor], reduce: Reductions) -> list[Softmax]:
     """Of several models' scores [n, v/tp] at once. Communicates: tp, one gather of [models, n]."""
+
     # The exponentials are of the rank's own maximum, and do not wait for the others'.
-    maxima = reduce.store_local(lambda: torch.stack([row_max(scores) for scores in all_scores]))
+    def local_maxima() -> Tensor:
+        # Of a part of the vocabulary that is never said: exp(-inf - anything finite) is 0.
+        maxima = torch.stack([row_max(scores) for scores in all_scores])
+        return maxima.clamp_min_(torch.finfo(maxima.dtype).min)
+
+    maxima = reduce.store_local(local_maxima)
     exponentials = [(scores - maximum.unsqueeze(-1)).exp_() for scores, maximum in zip(all_scores, maxima, strict=True)]
     log_sums = reduce.logsumexp(lambda: maxima.double() + torch.stack([e.sum(-1) for e in exponentials]).double().log())
     factors = (maxima - log_sums).exp().to(maxima.dtype)
@@ -82,8 +95,9 @@ def softmaxes(all_scores: Sequence[Tensor], reduce: Reductions) -> list[Softmax]
 
 
 def log_ratio(teacher: Softmax, student: Softmax) -> Tensor:
-    """log p_T - log p_S [n, v/tp], exactly 0 where the models are equal."""
-    return (teacher.scores - student.scores).add_(column(student.log_sum - teacher.log_sum, student.p))
+    """log p_T - log p_S [n, v/tp], exactly 0 where the models are equal, and where neither ever says a token."""
+    ratio = (teacher.scores - student.scores).add_(column(student.log_sum - teacher.log_sum, student.p))
+    return ratio.nan_to_num_(nan=0.0, posinf=FURTHEST, neginf=-FURTHEST)  # a NaN of the logits stays in p
 
 
 Result: TypeAlias = tuple[Tensor, Callable[[], Tensor]]

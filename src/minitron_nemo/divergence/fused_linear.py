@@ -396,7 +396,8 @@ class _Weighted(torch.autograd.Function):
         if ctx.gradients is not None and ctx.gradients.weight is not None and not ctx.to_main_grad:
             ctx.gradients.weight = ctx.gradients.weight.to(inputs[1].dtype)
         ctx.mark_non_differentiable(losses)
-        return (weights * losses).sum(), losses
+        # A cross-entropy may be infinite, on a label that is no token; one that does not count is none.
+        return torch.where(weights != 0, weights * losses, 0.0).sum(), losses
 
     @staticmethod
     @once_differentiable

@@ -244,6 +244,8 @@ def _chunk_results(
         teacher_scores = scores(teacher, config.teacher_logit_scale, config.teacher_softcap)
         teacher_scores = tempered(teacher_scores, config.temperature)
         if config.kind in OF_SCORES:
+            never_said = teacher_scores == float("-inf")
+            teacher_scores, student = (rows.masked_fill(never_said, 0.0) for rows in (teacher_scores, student))
             result = OF_SCORES[config.kind](teacher_scores, student, vocabulary.size, reduce)
         else:
             more = [student_scores] if labels is not None and config.temperature != 1.0 else []

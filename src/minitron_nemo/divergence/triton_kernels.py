@@ -16,11 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from minitron_nemo.config.distillation import DivergenceConfig
+from minitron_nemo.divergence import formulas
 from minitron_nemo.divergence.formulas import cross_entropy, scores
 from minitron_nemo.divergence.token_rows import Rows
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary
 
 BLOCK = 4096
+FURTHEST: tl.constexpr = tl.constexpr(formulas.FURTHEST)
+LEAST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 NUM_WARPS = 8
 
 
@@ -178,13 +181,13 @@ def _max_and_sum(
 ):
     row = tl.program_id(0).to(tl.int64)  # a row times its stride passes 2^31
     lanes = tl.arange(0, BLOCK)
-    best = tl.full((), float("-inf"), tl.float32)
+    best = tl.full((), LEAST, tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         read = tl.load(logits + row * stride + columns, mask=columns < num_columns, other=0.0)
         scores = tl.where(columns < num_columns, _scores(read, scale, softcap, CAPPED) / temperature, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 0))
+        higher = tl.maximum(tl.maximum(best, tl.max(scores, 0)), LEAST)  # of a block of -inf, exp gives 0
         total = total * tl.exp(best - higher) + tl.sum(tl.exp(scores - higher), 0)
         best = higher
     tl.store(row_max + row, best)
@@ -242,7 +245,7 @@ def _kl_and_gradient(
         z_t = _scores(read_t, teacher_scale, teacher_softcap, TEACHER_CAPPED) / temperature
         p_s = tl.exp(z_s - student_max) * student_inverse
         p_t = tl.exp(z_t - teacher_max) * teacher_inverse
-        log_ratio = (z_t - z_s) + of_sums
+        log_ratio = tl.where((p_t > 0) & real, tl.minimum((z_t - z_s) + of_sums, FURTHEST), 0.0)
         total += tl.sum(tl.where(real, p_t * log_ratio + (p_s - p_t), 0.0), 0)
         if WITH_GRADIENT:
             gradient = weight_kl * (p_s - p_t)

@@ -31,11 +31,11 @@ from collections.abc import Collection
 from types import TracebackType
 
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
+from minitron_nemo.divergence.cross_entropy import token_losses
 from minitron_nemo.divergence.streamed import forward_kl
 from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
 from minitron_nemo.divergence.vocabulary import Vocabulary
@@ -80,8 +80,7 @@ class DepthEstimator:
         Args:
             model: the GPTModel of this rank (one pipeline stage of it), bare or wrapped.
             forward: runs one micro-batch through it; see `removal.ForwardStep`.
-            vocab_size: real entries of the padded vocabulary, for kl and squared_error; None: all are real. The loss is
-                the model's own, over the padded vocabulary.
+            vocab_size: real entries of the padded vocabulary; None: all are real.
             dropped: layers that are gone already, for iterative removal: scores are of what remains, loss, kl and
                 squared_error still against the intact model.
         Raises: ValueError: a block size or a dropped layer the model does not have.
@@ -213,7 +212,8 @@ class LogitCosts:
                 distance = _squared_distance(logits, self._full, counts, self._num_real(logits))
                 self._sums[LOGIT_METRICS.index("squared_error"), number] += distance
         if "loss" in self.metrics:
-            self._add("loss", number, token_losses(logits, batch["labels"]), counts)
+            losses = token_losses(logits, batch["labels"], vocab_size=self.vocab_size, tp_group=self.groups.tp)
+            self._add("loss", number, losses, counts)
 
     def finish(self) -> dict[str, Tensor]:
         """Metric -> [passes] float64, 0 for the first pass; equal on every rank.
@@ -242,17 +242,6 @@ class LogitCosts:
     def _num_real(self, logits: Tensor) -> int:
         """Columns of this rank's logits that are not padding."""
         return Vocabulary.split(logits.shape[-1], self.vocab_size, self.groups.tp).local
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, [b, s/cp] float32, over the vocabulary split across tp.
-
-    Args:
-        logits: [b, s/cp, v/tp]; float32 ones are overwritten.
-        labels: [b, s/cp].
-    Communicates: tp, three all-reduces of [b, s/cp].
-    """
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous(), labels)
 
 
 def _squared_distance(logits: Tensor, other: Tensor | None, counts: Tensor, num_real: int) -> Tensor:

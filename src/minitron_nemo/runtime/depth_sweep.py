@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.importance import ACCURACY, DepthConfig, GreedyConfig
-from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits, token_losses
+from minitron_nemo.divergence.cross_entropy import token_losses
+from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits
 from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size, is_rank_zero
 from minitron_nemo.progress import Reporter
@@ -68,7 +69,7 @@ def estimate_depth(
             scores = estimator.finish()
     if ACCURACY in config.metrics:
         sweep = Sweep(shape.num_layers, config.block_sizes, dropped)
-        likelihoods = option_likelihoods(core, sweep.passes, questions, micro_batch_size)
+        likelihoods = option_likelihoods(core, sweep.passes, questions, micro_batch_size, vocab_size=vocab_size)
         right = accuracy(questions, likelihoods, normalize=config.normalize)
         scores[ACCURACY] = {size: values.float().cpu() for size, values in sweep.by_block(right[0] - right).items()}
     scores = {metric: scores[metric] for metric in config.metrics}
@@ -88,6 +89,7 @@ def option_likelihoods(
     questions: Sequence[Question],
     rows: int,
     *,
+    vocab_size: int | None = None,
     label: str = "depth task",
     key: str = "depth.task",
 ) -> Tensor:
@@ -95,6 +97,7 @@ def option_likelihoods(
 
     Args:
         rows: b of the micro-batches.
+        vocab_size: real entries of the padded vocabulary; None: all are real.
         label: for the progress line.
         key: the user's config key that named the questions, for messages.
     Returns: [passes, options of all questions] float64, equal on every rank.
@@ -117,7 +120,7 @@ def option_likelihoods(
             where = torch.tensor(places, dtype=torch.int64, device=device)
 
             def see(number: int, logits: Tensor, local: Any = local, where: Tensor = where) -> None:
-                losses = token_losses(logits, local["labels"]).double()
+                losses = token_losses(logits, local["labels"], vocab_size=vocab_size, tp_group=groups.tp).double()
                 sums = torch.where(local["loss_mask"] != 0, losses, 0.0).sum(1)  # [b]
                 found[number, where] = -sums[: len(where)]
 

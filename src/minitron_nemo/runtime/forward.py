@@ -84,7 +84,7 @@ def loss_sums(
     def sums(local: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         losses = cross_entropy_of_tokens(OutputHead(hidden, output_weight(core)), local["labels"], walk)
         mask = local["loss_mask"].double()
-        return torch.stack([(losses.double() * mask).sum(), mask.sum()])
+        return torch.stack([torch.where(mask != 0, losses.double() * mask, 0.0).sum(), mask.sum()])
 
     return run_forward(core, batches, see=sums, label=label, total=total)
 
