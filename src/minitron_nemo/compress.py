@@ -22,7 +22,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
-from minitron_nemo.standing import serves
+from minitron_nemo.standing import make
 
 
 def run(config: DictConfig, steps: Sequence[Step]) -> None:
@@ -38,10 +38,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     for number, step in enumerate(steps, start=1):
         values = configs[step.name]
         say(f"[{number}/{len(steps)}] {step.name}")
-        if rank_zero_works(partial(serves, values, overwrite=config.compress.overwrite)):
-            say(f"    complete: {values.output}")
-            continue
-        stage_module(step.stage).run(values)
+        make(step, values, overwrite=config.overwrite)
         _let_go()
     rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
