@@ -56,7 +56,7 @@ MISTYPED = {
     ),
     "a number out of range": (
         ["distill", "recipe=quickstart", "distill.training.steps=0"],
-        "training.steps=0 must be at least 1.",
+        "distill.training.steps=0 must be at least 1; the default is 100.",
     ),
     "no equals sign": (
         ["prune", "recipe=quickstart", "distill.training.steps"],
