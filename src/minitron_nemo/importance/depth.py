@@ -37,7 +37,6 @@ from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
 from minitron_nemo.divergence.cross_entropy import token_losses
 from minitron_nemo.divergence.streamed import forward_kl
-from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
@@ -264,12 +263,15 @@ class LogitCosts:
         return Vocabulary.split(logits.shape[-1], self.vocab_size, self.groups.tp).local
 
 
+SQUARES_ELEMENTS = 1 << 22  # of a block of logits: 16 MiB in float32
+
+
 def _squared_distance(logits: Tensor, other: Tensor | None, counts: Tensor, num_real: int) -> Tensor:
     """Sum of squares of (logits - other) over counting tokens and real columns, float64; of the logits for None."""
     rows = logits.flatten(0, 1)[:, :num_real]
     others = other.flatten(0, 1)[:, :num_real] if other is not None else None
     per_token = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, num_real))
+    step = max(1, SQUARES_ELEMENTS // max(1, num_real))
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         difference = rows[chunk].float()
