@@ -123,17 +123,18 @@ def stopping_after_each_micro_batch(stage: Callable[[TinyRun, str], None], run: 
     return stops
 
 
-@pytest.mark.parametrize(("layout", "stops"), [("dp2", 9), ("pp2", 19)])
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
 def test_importance_and_evaluation_stopped_after_every_micro_batch_are_those_of_one_run(
-    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path, layout: str, stops: int
+    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path, layout: str
 ) -> None:
     questions = [{"context": "import os", "options": [" import", " sys"], "answer": 0}]
     (tiny_run.directory / "task.jsonl").write_text("".join(json.dumps(each) + "\n" for each in questions))
     kinds: dict[str, Any] = {"importance": run_importance, "evaluation": run_evaluate}
     for kind, stage in kinds.items():
         ranks(layout).run(stage, tiny_run, str(tmp_path / kind))
-        ranks(layout).run(stopping_after_each_micro_batch, stage, tiny_run, str(tmp_path / f"stopped {kind}"))
+        stops = ranks(layout).run(stopping_after_each_micro_batch, stage, tiny_run, str(tmp_path / f"stopped {kind}"))
         expected, stopped = open_artifact(tmp_path / kind), open_artifact(tmp_path / f"stopped {kind}")
+        assert min(stops) > 1
         assert stopped.digest == expected.digest
         assert stopped.metrics.get("held_out_loss") == expected.metrics.get("held_out_loss")
     assert {path.name for path in tmp_path.iterdir()} == {*kinds, *(f"stopped {kind}" for kind in kinds)}
