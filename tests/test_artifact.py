@@ -45,6 +45,7 @@ def test_an_artifact_says_what_made_it_from_what_and_what_it_measured(tmp_path: 
     assert student.manifest["inputs"] == [{"path": str(teacher.path), "stage": "prune", "digest": teacher.digest}]
     assert student.manifest["files"] == {"folder/weights": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
     assert {"torch", "megatron-core", "nemo-toolkit"} <= student.manifest["versions"].keys()
+    assert student.manifest["numerics"]["float32_products"] == "float32"
 
 
 def test_nothing_stands_at_the_output_while_it_is_written(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@
 
 The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
 be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
-stage made it, from which config and inputs (with digests), with which versions, what it measured, and of every file its
-size and sha256; and it holds a sha256 of itself. Opening an artifact compares the manifest, all sizes and the contents
-of small files, which is where numbers and names stand; the contents of all with `verify`.
+stage made it, from which config and inputs (with digests), with which versions and in which numbers, what it measured,
+and of every file its size and sha256; and it holds a sha256 of itself. Opening an artifact compares the manifest, all
+sizes and the contents of small files, which is where numbers and names stand; the contents of all with `verify`.
 
 The digest is the identity of what was made: stage, what in the config decides it, identities of the inputs, and the
 files. Where something lies does not count (an input's path stands for its identity, and one beside the output for its
@@ -43,6 +43,7 @@ from typing import Any
 from minitron_nemo.checks import CannotWrite, NothingThere, reading, require
 from minitron_nemo.config.identity import as_dict, decisive
 from minitron_nemo.parallel import barrier, by_rank_zero, is_rank_zero, rank_zero_works
+from minitron_nemo.platform.numerics import numerics
 
 MANIFEST = "manifest.json"
 _READERS = 8  # threads, which hash about 1 GB/s each
@@ -183,6 +184,7 @@ def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Art
             "config": as_dict(config) if dataclasses.is_dataclass(config) else config,
             "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
             "versions": _versions(),
+            "numerics": numerics(),
             "metrics": draft.metrics,
             "facts": draft.facts,
             "seconds": round(time.time() - started, 3),

@@ -20,6 +20,7 @@ from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import SHARED, Step, stage_module
+from minitron_nemo.stopping import listening
 
 
 def make(step: Step, config: Any, *, overwrite: bool, verify_inputs: bool = False) -> Artifact:
@@ -35,9 +36,10 @@ def make(step: Step, config: Any, *, overwrite: bool, verify_inputs: bool = Fals
         if is_rank_zero():
             print(f"    complete: {config.output}", file=sys.stderr, flush=True)
         return open_artifact(config.output)
-    if verify_inputs:
-        rank_zero_works(partial(_verify_inputs, step, config))
-    return stage_module(step.stage).run(config)
+    with listening():
+        if verify_inputs:
+            rank_zero_works(partial(_verify_inputs, step, config))
+        return stage_module(step.stage).run(config)
 
 
 def _verify_inputs(step: Step, config: Any) -> None:

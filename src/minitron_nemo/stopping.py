@@ -83,6 +83,7 @@ class Stop:
     """The questions of one loop, in which all ranks take part."""
 
     def __init__(self) -> None:
+        self._alone = world_size() == 1
         self._left = self._every = 1
         self._since = time.monotonic()
 
@@ -91,16 +92,23 @@ class Stop:
 
         Communicates: now and then, see the module's text.
         """
-        if world_size() == 1 and _Ear.heard:
+        if self._alone and _Ear.heard:
             return True
         self._left -= 1
         if self._left > 0:
             return False
         now = time.monotonic()
         at_this_pace = int(self._every * _SECONDS_BETWEEN / max(now - self._since, 1e-9))
-        mine = [float(told_to_stop()), float(max(1, min(at_this_pace, 2 * self._every)) if is_rank_zero() else 0)]
-        local = torch.tensor(mine, dtype=torch.float64, device=platform.device() if world_size() > 1 else None)
-        told, every = all_reduce_max(local, group=world()).tolist()
-        self._left = self._every = int(every)
+        told, every = told_to_stop(), max(1, min(at_this_pace, 2 * self._every))
+        if not self._alone:
+            told, every = _agree(told, every if is_rank_zero() else 0)
+        self._left = self._every = every
         self._since = now
-        return bool(told)
+        return told
+
+
+def _agree(told: bool, every: int) -> tuple[bool, int]:
+    """Whether any rank was told, and the number of the one that gives one. Communicates: all ranks."""
+    local = torch.tensor([int(told), every], device=platform.device())
+    asked, number = all_reduce_max(local, group=world()).tolist()
+    return bool(asked), number

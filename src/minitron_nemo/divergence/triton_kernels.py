@@ -55,15 +55,16 @@ def chunk_losses(rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, r
     log_sums = maxima.double() - inverse_sums.double().log()
     log_ratio_of_sums = (log_sums[0] - log_sums[1]).float()
 
-    index = None
+    index = here = None
     if labels is not None:
         here, columns = vocabulary.local_columns(labels)
         index = torch.where(here, columns, -1)
     local_kl = _divergence_and_gradient(rows, teacher, maxima, inverse_sums, log_ratio_of_sums, index, config)
     losses = [local_kl * config.factor]
-    if labels is not None:
+    if labels is not None and here is not None:
         label_scores = scores(vocabulary.entries(student, labels.unsqueeze(-1)).squeeze(-1), *of_student)
-        losses.append(cross_entropy(label_scores, log_sums[2 if len(read) == 3 else 0], labels, vocabulary))
+        log_p = (label_scores - log_sums[2 if len(read) == 3 else 0]).to(label_scores.dtype)
+        losses.append(cross_entropy(log_p, here, labels, vocabulary))
     return torch.stack(losses)
 
 

@@ -27,7 +27,7 @@ all ranks per micro-batch that stops them together where an activation is not fi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import TracebackType
 
 import torch
@@ -37,7 +37,6 @@ from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
 from minitron_nemo.divergence.cross_entropy import token_losses
 from minitron_nemo.divergence.streamed import forward_kl
-from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
@@ -155,6 +154,22 @@ class DepthEstimator:
             for metric, by_size in scores.items()
         }
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that this rank has added up, for a pass that goes on another time (`resuming.Sums`)."""
+        kept = {name: tensor.clone() for name, tensor in self._running().items()}
+        return kept | {"num_batches": torch.tensor(self._num_batches)}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums that an estimator of the same model and config had."""
+        for name, tensor in self._running().items():
+            tensor.copy_(sums[name])
+        self._num_batches = int(sums["num_batches"])
+
+    def _running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        of = {"influence": self._influence.running(), "costs": self._costs.running()}
+        return {f"{name}.{key}": tensor for name, parts in of.items() for key, tensor in parts.items()}
+
     def _stop_where_not_finite(self, counts: Tensor) -> None:
         """Raise on every rank where a recorded state is not finite at a token that counts.
 
@@ -215,6 +230,10 @@ class LogitCosts:
             losses = token_losses(logits, batch["labels"], vocab_size=self.vocab_size, tp_group=self.groups.tp)
             self._add("loss", number, losses, counts)
 
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {"sums": self._sums, "squares": self._squares, "num_tokens": self._num_tokens}
+
     def finish(self) -> dict[str, Tensor]:
         """Metric -> [passes] float64, 0 for the first pass; equal on every rank.
 
@@ -244,12 +263,15 @@ class LogitCosts:
         return Vocabulary.split(logits.shape[-1], self.vocab_size, self.groups.tp).local
 
 
+SQUARES_ELEMENTS = 1 << 22  # of a block of logits: 16 MiB in float32
+
+
 def _squared_distance(logits: Tensor, other: Tensor | None, counts: Tensor, num_real: int) -> Tensor:
     """Sum of squares of (logits - other) over counting tokens and real columns, float64; of the logits for None."""
     rows = logits.flatten(0, 1)[:, :num_real]
     others = other.flatten(0, 1)[:, :num_real] if other is not None else None
     per_token = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, num_real))
+    step = max(1, SQUARES_ELEMENTS // max(1, num_real))
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         difference = rows[chunk].float()
