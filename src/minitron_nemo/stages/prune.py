@@ -21,6 +21,7 @@ from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
+from minitron_nemo.pruning.basis import principal_basis
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
@@ -151,7 +152,7 @@ class Job:
             _ = self._calibration.drawn
 
     def plan_for(self, teacher: MCoreGPTModel) -> PruningPlan:
-        """Communicates: where the plan takes passes over models, as those; a basis, from rank 0 to all."""
+        """Communicates: where the plan takes passes over models, as those and as the plan."""
         if self._rounds is not None:
             return self._rounds.plan(teacher)
         if self.plan is None:
@@ -159,7 +160,7 @@ class Job:
             moments = self._calibration.stream_moments(teacher, self._source.shape)
             self._importance = replace(self._importance, moments={**self._importance.moments, **moments})
             self.plan = self._plan_of_importance()
-        return _of_rank_zero(self.plan)
+        return self.plan
 
     def cut(self, teacher: MCoreGPTModel, plan: PruningPlan) -> tuple[MCoreGPTModel, PruningPlan, dict[str, Any]]:
         """This rank's part of the student, the plan it follows, and what fitting its weights came to.
@@ -194,6 +195,7 @@ class Job:
         return run
 
     def _plan_of_importance(self) -> PruningPlan:
+        """Communicates: a basis, from rank 0 to all."""
         config = self._config
         assert self._importance is not None
         return plan_from_importance(
@@ -206,6 +208,7 @@ class Job:
             depth=config.depth,
             merge_heads=config.merge_heads,
             surgery=config.surgery,
+            basis=_basis_of_rank_zero,
         )
 
 
@@ -241,11 +244,14 @@ def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -
     return target, layers
 
 
-def _of_rank_zero(plan: PruningPlan) -> PruningPlan:
-    """The plan with rank 0's basis: of nearly equal axes another processor may find others."""
-    if not plan.has_basis:
-        return plan
-    return replace(plan, hidden=agree(plan.hidden.to(platform.device())).cpu())
+def _basis_of_rank_zero(second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
+    """`principal_basis`, made once: it takes minutes of every core, and of nearly equal axes another processor may find
+    others. Communicates: all ranks."""
+    made: list[Tensor] = []
+    rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
+    basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
+    # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
+    return agree(basis.contiguous().to(platform.device())).cpu()
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:
