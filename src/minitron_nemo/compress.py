@@ -22,7 +22,8 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
-from minitron_nemo.standing import serves
+from minitron_nemo.standing import make
+from minitron_nemo.stopping import listening
 
 
 def run(config: DictConfig, steps: Sequence[Step]) -> None:
@@ -35,14 +36,11 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
         if check := getattr(stage_module(step.stage), "check", None):
             check(configs[step.name])
     started = time.monotonic()
-    for number, step in enumerate(steps, start=1):
-        values = configs[step.name]
-        say(f"[{number}/{len(steps)}] {step.name}")
-        if rank_zero_works(partial(serves, values, overwrite=config.compress.overwrite)):
-            say(f"    complete: {values.output}")
-            continue
-        stage_module(step.stage).run(values)
-        _let_go()
+    with listening():  # between two steps too: the next one stops then
+        for number, step in enumerate(steps, start=1):
+            say(f"[{number}/{len(steps)}] {step.name}")
+            make(step, configs[step.name], overwrite=config.overwrite)
+            _let_go()
     rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 

@@ -123,6 +123,13 @@ def uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
+def layers_of_stages(num_layers: int, stages: int) -> set[int]:
+    """How many layers a pipeline stage may have."""
+    ends = list(uneven_stages(num_layers, stages).values())
+    between = stages - len(ends)
+    return {*ends, *([(num_layers - sum(ends)) // between] if between else [])}
+
+
 def plain_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """This pipeline stage's layers in Megatron-core's own modules, every norm a `PlainNorm`; experts one by one."""
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
