@@ -47,8 +47,7 @@ def plan_from_importance(
         importance: scores of a model of shape `source`.
         layers, depth: see `kept_layers`.
         merge_heads: merge dropped heads into kept ones of their group, see `ranking.head_partners`.
-        surgery: how the residual stream is cut; None: the paper's way.
-        basis: `basis.principal_basis`, or who makes its result known to several ranks.
+        surgery, basis: how the residual stream is cut; None: the paper's way; and who makes its principal axes.
     Raises: ValueError: scores of another model, a target that does not fit, or depth without a way to choose it.
     """
     require_same_model(importance, source)
