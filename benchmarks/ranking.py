@@ -39,7 +39,7 @@ from minitron_nemo.pruning.composition import split
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
 from minitron_nemo.quiet import hush
 from minitron_nemo.runtime.depth_sweep import estimate_depth
-from minitron_nemo.runtime.forward import estimate_importance, run_forward
+from minitron_nemo.runtime.forward import estimate_importance, loss_sums, run_forward
 from minitron_nemo.runtime.layout import use_layout
 from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
@@ -141,7 +141,9 @@ class Bench:
         return self.measured(core)
 
     def measured(self, core: GPTModel) -> torch.Tensor:
-        sums = torch.stack(run_forward(core, self.held_out, label="loss", total=len(self.held_out)))
+        sums = torch.stack(
+            loss_sums(core, self.held_out, self.shape.padded_vocab_size, label="loss", total=len(self.held_out))
+        )
         return sums[:, 0] / sums[:, 1]
 
     def losses(self, plan: PruningPlan | None = None) -> torch.Tensor:

@@ -21,10 +21,11 @@ PRECISION = "bf16"
 def begin() -> float:
     """Make this process ready for stages; returns the time by the monotonic clock."""
     quieten()
+    from minitron_nemo.config.trainer import Layout
     from minitron_nemo.runtime.layout import start
 
     hush()
-    start()
+    start(Layout())
     return time.monotonic()
 
 
@@ -57,7 +58,7 @@ class Stages:
 def held_out_losses(model: Artifact, data: Path) -> list[float]:
     from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
-    from minitron_nemo.runtime.forward import run_forward
+    from minitron_nemo.runtime.forward import loss_sums
     from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.text.blend import split_prefixes
     from minitron_nemo.text.corpus import VALIDATION
@@ -66,7 +67,7 @@ def held_out_losses(model: Artifact, data: Path) -> list[float]:
     source = engine.open_model(model.path, key="model")
     trainer = TrainerConfig(precision=PRECISION, seq_length=source.shape.seq_length, micro_batch_size=8)
     prepare_layout(trainer, source.shape)
-    held_out = list(batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0))
+    held_out = batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0)
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
-    sums = run_forward(core, held_out, label="held out", total=len(held_out))
+    sums = loss_sums(core, held_out, source.vocab_size, label="held out", total=len(held_out))
     return [float(loss / tokens) for loss, tokens in sums]

@@ -41,6 +41,10 @@ MISTYPED = {
         ["prune", "recipe=quickstart", "prune.target.num_query_groups=1"],
         "is written with a plus: +prune.target.num_query_groups=...",
     ),
+    "a key of an earlier version": (
+        ["distill", "recipe=quickstart", "trainer.num_nodes=2"],
+        "trainer.num_nodes is no key any more: the launcher says how many nodes there are",
+    ),
     "an unknown key forced in": (
         ["compress", "recipe=quickstart", "+distill.training.extra=3"],
         "distill.training.extra is not a key of this recipe",

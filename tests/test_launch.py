@@ -15,6 +15,7 @@ from minitron_nemo.artifact import open_artifact
 from minitron_nemo.cli import DOORS, main
 from minitron_nemo.recipe import STAGES
 from support.door import ROOT, Door, environment
+from support.nodes import torchrun_on_two_nodes
 from support.patience import run_patiently
 from support.tiny import STEPS, TinyChain
 
@@ -40,6 +41,20 @@ def test_a_launched_distillation_has_the_losses_of_the_chain(
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "distilled") == pytest.approx(expected, abs=1e-4)  # TP sums in another order
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_does(tiny_chain: TinyChain, tmp_path: Path) -> None:
+    """Two agents of two ranks each: tensor parallelism within a node, data parallelism between them. Nobody says how
+    many nodes there are."""
+    output = tmp_path / "distilled"
+    layout = ["trainer.tensor_model_parallel_size=2", "trainer.micro_batch_size=1", "trainer.tensorboard=true"]
+    agents = torchrun_on_two_nodes(
+        "launch/distill.py", *tiny_chain.overrides, *layout, f"distill.output={output}", processes_per_node=2
+    )
+    for agent in agents:
+        assert agent.code == 0, agent.screen
+    assert losses(output) == pytest.approx(losses(tiny_chain.run_dir / "distilled"), abs=1e-4)
 
 
 def test_a_step_that_shares_a_stage_is_run_by_naming_its_section(

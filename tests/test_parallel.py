@@ -20,14 +20,14 @@ from support.ranks import SOURCES, Ranks
 def work_and_leave_a_trace(directory: Path) -> list[str]:
     def work() -> str:
         (directory / f"by-{rank()}").touch()
-        return f"done by rank {rank()} of {world_size()}"
+        return f"done by rank {rank()}"
 
     return [rank_zero_works(work) for _ in range(3)]
 
 
 def test_rank_zero_works_alone_and_every_rank_has_what_came_of_it(ranks: Ranks, tmp_path: Path) -> None:
     found = ranks("dp4").run(work_and_leave_a_trace, tmp_path)
-    assert found == [["done by rank 0 of 4"] * 3] * 4
+    assert found == [["done by rank 0"] * 3] * 4
     assert [path.name for path in tmp_path.iterdir()] == ["by-0"]
 
 
@@ -76,6 +76,24 @@ def work_longer_than_a_collective_waits(limit: float) -> float:
 
 def test_rank_zeros_work_may_take_longer_than_a_collective_waits(ranks: Ranks) -> None:
     assert all(seconds >= 6 for seconds in ranks("dp2").run(work_longer_than_a_collective_waits, 3.0))
+
+
+def alone_at_work() -> tuple[int, int, int, str]:
+    """Threads before, within and after rank 0's work, and what habits of all ranks come to within it."""
+
+    def work() -> tuple[int, str]:
+        barrier()
+        inner = rank_zero_works(lambda: rank_zero_says(f"{world_size()} of {dist.get_world_size()}"))
+        return torch.get_num_threads(), inner
+
+    before = torch.get_num_threads()
+    within, inner = rank_zero_works(work)
+    return before, within, torch.get_num_threads(), inner
+
+
+def test_rank_zero_at_work_is_a_run_of_one_rank_with_the_threads_of_those_that_wait(ranks: Ranks) -> None:
+    threads = min(2, len(os.sched_getaffinity(0)))
+    assert ranks("dp2").run(alone_at_work) == [(1, threads, 1, "1 of 2")] * 2
 
 
 def hear_and_agree() -> tuple[str, torch.Tensor]:

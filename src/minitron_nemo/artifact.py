@@ -41,7 +41,7 @@ from typing import Any
 
 from minitron_nemo.checks import CannotWrite, NothingThere, require
 from minitron_nemo.config.identity import as_dict, decisive
-from minitron_nemo.parallel import barrier, is_rank_zero, rank_zero_works
+from minitron_nemo.parallel import barrier, by_rank_zero, is_rank_zero, rank_zero_works
 
 MANIFEST = "manifest.json"
 _READERS = 8  # threads, which hash about 1 GB/s each
@@ -83,14 +83,17 @@ class Artifact:
         return self.manifest.get("digest", "")
 
 
+@by_rank_zero
 def is_artifact(path: Path | str) -> bool:
+    """Whether rank 0 sees a finished artifact there. Every rank calls."""
     return (Path(path) / MANIFEST).is_file()
 
 
+@by_rank_zero
 def open_artifact(
     path: Path | str, *, made_by: Sequence[str] = (), key: str = "input", verify: bool = False
 ) -> Artifact:
-    """Read a finished artifact.
+    """Read a finished artifact. Every rank calls: rank 0 looks, as others may see what it wrote only later.
 
     Args:
         made_by: stages whose artifacts fit; empty accepts any.

@@ -40,8 +40,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
             say(f"    complete: {values.output}")
             continue
         stage_module(step.stage).run(values)
-    if is_rank_zero():
-        _close(table, [configs[step.name] for step in steps], time.monotonic() - started)
+    rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 
 def say(text: str) -> None:

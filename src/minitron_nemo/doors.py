@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from minitron_nemo.checks import Interrupted, Mistake, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
+from minitron_nemo.config.stages import runs_in_one_process
 from minitron_nemo.mistakes import MISTAKES, explain
 from minitron_nemo.quiet import hush
 from minitron_nemo.recipe import (
@@ -131,14 +132,14 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
     if door == "submit":
         from minitron_nemo.cluster import submit
 
-        for step in chosen:
-            config_of(step, config)  # what is wrong is said now, not by a job hours later
-        submit.run(config, [_job(step, overrides) for step in chosen])
+        # what is wrong is said now, not by a job hours later
+        submit.run(config, [_job(step, config_of(step, config), overrides) for step in chosen])
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # alone, a stage starts what it needs
+        from minitron_nemo.config.trainer import Layout
         from minitron_nemo.runtime.layout import start
 
-        start()
+        start(Layout(distributed_timeout_minutes=config.trainer.distributed_timeout_minutes))
     if door == "compress":
         from minitron_nemo import compress
 
@@ -155,9 +156,9 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
         print(artifact.path)
 
 
-def _job(step: Step, overrides: Sequence[str]) -> Any:
+def _job(step: Step, values: Any, overrides: Sequence[str]) -> Any:
     """The job of one step: its stage, told which section of the recipe to read where that is not its namesake."""
     from minitron_nemo.cluster import StageJob, stage_overrides
 
     section = () if step.name in OWN_STEPS else (f"section={step.name}",)
-    return StageJob(step.stage, (*stage_overrides(overrides), *section), name=step.name)
+    return StageJob(step.stage, (*stage_overrides(overrides), *section), step.name, runs_in_one_process(values))

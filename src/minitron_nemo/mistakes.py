@@ -22,9 +22,18 @@ MISTAKES = (Mistake, HydraException, OmegaConfBaseException)
 """Errors that are a user's to mend; any other keeps its traceback."""
 
 
+_FORMER_KEYS = {
+    "trainer.num_nodes": "trainer.num_nodes is no key any more: the launcher says how many nodes there are "
+    "(torchrun --nnodes, slurm.nodes). Leave it out.",
+}
+
+
 def explain(error: Exception, door: str, overrides: Sequence[str]) -> str:
     """One message a tired person can use."""
     text = str(error).strip()
+    for key, mend in _FORMER_KEYS.items():
+        if key in text or getattr(error, "full_key", None) == key:
+            return mend
     if "You must specify 'recipe'" in text:
         return f"say which recipe: recipe=<name>. Known: {', '.join(recipes())}."
     if match := re.match(r"In '.*': Could not find 'recipe/(.*)'", text):

@@ -6,6 +6,7 @@ Collectives are differentiable nowhere: they carry statistics, weights and losse
 Habits of all ranks of a run, which need no group; a plain process counts as a run of one rank:
 
     rank_zero_works     long work on one rank while the others wait, however long
+    by_rank_zero        a function that is always such work
     rank_zero_says      what one rank saw, on a disk that others may see later
     agree               a choice that follows from numbers, which processors may round differently
     barrier             all have come here
@@ -14,17 +15,21 @@ Habits of all ranks of a run, which need no group; a plain process counts as a r
 from __future__ import annotations
 
 import copy
+import functools
+import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -36,7 +41,18 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    """Ranks of the run; 1 for rank 0 while it works for all (`rank_zero_works`)."""
+    return dist.get_world_size() if dist.is_initialized() and not _at_work_for_all else 1
+
+
+def ranks_per_node() -> int:
+    """Equal on every node; torchrun says how many it started on this one."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def local_rank() -> int:
+    """Among those of this node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_rank_zero() -> bool:
@@ -51,7 +67,7 @@ def default_store() -> dist.Store | None:
 
 def world() -> ProcessGroup | None:
     """The group of all ranks."""
-    return dist.group.WORLD if dist.is_initialized() else None
+    return dist.group.WORLD if dist.is_initialized() and not _at_work_for_all else None
 
 
 def barrier() -> None:
@@ -82,7 +98,8 @@ def rank_zero_works(work: Callable[[], T]) -> T:
     """What `work` returns on rank 0, the only one that does it; a small picklable value.
 
     The others ask the run's store now and then whether it is done, so that no time-out of a process group ends work
-    that takes long.
+    that takes long. Those on its node idle, and their threads are `work`'s. Within `work` rank 0 is a run of one rank:
+    what all ranks do elsewhere, it does alone there.
     Communicates: all ranks, once it is done.
     Raises: on every rank, what `work` raises on rank 0; a RuntimeError with its text elsewhere where it cannot travel.
     """
@@ -96,7 +113,8 @@ def rank_zero_works(work: Callable[[], T]) -> T:
     error: BaseException | None = None
     if is_rank_zero():
         try:
-            result = work()
+            with _for_all():
+                result = work()
         except BaseException as raised:  # whatever ended it, the others must not wait for ever
             error = raised
         store.set(done, "")
@@ -108,6 +126,41 @@ def rank_zero_works(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def by_rank_zero(work: Callable[P, T]) -> Callable[P, T]:
+    """A function that rank 0 does for all, as `rank_zero_works`. Every rank calls."""
+
+    @functools.wraps(work)
+    def done(*args: P.args, **kwargs: P.kwargs) -> T:
+        return rank_zero_works(functools.partial(work, *args, **kwargs))
+
+    return done
+
+
+@contextmanager
+def _for_all() -> Iterator[None]:
+    global _at_work_for_all
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, min(len(os.sched_getaffinity(0)), threads * ranks_per_node())))
+    _at_work_for_all = True
+    try:
+        yield
+    finally:
+        _at_work_for_all = False
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def undistributed() -> Iterator[None]:
+    """Libraries that ask hear that torch.distributed has not begun; for rank 0's work in one that has barriers."""
+    initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = initialized
+
+
+_at_work_for_all = False
 _WORK = "minitron_nemo/work"
 _LONGEST_PAUSE = 1.0  # seconds between two questions to the store
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -307,6 +308,11 @@ def config_of(step: Step, config: DictConfig) -> Any:
         if isinstance(error, ConfigKeyError):
             raise Mistake(f"{key} is not a key of this recipe, and a plus (+{key}=...) cannot make it one.") from error
         raise Mistake(f"{key}: {str(error).splitlines()[0]}.") from error
+    except Mistake as error:  # so do those of the dataclasses' own checks
+        first = re.split(r"\W", str(error), maxsplit=1)[0]
+        if first not in hints or first in shared:
+            raise
+        raise Mistake(f"{step.name}.{error}") from error
 
 
 def _part(values: Any, whole: type, narrow: type) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from minitron_nemo.config.slurm import SlurmConfig
         ({"gpus_per_node": 4, "processes_per_node": 8}, r"processes_per_node=8 is more than slurm\.gpus_per_node=4"),
         ({"time": "4 hours"}, r"slurm\.time=4 hours is not a time limit\. Write minutes \(90\)"),
         ({"memory": "64GB"}, r"slurm\.memory=64GB is not an amount of memory.*e\.g\. 64G"),
-        ({"seconds_before_end": 70000}, r"slurm\.seconds_before_end=70000 must lie in 0 to 65535"),
+        ({"seconds_before_end": 70000}, r"slurm\.seconds_before_end=70000 must be at least 0 and at most 65535"),
         ({"container_mounts": ["/data:/data"]}, r"Set slurm\.container_image, or leave the mounts out"),
         ({"partition": "gpu\n#SBATCH --uid=0"}, r"slurm\.partition=.* holds a line break"),
     ],

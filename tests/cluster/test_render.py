@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_what_is_set_is_asked_for_as_written(tmp_path: Path) -> None:
     assert "--container-image='nemo image.sqsh'" in text
     assert "--container-mounts=/data:/data:ro,/runs:/runs" in text
     assert "--nproc-per-node=8" in text
+
+
+def test_a_job_of_one_process_takes_one_node_and_no_gpu(tmp_path: Path) -> None:
+    job = StageJob("report", ("recipe=quickstart",), one_process=True)
+    for slurm, asked in (
+        (EVERYTHING, {"--nodes=1", "--cpus-per-task=96", "--partition=gpu"}),
+        (
+            replace(EVERYTHING, gpus_of_one_process=1, partition_of_one_process="cpu"),
+            {"--nodes=1", "--gpus-per-node=1", "--partition=cpu"},
+        ),
+    ):
+        (script,) = render_chain(tmp_path, [job], slurm)
+        found = directives(script.path.read_text())
+        assert asked <= set(found)
+        assert slurm.gpus_of_one_process or not [line for line in found if line.startswith("--gpus")]
+        assert "--nproc-per-node=1 " in script.path.read_text()
 
 
 @pytest.mark.parametrize("slurm", [SlurmConfig(), EVERYTHING], ids=["defaults", "everything"])

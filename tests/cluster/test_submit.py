@@ -144,13 +144,14 @@ def test_without_sbatch_a_submission_writes_nothing(tmp_path: Path, monkeypatch:
 
 def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(door: Door, tmp_path: Path) -> None:
     overrides = ["recipe=quickstart", f"run_dir={tmp_path}", "slurm.nodes=2", "submit.dry_run=true", "seed=7"]
-    done = door("submit", *overrides, "compress.steps=[prune,from_scratch]")
+    done = door("submit", *overrides, "compress.steps=[prune,from_scratch,report]")
     assert done.code == 0, done.err
-    first, second = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
-    of_both = f"recipe=quickstart run_dir={tmp_path} seed=7 'compress.steps=[prune,from_scratch]'"
+    first, second, third = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
+    of_both = f"recipe=quickstart run_dir={tmp_path} seed=7 'compress.steps=[prune,from_scratch,report]'"
     assert f"-m minitron_nemo.cli prune {of_both} &\n" in first
     assert f"-m minitron_nemo.cli pretrain {of_both} section=from_scratch &\n" in second
     assert "#SBATCH --nodes=2\n" in first
+    assert "#SBATCH --nodes=1\n" in third  # one process makes the report
     assert "Nothing was submitted" in done.out
 
 

@@ -14,10 +14,15 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
+from minitron_nemo.config.distillation import (
+    DistillationConfig,
+    DivergenceConfig,
+    HiddenStateConfig,
+    require_stored_is_enough,
+)
 from minitron_nemo.distillation.loss import LOSS, Loss
 from minitron_nemo.distillation.output_head import output_weight, without_logits
-from minitron_nemo.distillation.stored_teacher import StoredTeacher, require_stored_is_enough, top_k_of_head
+from minitron_nemo.distillation.stored_teacher import StoredTeacher, top_k_of_head
 from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_tensor_shapes_fn
 from minitron_nemo.divergence.fused_linear import OutputHead

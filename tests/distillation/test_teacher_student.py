@@ -134,8 +134,7 @@ def step_by_hand(tokens: Tensor, shape: ModelShape, config: DistillationConfig) 
         cross_entropy = F.cross_entropy(real_logits.transpose(1, 2), labels, reduction="none")
         losses.append(divergence + config.cross_entropy_weight * cross_entropy)
         weights.append(loss_mask(batch))
-        # In evaluation it is Megatron's: over the padded vocabulary.
-        evaluation_losses.append(F.cross_entropy(student_logits.transpose(1, 2), labels, reduction="none").detach())
+        evaluation_losses.append(cross_entropy.detach())
     (torch.stack(losses) * torch.stack(weights)).mean().backward()
     (torch.stack(of_teacher) * torch.stack(weights)).mean().backward()
     teacher_gradients = {name: parameter.grad.clone() for name, parameter in teacher.named_parameters()}

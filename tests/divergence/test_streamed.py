@@ -87,7 +87,7 @@ def test_divergences_of_distant_distributions_are_finite(kind: str) -> None:
     ("arguments", "message"),
     [
         ({"kind": "forward"}, r"divergence\.kind=forward is not known; did you mean forward_kl\?"),
-        ({"kind": "jensen_shannon", "beta": 1.0}, r"divergence\.beta=1.0 must be between 0 and 1"),
+        ({"kind": "jensen_shannon", "beta": 1.0}, r"divergence\.beta=1.0 must be above 0 and below 1"),
         ({"kind": "top_k"}, r"divergence\.k=0 must be at least 1 for kind=top_k"),
         ({"k": 5}, r"divergence\.k=5 is read by kind=top_k only, and the kind is forward_kl"),
         ({"tail": "cut"}, r"divergence\.tail=cut is not known"),

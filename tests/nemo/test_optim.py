@@ -49,8 +49,8 @@ def test_multipliers_are_fractions_of_the_peak() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lr": 0.0}, "optim.lr=0.0 must be positive"),
-        ({"lr": 1e-4, "min_lr": 1e-3}, "optim.min_lr=0.001 must lie between 0 and lr=0.0001"),
+        ({"lr": 0.0}, r"^training.optim.lr=0.0 must be above 0"),
+        ({"lr": 1e-4, "min_lr": 1e-3}, "training.optim.min_lr=0.001 must be at most training.optim.lr=0.0001"),
         ({"schedule": "cosin"}, "optim.schedule=cosin is not known; did you mean cosine"),
         ({"warmup_steps": -1}, "optim.warmup_steps=-1 must be at least 0"),
         ({"schedule": "wsd", "decay_steps": -5}, "optim.decay_steps=-5 must be at least 0"),

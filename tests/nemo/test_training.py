@@ -259,7 +259,7 @@ def run_uneven(run: TinyRun, output: str) -> None:
         pretrain.PretrainConfig(
             initial=run.student,
             trainer=TrainerConfig(**trainer_values(global_batch_size=3)),
-            training=TrainingConfig(steps=1),
+            training=TrainingConfig(steps=1, optim=OptimConfig(warmup_steps=1)),
             data=DataConfig(prepared=run.data),
             output=output,
         )

@@ -245,9 +245,9 @@ def test_a_bias_behind_a_gamma_of_zero_cannot_be_turned() -> None:
 
 
 def test_unknown_ways_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prune.surgery.method=calibration is not known.*calibrated"):
+    with pytest.raises(ValueError, match=r"surgery.method=calibration is not known.*calibrated"):
         SurgeryConfig("calibration")
-    with pytest.raises(ValueError, match=r"prune.surgery.basis=rotated is not known"):
+    with pytest.raises(ValueError, match=r"surgery.basis=rotated is not known"):
         SurgeryConfig(basis="rotated")
-    with pytest.raises(ValueError, match=r"prune.surgery.norm_scale=sizes is not known"):
+    with pytest.raises(ValueError, match=r"surgery.norm_scale=sizes is not known"):
         SurgeryConfig(norm_scale="sizes")

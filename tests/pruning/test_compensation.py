@@ -337,9 +337,9 @@ def test_bf16_weights_stay_bf16_and_near_the_float32_solution() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"ridge": -0.1}, r"compensation.ridge=-0.1 must be 0 or a positive number; try 0.01"),
-        ({"ridge": float("nan")}, r"compensation.ridge=nan must be 0 or a positive number"),
-        ({"layers_at_once": -1}, r"compensation.layers_at_once=-1 must be at least 1, or 0 for all layers"),
+        ({"ridge": -0.1}, r"compensation.ridge=-0.1 must be at least 0; the default is 0.01"),
+        ({"ridge": float("nan")}, r"compensation.ridge=nan must be a finite number at least 0"),
+        ({"layers_at_once": -1}, r"compensation.layers_at_once=-1 must be at least 0"),
         ({"num_samples": 0}, r"compensation.num_samples=0 must be at least 1; try 256"),
         ({"selection": "score"}, r"compensation.selection=score is not known; did you mean scores\?"),
     ],

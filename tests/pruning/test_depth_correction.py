@@ -145,7 +145,7 @@ def test_what_cannot_be_corrected_is_refused_on_every_stage(ranks: Ranks) -> Non
             {"method": "least_square"},
             r"depth_correction.method=least_square is not known; did you mean",
         ),
-        ({"ridge": -1.0}, r"depth_correction.ridge=-1.0 must be 0 or a positive number; try 0.1"),
+        ({"ridge": -1.0}, r"depth_correction.ridge=-1.0 must be at least 0; the default is 0.1"),
         ({"num_samples": 0}, r"depth_correction.num_samples=0 must be at least 1; try 256"),
     ],
 )

@@ -177,7 +177,7 @@ def test_a_budget_that_the_model_meets_changes_nothing() -> None:
         ({"budget": {"parameters": "4B", "dims": {"num_query_groups": 1}}}, "Set target.num_query_groups"),
         ({"budget": {"parameters": "4B", "dims": {"num_moe_experts": 1}}}, "llama model does not have it"),
         ({"budget": {"parameters": "4B", "dims": {"hidden_size": 0}}}, "budget.dims.hidden_size=0 must be above 0"),
-        ({"budget": {"parameters": "4B", "tolerance": 2}}, "budget.tolerance=2 must be between 0 and 1"),
+        ({"budget": {"parameters": "4B", "tolerance": 2}}, "budget.tolerance=2 must be at least 0 and below 1"),
         (
             {"target": {"hidden_size": 2048, "ffn_hidden_size": 2048}, "budget": {"parameters": "1B"}},
             "budget.parameters has no dim left to shrink",

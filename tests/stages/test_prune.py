@@ -308,7 +308,7 @@ def test_a_calibrated_cut_measures_what_its_importance_lacks(door: Door, scored:
         (["prune.offline=true"], "prune.surgery fits weights to calibration samples"),
         (["prune.merge_heads=true"], "compensates for dropped heads"),
         (["prune.rounds=2"], "prune.surgery.basis=rotation leaves no channels to score"),
-        (["prune.surgery.compensation.ridge=-1"], "compensation.ridge=-1.0 must be 0 or a positive number"),
+        (["prune.surgery.compensation.ridge=-1"], "prune.surgery.compensation.ridge=-1.0 must be at least 0"),
         (["prune.surgery.basis=turned"], "prune.surgery.basis=turned is not known; "),
     ],
 )

@@ -55,7 +55,7 @@ def test_calibration_samples_are_drawn_by_their_seed_and_differ_from_one_another
 
 
 def test_batches_have_the_types_a_model_takes(prepared):
-    batch = next(batches(split_prefixes(prepared, "train"), SEQ_LENGTH, 3))
+    batch = next(iter(batches(split_prefixes(prepared, "train"), SEQ_LENGTH, 3)))
     assert {key: value.dtype for key, value in batch.items()} == {
         "tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64,
     }  # fmt: skip

@@ -20,12 +20,13 @@ class StageJob:
     """One job: `minitron <stage> <overrides>` on every rank.
 
     `name` tells jobs of the same stage apart (`from_scratch` and `pruned_ce` are both run by `pretrain`); it names the
-    script, its log and the job, and is the stage's where it is left out.
+    script, its log and the job, and is the stage's where it is left out. A job of `one_process` takes one node.
     """
 
     stage: str
     overrides: tuple[str, ...] = ()
     name: str = ""
+    one_process: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.stage)
@@ -62,7 +63,9 @@ def render_chain(
     scripts = []
     for number, job in enumerate(jobs, start=1):
         path = folder / f"{number:02d}-{job.name}.sbatch"
-        path.write_text(_fill(template, _values(path, job, slurm, module)))
+        path.write_text(
+            _fill(template, _values(path, job, slurm.for_one_process if job.one_process else slurm, module))
+        )
         path.chmod(0o755)
         scripts.append(StageScript(job.name, path))
     return scripts

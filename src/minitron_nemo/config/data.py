@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.identity import how
+from minitron_nemo.config.ranges import SEEDS, Ranged, ranged
 
 STDLIB = "stdlib"
 """The corpus of this interpreter's own standard library."""
 
 
 @dataclass
-class Prepared:
+class Prepared(Ranged):
     """What a stage reads that takes windows of the text as they come."""
+
+    KEY: ClassVar[str] = "data"
 
     prepared: Any = None
     """A prepare-data artifact, or a list of {path, weight} to blend several made with one tokenizer."""
@@ -33,18 +35,16 @@ class Documents(Prepared):
 class DataConfig(Documents):
     """What a training stage reads; the whole of a recipe's `data`."""
 
-    seed: int = 1234
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
     """Order of the training samples."""
-    pad_documents_to: int = 1
+    pad_documents_to: int = ranged(1, at_least=1)
     """With reset_at_documents: fill each document up to a multiple of this many tokens, and leave out what no longer
     fits. Context parallelism needs a multiple of 2 x trainer.context_parallel_size."""
-    num_workers: int = how(0)
-    """Loader processes per rank, at least 0; 0 loads in the training process, best without an accelerator."""
+    num_workers: int = ranged(0, at_least=0, how=True)
+    """Loader processes per rank; 0 loads in the training process, best without an accelerator."""
 
     def __post_init__(self) -> None:
-        require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must be at least 0.")
-        require(self.seed >= 0, f"data.seed={self.seed} must be at least 0.")
-        require(self.pad_documents_to >= 1, f"data.pad_documents_to={self.pad_documents_to} must be at least 1.")
+        super().__post_init__()
         require(
             self.reset_at_documents or self.pad_documents_to == 1,
             f"data.pad_documents_to={self.pad_documents_to} is of data.reset_at_documents=true. Set that too.",

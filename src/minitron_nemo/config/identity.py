@@ -16,6 +16,10 @@ HOW = {"how": True}
 """Metadata of a field whose value changes nothing of what is made."""
 
 
+_FORMER = {"trainer.num_nodes"}
+"""Such fields of earlier versions, which their artifacts still name."""
+
+
 def how(default: Any) -> Any:
     """Such a field with this default."""
     return dataclasses.field(default=default, metadata=HOW)
@@ -39,7 +43,7 @@ def differences(then: dict[str, Any], config: Any) -> Iterator[tuple[str, Any, A
     """(key, then, now) of what a config, or plain data, would make otherwise than data of an earlier one did."""
     is_config = dataclasses.is_dataclass(config)
     old, new = _flat(then), _flat(as_dict(config) if is_config else config)
-    only_how = set(_how_keys(type(config))) if is_config else set()
+    only_how = _FORMER | (set(_how_keys(type(config))) if is_config else set())
     for key in sorted(old.keys() | new.keys()):
         if not _stands_below(key, only_how) and old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)
@@ -49,7 +53,7 @@ def _how_keys(schema: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of the fields that say how a step runs, of a dataclass and those within."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
-        if field.metadata == HOW:
+        if field.metadata.get("how"):
             yield prefix + field.name
         elif dataclasses.is_dataclass(hints[field.name]):
             yield from _how_keys(hints[field.name], f"{prefix}{field.name}.")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.ranges import Ranged, ranged
 
 HEAD_NORMS = ("before", "after")
 NEURONS = ("post_activation", "pre_activation")
@@ -17,11 +19,13 @@ DEPTH_METRICS = (BLOCK_INFLUENCE, *LOGIT_METRICS, ACCURACY)
 
 
 @dataclass
-class ImportanceConfig:
+class ImportanceConfig(Ranged):
     """What a pass measures. All nine aggregations are recorded; which one ranks is the pruning's choice."""
 
-    num_samples: int = 1024
-    """Calibration samples over all data-parallel ranks, at least 1. Minitron uses 1024."""
+    KEY: ClassVar[str] = "importance"
+
+    num_samples: int = ranged(1024, at_least=1, mend="try 1024")
+    """Calibration samples over all data-parallel ranks. Minitron uses 1024."""
     head_norm: str = "before"
     """L2 norm over a head's kv_channels before the aggregation, per token (the paper), or after it (the published
     reference implementation)."""
@@ -41,7 +45,7 @@ class ImportanceConfig:
     """Whether a calibration file's prompts count as its responses do; either way the model reads them."""
 
     def __post_init__(self) -> None:
-        require(self.num_samples >= 1, f"importance.num_samples={self.num_samples} must be at least 1; try 1024.")
+        super().__post_init__()
         options = (("head_norm", HEAD_NORMS), ("neurons", NEURONS), ("metric", METRICS), ("stream", STREAM_KINDS))
         for option, known in options:
             value = getattr(self, option)
@@ -54,42 +58,44 @@ class ImportanceConfig:
 
 
 @dataclass
-class GreedyConfig:
+class GreedyConfig(Ranged):
     """An order of dropping layers one after another, each time the one that the remaining model needs least."""
+
+    KEY: ClassVar[str] = "depth.greedy"
 
     metric: str | None = None
     """The metric to drop by: block_influence, loss, kl, squared_error or accuracy; null: no order is made. It need not
     be among depth.metrics. Every drop reads the samples again and costs up to half of L forward passes."""
-    drop: int = 1
-    """Layers to drop, at least 1; pruning may drop as many or fewer."""
-    keep_first: int = 0
+    drop: int = ranged(1, at_least=1)
+    """Layers to drop; pruning may drop as many or fewer."""
+    keep_first: int = ranged(0, at_least=0)
     """Layers at the beginning that are never dropped."""
-    keep_last: int = 0
+    keep_last: int = ranged(0, at_least=0)
     """Layers at the end that are never dropped."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.metric is None or self.metric in DEPTH_METRICS,
             f"depth.greedy.metric={self.metric} is not known; {did_you_mean(str(self.metric), DEPTH_METRICS)}",
         )
-        for name, least in (("drop", 1), ("keep_first", 0), ("keep_last", 0)):
-            value = getattr(self, name)
-            require(value >= least, f"depth.greedy.{name}={value} must be a number of layers, at least {least}.")
 
 
 @dataclass
-class DepthConfig:
+class DepthConfig(Ranged):
     """Which depth scores a run estimates, on how much data."""
+
+    KEY: ClassVar[str] = "depth"
 
     metrics: list[str] = field(default_factory=list)
     """Any of block_influence, loss, kl, squared_error, accuracy; empty: none."""
-    block_sizes: list[int] = field(default_factory=lambda: [1])
+    block_sizes: list[int] = ranged(of=lambda: [1], at_least=1, mend="[1] is single layers")
     """Sizes n of the contiguous blocks that are left out in turn, each below the number of layers. Every size costs up
     to half of L forward passes. Block influence gives all sizes whatever stands here."""
     greedy: GreedyConfig = field(default_factory=GreedyConfig)
     """Scores by an order of dropping, for pruning with depth.metric=greedy."""
-    num_samples: int = 256
-    """Calibration samples over all data-parallel ranks, at least 1; 256 as in arXiv:2504.11409."""
+    num_samples: int = ranged(256, at_least=1, mend="try 256")
+    """Calibration samples over all data-parallel ranks; 256 as in arXiv:2504.11409."""
     task: str | None = None
     """JSONL file of multiple-choice questions for the accuracy: {"context", "options", "answer"} or Winogrande's own
     fields, one question a line."""
@@ -97,18 +103,16 @@ class DepthConfig:
     """Divide an option's log-likelihood by its number of characters (acc_norm of lm-evaluation-harness; else acc)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for metric in self.metrics:
             require(
                 metric in DEPTH_METRICS,
                 f"depth.metrics holds {metric}, which is not known; {did_you_mean(metric, DEPTH_METRICS)}",
             )
         require(
-            len(self.block_sizes) > 0
-            and min(self.block_sizes) >= 1
-            and len(set(self.block_sizes)) == len(self.block_sizes),
-            f"depth.block_sizes={list(self.block_sizes)} must be different sizes of at least 1; [1] is single layers.",
+            0 < len(self.block_sizes) == len(set(self.block_sizes)),
+            f"depth.block_sizes={list(self.block_sizes)} must be different sizes, at least one; [1] is single layers.",
         )
-        require(self.num_samples >= 1, f"depth.num_samples={self.num_samples} must be at least 1; try 256.")
         require(
             (ACCURACY in self._estimated) == (self.task is not None),
             "accuracy is asked for (depth.metrics, depth.greedy.metric), but depth.task is not set; give it a JSONL "

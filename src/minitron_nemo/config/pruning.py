@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.config.ranges import Ranged, ranged
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 COSTS = ("parameters", "non_embedding_parameters", "flops_per_token", "memory")
@@ -18,8 +19,10 @@ METHODS: dict[str, dict[str, str | bool]] = {
 
 
 @dataclass
-class BudgetConfig:
+class BudgetConfig(Ranged):
     """One of the four costs, and how to meet it."""
+
+    KEY: ClassVar[str] = "budget"
 
     parameters: str | None = None
     """All parameters, embeddings included: 4.5B, 800M or a number."""
@@ -29,22 +32,25 @@ class BudgetConfig:
     """Matrix-multiply FLOPs of one token's forward pass at seq_length: 9.1G."""
     memory: str | None = None
     """Bytes of all weights and of the key-value cache of batch_size sequences of seq_length: 16GiB."""
-    dims: dict[str, float] = field(default_factory=lambda: {"hidden_size": 1.0, "ffn_hidden_size": 1.0})
+    dims: dict[str, float] = ranged(
+        of=lambda: {"hidden_size": 1.0, "ffn_hidden_size": 1.0}, above=0, mend="leave a dim out that shall stay"
+    )
     """Dims that shrink to meet it, and how fast: dim = source * r ** weight. Heads shrink inside their groups."""
-    tolerance: float = 0.01
+    tolerance: float = ranged(0.01, at_least=0, below=1)
     """A count may exceed its budget by this fraction, as a "4.5B" model has 4.51B; memory may not."""
-    batch_size: int = 1
-    seq_length: int = 4096
-    bytes_per_value: int = 2
+    batch_size: int = ranged(1, at_least=1)
+    seq_length: int = ranged(4096, at_least=1)
+    bytes_per_value: int = ranged(2, at_least=1, at_most=8)
     """Of a weight and of a cached key or value; 2 is bf16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in COSTS if getattr(self, name) is not None]
         require(
             len(given) <= 1,
             f"budget gives {' and '.join(given)}; one model cannot be fitted to two. Leave one of them.",
         )
-        for dim, weight in self.dims.items():
+        for dim in self.dims:
             require(
                 dim in PRUNABLE_DIMS, f"budget.dims.{dim} is not a prunable dim; {did_you_mean(dim, PRUNABLE_DIMS)}"
             )
@@ -53,8 +59,6 @@ class BudgetConfig:
                 "budget.dims.num_query_groups: a budget keeps the query groups, since heads must fit them. Set "
                 "target.num_query_groups, and let num_attention_heads shrink.",
             )
-            require(weight > 0, f"budget.dims.{dim}={weight} must be above 0; leave a dim out that shall stay.")
-        require(0 <= self.tolerance < 1, f"budget.tolerance={self.tolerance} must be between 0 and 1; try 0.01.")
 
     @property
     def cost(self) -> str | None:
@@ -63,86 +67,66 @@ class BudgetConfig:
 
 
 @dataclass
-class DepthChoice:
+class DepthChoice(Ranged):
     """How the dropped layers are chosen, where the kept ones are not named."""
+
+    KEY: ClassVar[str] = "depth"
 
     metric: str | None = None
     """Depth scores to go by: block_influence, loss, kl, squared_error, accuracy or greedy, as far as they were
     estimated."""
     contiguous: bool = False
     """Drop the one block of neighbouring layers with the lowest score, instead of the layers with the lowest scores."""
-    keep_first: int = 0
+    keep_first: int = ranged(0, at_least=0)
     """Layers at the beginning that are never dropped."""
-    keep_last: int = 0
+    keep_last: int = ranged(0, at_least=0)
     """Layers at the end that are never dropped."""
-
-    def __post_init__(self) -> None:
-        for name in ("keep_first", "keep_last"):
-            value = getattr(self, name)
-            require(value >= 0, f"depth.{name}={value} must be a number of layers, at least 0.")
 
 
 @dataclass
-class CompensationConfig:
+class CompensationConfig(Ranged):
     """How the weights that read cut neurons and heads are refitted."""
 
-    layers_at_once: int = 1
+    KEY: ClassVar[str] = "surgery.compensation"
+
+    layers_at_once: int = ranged(1, at_least=0)
     """Layers refitted from one calibration pass. 1: each layer sees those before it already cut, at one pass a layer;
     0: all from a single pass over the uncut model, which holds every layer's second moments at once."""
-    ridge: float = 1e-2
-    """What keeps a weight near its old value, as a fraction of its inputs' mean square; 0 or more. Large: plain
+    ridge: float = ranged(1e-2, at_least=0)
+    """What keeps a weight near its old value, as a fraction of its inputs' mean square. Large: plain
     selection. 0 needs more calibration tokens than inputs. 1e-2 is GPTQ's (arXiv:2210.17323)."""
-    num_samples: int = 256
+    num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples of a pass, over all data-parallel ranks."""
     selection: str = "compensated_error"
     """Which neurons and heads stay: those of the plan (scores), or in the same numbers those whose loss the refitted
     weight makes up for worst, found by dropping one at a time (compensated_error)."""
 
     def __post_init__(self) -> None:
-        require(
-            self.layers_at_once >= 0,
-            f"prune.surgery.compensation.layers_at_once={self.layers_at_once} must be at least 1, or 0 for all layers "
-            "in one pass.",
-        )
-        require(
-            math.isfinite(self.ridge) and self.ridge >= 0,
-            f"prune.surgery.compensation.ridge={self.ridge} must be 0 or a positive number; try 0.01.",
-        )
-        require(
-            self.num_samples >= 1,
-            f"prune.surgery.compensation.num_samples={self.num_samples} must be at least 1; try 256.",
-        )
+        super().__post_init__()
         require(
             self.selection in SELECTIONS,
-            f"prune.surgery.compensation.selection={self.selection} is not known; "
-            f"{did_you_mean(self.selection, SELECTIONS)}",
+            f"{self.KEY}.selection={self.selection} is not known; {did_you_mean(self.selection, SELECTIONS)}",
         )
 
 
 @dataclass
-class DepthCorrectionConfig:
+class DepthCorrectionConfig(Ranged):
     """How the layer before dropped ones stands in for them."""
+
+    KEY: ClassVar[str] = "surgery.depth_correction"
 
     method: str = "least_squares"
     """least_squares: a change of linear_fc2 of full rank; scale: one factor on it."""
-    ridge: float = 0.1
-    """What keeps least_squares small, as a fraction of the neurons' mean square; 0 or more."""
-    num_samples: int = 256
+    ridge: float = ranged(0.1, at_least=0)
+    """What keeps least_squares small, as a fraction of the neurons' mean square."""
+    num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples, over all data-parallel ranks."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.method in DEPTH_CORRECTIONS,
-            f"prune.surgery.depth_correction.method={self.method} is not known; "
-            f"{did_you_mean(self.method, DEPTH_CORRECTIONS)}",
-        )
-        require(
-            math.isfinite(self.ridge) and self.ridge >= 0,
-            f"prune.surgery.depth_correction.ridge={self.ridge} must be 0 or a positive number; try 0.1.",
-        )
-        require(
-            self.num_samples >= 1,
-            f"prune.surgery.depth_correction.num_samples={self.num_samples} must be at least 1; try 256.",
+            f"{self.KEY}.method={self.method} is not known; {did_you_mean(self.method, DEPTH_CORRECTIONS)}",
         )
 
 
@@ -175,7 +159,7 @@ class SurgeryConfig:
             value = getattr(self, option)
             require(
                 value is None or value in values,
-                f"prune.surgery.{option}={value} is not known; {did_you_mean(str(value), values)}",
+                f"surgery.{option}={value} is not known; {did_you_mean(str(value), values)}",
             )
 
     def chosen(self, option: str) -> str | bool:

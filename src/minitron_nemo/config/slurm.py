@@ -1,26 +1,35 @@
-"""What a stage asks of SLURM; the same for every stage of a chain: conf's `slurm` group."""
+"""What a stage asks of SLURM, the same for every stage of a chain but those of one process: conf's `slurm` group."""
 
 from __future__ import annotations
 
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from typing import ClassVar
 
 from minitron_nemo.checks import require
+from minitron_nemo.config.ranges import Ranged, ranged
 
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")  # man sbatch, --time
 _MEMORY = re.compile(r"\d+[KMGT]?")  # man sbatch, --mem
 
 
 @dataclass
-class SlurmConfig:  # conf/slurm/*.yaml
-    nodes: int = 1
-    """Nodes of each job, at least 1."""
-    processes_per_node: int = 1
-    """Ranks torchrun starts on a node, at least 1: one per GPU, or per model-parallel rank on CPU nodes."""
-    gpus_per_node: int | None = None
+class SlurmConfig(Ranged):  # conf/slurm/*.yaml
+    KEY: ClassVar[str] = "slurm"
+
+    nodes: int = ranged(1, at_least=1)
+    """Nodes of each job."""
+    processes_per_node: int = ranged(1, at_least=1)
+    """Ranks torchrun starts on a node: one per GPU, or per model-parallel rank on CPU nodes."""
+    gpus_per_node: int | None = ranged(None, at_least=1)
     """GPUs asked for on each node; null on partitions without GPUs, or where whole nodes are handed out."""
-    cpus_per_task: int | None = None
+    gpus_of_one_process: int | None = ranged(None, at_least=1)
+    """GPUs asked for by a job whose stage is one process (prepare-data, prune-hf, report, prune with offline=true),
+    which runs on one node and uses none; null asks for none."""
+    partition_of_one_process: str | None = None
+    """Partition of such a job, where that of the others gives no job without GPUs; null: `partition`."""
+    cpus_per_task: int | None = ranged(None, at_least=1)
     """CPUs of a node's one task, which torchrun and all its ranks share; null leaves SLURM's default (often 1)."""
     memory: str | None = None
     """Memory per node as sbatch reads it, e.g. 64G (without a letter: MiB); null leaves the partition's default."""
@@ -36,14 +45,23 @@ class SlurmConfig:  # conf/slurm/*.yaml
     """Shell lines before srun, on the job's first node and outside the container, e.g. `module load cuda`."""
     python: str = sys.executable
     """Interpreter that has minitron_nemo, by default the one that submits; inside a container most often `python`."""
-    seconds_before_end: int = 120
+    seconds_before_end: int = ranged(120, at_least=0, at_most=65535)
     """So long before its limit a job tells its training to save and stop, and queues itself again to go on; 0 to 65535,
     0 never. Must be enough for a step and a checkpoint."""
 
+    @property
+    def for_one_process(self) -> SlurmConfig:
+        """What a job asks for whose stage is one process."""
+        return replace(
+            self,
+            nodes=1,
+            processes_per_node=1,
+            gpus_per_node=self.gpus_of_one_process,
+            partition=self.partition_of_one_process or self.partition,
+        )
+
     def __post_init__(self) -> None:
-        for name in ("nodes", "processes_per_node", "gpus_per_node", "cpus_per_task"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"slurm.{name}={value} must be at least 1; try slurm.{name}=1.")
+        super().__post_init__()
         require(
             self.gpus_per_node is None or self.processes_per_node <= self.gpus_per_node,
             f"slurm.processes_per_node={self.processes_per_node} is more than "
@@ -58,10 +76,6 @@ class SlurmConfig:  # conf/slurm/*.yaml
         require(
             self.memory is None or _MEMORY.fullmatch(str(self.memory)) is not None,
             f"slurm.memory={self.memory} is not an amount of memory. Write a whole number and K, M, G or T, e.g. 64G.",
-        )
-        require(
-            0 <= self.seconds_before_end <= 65535,
-            f"slurm.seconds_before_end={self.seconds_before_end} must lie in 0 to 65535; try 120.",
         )
         require(
             not self.container_mounts or self.container_image is not None,

@@ -8,10 +8,11 @@ from typing import Any
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB, DataConfig, Documents, Prepared
-from minitron_nemo.config.distillation import DistillationConfig
+from minitron_nemo.config.distillation import DistillationConfig, require_stored_is_enough
 from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
 from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
+from minitron_nemo.config.ranges import SEEDS, Ranged, ranged
 from minitron_nemo.config.trainer import Calibrating, Layout, Loading, Passing, TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 
@@ -23,7 +24,7 @@ SPECIAL_TOKENS = ("auto", "keep", "split")
 
 
 @dataclass
-class PrepareDataConfig:  # conf/prepare-data.yaml
+class PrepareDataConfig(Ranged):  # conf/prepare-data.yaml
     """What `prepare-data` reads and how it splits."""
 
     output: str = how("runs/data")
@@ -44,45 +45,35 @@ class PrepareDataConfig:  # conf/prepare-data.yaml
     add_bos: bool | None = None
     """Whether a document begins with the beginning-of-text token; null: as the tokenizer does, and a chat as its
     template does."""
-    max_skipped: float = 0.01
-    """Largest share of a source's records that may be left out because their text is null, from 0 to 1."""
-    max_characters: int | None = None
+    max_skipped: float = ranged(0.01, at_least=0, at_most=1)
+    """Largest share of a source's records that may be left out because their text is null."""
+    max_characters: int | None = ranged(None, at_least=1)
     """Longer documents are left out; null: none are."""
     tokenizer: str | None = None
     """Local Hugging Face tokenizer directory, such as the teacher's; null trains one on the training split."""
-    vocab_size: int = 4096
-    """Tokens of the tokenizer that is trained, at least 257; not read when `tokenizer` is given."""
-    validation_fraction: float = 0.02
-    """Share of the documents that is held out, above 0 and at most 0.5."""
-    seed: int = 1234
-    """Order of the training documents, at least 0."""
+    vocab_size: int = ranged(4096, at_least=SMALLEST_VOCABULARY, mend="every byte and the end of text; try 4096")
+    """Tokens of the tokenizer that is trained; not read when `tokenizer` is given."""
+    validation_fraction: float = ranged(0.02, above=0, at_most=0.5)
+    """Share of the documents that is held out."""
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
+    """Order of the training documents."""
     licence: str | None = None
     """Licence of the corpus, kept in the manifest; that of `stdlib` is known."""
 
     def __post_init__(self) -> None:
-        require(self.seed >= 0, f"seed={self.seed} must be at least 0.")
+        super().__post_init__()
         require(
             self.special_tokens in SPECIAL_TOKENS,
             f"special_tokens={self.special_tokens} is not known; use {', '.join(SPECIAL_TOKENS)}.",
-        )
-        require(0 <= self.max_skipped <= 1, f"max_skipped={self.max_skipped} is a share, from 0 to 1. Try 0.01.")
-        require(
-            self.max_characters is None or self.max_characters >= 1,
-            f"max_characters={self.max_characters} must be at least 1, or null for any length.",
         )
         require(
             not self.add_bos or self.tokenizer is not None,
             "add_bos=true needs a tokenizer; the one that is trained begins no text. Set tokenizer or add_bos=null.",
         )
-        require(
-            self.vocab_size >= SMALLEST_VOCABULARY,
-            f"vocab_size={self.vocab_size} must be at least {SMALLEST_VOCABULARY}: every byte and the end of text. Try "
-            "4096.",
-        )
 
 
 @dataclass
-class PretrainConfig:
+class PretrainConfig(Ranged):
     shape: dict[str, Any] | None = None
     """Fields of ModelShape for random weights; null with `initial` or `like`."""
     like: str | None = None
@@ -90,25 +81,26 @@ class PretrainConfig:
     initial: str | None = None
     """A model artifact whose weights training starts from."""
     trust_checkpoint: bool = how(False)
-    seed: int = 1234
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     output: str = how("runs/pretrained")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = [name for name in ("shape", "like", "initial") if getattr(self, name) is not None]
         require(len(given) <= 1, f"pretrain: {' and '.join(given)} exclude each other; keep one of them.")
 
 
 @dataclass
-class ImportHfConfig:
+class ImportHfConfig(Ranged):
     model: str = EMBEDDED
     """Directory with config.json, safetensors and tokenizer, or a .gguf file; `embedded` is the small teacher inside
     this package."""
     tokenizer: str | None = None
     """Local Hugging Face tokenizer directory in place of the model's own; null: the model's own."""
-    make_vocab_size_divisible_by: int = 1
+    make_vocab_size_divisible_by: int = ranged(1, at_least=1)
     """Pads the embedding table with zero rows up to a multiple, so that it splits over tensor parallelism."""
     ignore_tensors: list[str] = field(default_factory=list)
     """Patterns (`model.mtp.*`) of tensors to leave out, which config.json does not call for; others are refused."""
@@ -118,11 +110,11 @@ class ImportHfConfig:
 
 
 @dataclass
-class CorrectTeacherConfig:
+class CorrectTeacherConfig(Ranged):
     model: str = ""
     """Model artifact of the teacher as it came."""
     trust_checkpoint: bool = how(False)
-    seed: int = 1234
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -130,49 +122,49 @@ class CorrectTeacherConfig:
 
 
 @dataclass
-class EstimateImportanceConfig:
+class EstimateImportanceConfig(Ranged):
     model: str = ""
     """Model artifact to score; the corrected teacher."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     depth: DepthConfig = field(default_factory=DepthConfig)
     """Scores of layers and blocks of layers; none unless it names metrics."""
     trust_checkpoint: bool = how(False)
-    seed: int = 1234
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
     trainer: Passing = field(default_factory=Passing)
     data: Prepared = field(default_factory=Prepared)
     output: str = how("runs/importance")
 
 
 @dataclass
-class PruneConfig:
+class PruneConfig(Ranged):
     model: str = ""
     """Model artifact to prune; the corrected teacher."""
     importance: str = ""
     """estimate-importance artifact of a model of the same shape."""
     plan: str | None = None
     """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target."""
-    target: dict[str, int] = field(default_factory=dict)
+    target: dict[str, int] = ranged(of=dict, at_least=1)
     """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, and of
     experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out stay as they
     are."""
-    keep: dict[str, float] = field(default_factory=dict)
+    keep: dict[str, float] = ranged(of=dict, above=0, at_most=1)
     """The same dims as fractions of the model's."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """What the student may cost in all; resolves dims that target and keep leave open."""
-    multiple_of: dict[str, int] = field(default_factory=dict)
+    multiple_of: dict[str, int] = ranged(of=dict, at_least=1)
     """Rounds these dims to multiples that hardware and tensor parallelism like. Wide dims that keep gives and that are
     not named here become multiples of 64, or of the largest power of two in the model's, if that is smaller."""
     family: str | None = None
     """Hugging Face family of the student, one whose model computes the same: mistral for a llama without biases. Null:
     the model's own."""
-    layers: list[int] | None = None
+    layers: list[int] | None = ranged(None, at_least=0)
     """Kept layers, from 0. Where fewer layers are kept, they or depth.metric say which."""
     depth: DepthChoice = field(default_factory=DepthChoice)
     """Which layers go, by their scores."""
     batch_aggregation: str = "l2"
     sequence_aggregation: str = "mean"
-    rounds: int = 1
-    """Cut the width to its target in so many equal steps, at least 1, and score what is left before each but the first,
+    rounds: int = ranged(1, at_least=1, mend="1 prunes in one shot")
+    """Cut the width to its target in so many equal steps, and score what is left before each but the first,
     as the importance was estimated; layers go in the last."""
     merge_heads: bool = False
     """Merge each dropped query head into a kept one of its group (arXiv:2407.14679, section 2.3)."""
@@ -185,7 +177,7 @@ class PruneConfig:
     output: str = how("runs/student_pruned")
 
     def __post_init__(self) -> None:
-        require(self.rounds >= 1, f"prune.rounds={self.rounds} must be at least 1; 1 prunes in one shot.")
+        super().__post_init__()
         hindrances = {
             "prune.plan is set, which says already what is kept": self.plan is not None,
             "prune.offline=true never holds a model, and each round scores one": self.offline,
@@ -205,42 +197,37 @@ class PruneConfig:
 
 
 @dataclass
-class PruneHfConfig:
+class PruneHfConfig(Ranged):
     model: str = ""
     """Directory with config.json and safetensors."""
     plan: str = ""
     """Folder with plan.json and plan.safetensors: a prune artifact, or an edited copy of its plan."""
-    max_shard_gigabytes: float = 5.0
+    max_shard_gigabytes: float = ranged(5.0, above=0)
     """Size of a file of the result."""
     ignore_tensors: list[str] = field(default_factory=list)
     """As import_hf.ignore_tensors."""
     output: str = how("runs/pruned_hf")
 
-    def __post_init__(self) -> None:
-        require(
-            self.max_shard_gigabytes > 0, f"prune_hf.max_shard_gigabytes={self.max_shard_gigabytes} must be above 0."
-        )
-
 
 @dataclass
-class TeacherLogitsConfig:
+class TeacherLogitsConfig(Ranged):
     model: str = ""
     """Model artifact that teaches; the corrected teacher."""
-    k: int = 56
+    k: int = ranged(56, at_least=1)
     """Likeliest tokens kept of each token. With float16, 56 take 284 bytes a token at vocabularies above 65536, and 228
     below."""
     precision: str = "float16"
     """Of their log-probabilities; float32 takes 2 bytes more each."""
-    temperature: float = 1.0
-    """Above 0; that of the distillation, as the tail's mass depends on it."""
-    softcap: float | None = None
+    temperature: float = ranged(1.0, above=0)
+    """That of the distillation, as the tail's mass depends on it."""
+    softcap: float | None = ranged(None, above=0)
     """The distillation's divergence.teacher_softcap."""
-    logit_scale: float = 1.0
+    logit_scale: float = ranged(1.0, above=0)
     """The distillation's divergence.teacher_logit_scale."""
-    num_samples: int | None = None
+    num_samples: int | None = ranged(None, at_least=1)
     """Samples of trainer.seq_length tokens, shared out by the sources' weights; null: all there are. A distillation
     that needs more goes through them again."""
-    samples_per_shard: int = 64
+    samples_per_shard: int = ranged(64, at_least=1)
     """Samples of one file: what a data-parallel rank can lose to a kill."""
     trust_checkpoint: bool = how(False)
     trainer: Passing = field(default_factory=Passing)
@@ -248,10 +235,7 @@ class TeacherLogitsConfig:
     output: str = how("runs/teacher_logits")
 
     def __post_init__(self) -> None:
-        require(
-            self.num_samples is None or self.num_samples >= 1,
-            f"teacher_logits.num_samples={self.num_samples} must be at least 1, or null for all.",
-        )
+        super().__post_init__()
         require(
             not self.data.reset_at_documents,
             "data.reset_at_documents=true cannot be stored: a sample is a window whose documents see each other. Set "
@@ -260,7 +244,7 @@ class TeacherLogitsConfig:
 
 
 @dataclass
-class DistillConfig:
+class DistillConfig(Ranged):
     teacher: str = ""
     """Model artifact that teaches; the corrected teacher. With teacher_logits it is not opened."""
     teacher_logits: str | None = None
@@ -274,7 +258,7 @@ class DistillConfig:
     """Keep the teacher's layers in host memory; each visits the device when its turn comes."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trust_checkpoint: bool = how(False)
-    seed: int = 1234
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -283,6 +267,7 @@ class DistillConfig:
     output: str = how("runs/distilled")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         hidden = self.distillation.hidden_states
         require(
             not self.data.reset_at_documents or not (hidden.enabled and "relation" in hidden.places),
@@ -294,6 +279,13 @@ class DistillConfig:
             f"distill.teacher_logits={self.teacher_logits} are of samples whose documents see each other. Set "
             "data.reset_at_documents=false, or distil with the teacher at hand.",
         )
+        require(
+            self.teacher_logits is None or not self.offload_teacher,
+            f"distill.offload_teacher=true keeps a teacher's layers on the host, and with distill.teacher_logits="
+            f"{self.teacher_logits} the teacher is not in memory. Leave one of the two out.",
+        )
+        if self.teacher_logits is not None:
+            require_stored_is_enough(self.distillation)
         require(
             self.corrected_teacher is None or self.distillation.teacher_lr > 0,
             f"distill.corrected_teacher={self.corrected_teacher} is of a teacher that learns. Leave it out, or set "
@@ -307,10 +299,10 @@ class DistillConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Ranged):
     model: str = ""
     """Model artifact to measure."""
-    num_samples: int | None = None
+    num_samples: int | None = ranged(None, at_least=1)
     """Samples over all data-parallel ranks; null takes all of the held-out text."""
     trust_checkpoint: bool = how(False)
     trainer: Passing = field(default_factory=Passing)
@@ -319,27 +311,28 @@ class EvaluateConfig:
 
 
 @dataclass
-class ExportHfConfig:
+class ExportHfConfig(Ranged):
     model: str = ""
     """Model artifact to export."""
     dtype: str = "bf16"
     """Of the tensors written: bf16 or fp32."""
     verify: bool = True
     """Load the checkpoint with transformers in float32 and compare its logits with Megatron's."""
-    tolerance: float = 1e-3
+    tolerance: float = ranged(1e-3, above=0)
     """Largest difference of a logit that passes, in float32, as a fraction of the largest logit."""
     family: str | None = None
     """Hugging Face family of the checkpoint; null: the model's own. A llama without biases is the same as a mistral."""
     prompt: str | None = None
     """Text the exported model continues, for a first look; null generates nothing."""
-    new_tokens: int = 64
+    new_tokens: int = ranged(64, at_least=1)
     """Tokens it adds."""
     trust_checkpoint: bool = how(False)
-    seed: int = 1234
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
     trainer: Layout = field(default_factory=Layout)
     output: str = how("runs/export")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.dtype in EXPORT_DTYPES, f"export_hf.dtype={self.dtype} is not known; use bf16 or fp32.")
 
 
@@ -394,6 +387,13 @@ class ReportConfig:
                 titles.count(title) == 1,
                 f"{titles.count(title)} of report.rows are called {title!r}. Give each a label of its own.",
             )
+
+
+def runs_in_one_process(config: Any) -> bool:
+    """Whether one process does all that a stage does, so that others would only wait for it."""
+    return isinstance(config, PrepareDataConfig | PruneHfConfig | ReportConfig) or (
+        isinstance(config, PruneConfig) and config.offline
+    )
 
 
 @dataclass

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from minitron_nemo.checks import did_you_mean, require
-from minitron_nemo.config.identity import how
+from minitron_nemo.config.ranges import Ranged, ranged
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
 @dataclass
-class OptimConfig:
-    lr: float = 1e-4
+class OptimConfig(Ranged):
+    KEY: ClassVar[str] = "training.optim"
+
+    lr: float = ranged(1e-4, above=0)
     """Peak learning rate. Minitron distils at 1e-4 (arXiv:2408.11796, table 4)."""
-    min_lr: float = 1e-5
-    """Floor of the schedule."""
-    warmup_steps: int = 40
-    """Steps of linear warm-up. 40 to 60 in arXiv:2408.11796."""
+    min_lr: float = ranged(1e-5, at_least=0)
+    """Floor of the schedule, at most lr."""
+    warmup_steps: int = ranged(40, at_least=0)
+    """Steps of linear warm-up, at most training.steps. 40 to 60 in arXiv:2408.11796."""
     schedule: str = "cosine"
     """cosine, wsd or constant."""
-    decay_steps: int = 0
+    decay_steps: int = ranged(0, at_least=0)
     """wsd only: length of the final linear decay, in steps."""
-    weight_decay: float = 0.1
+    weight_decay: float = ranged(0.1, at_least=0)
     """Not applied to biases and norms (Megatron's rule)."""
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_grad: float = 1.0
+    adam_beta1: float = ranged(0.9, at_least=0, below=1)
+    adam_beta2: float = ranged(0.95, at_least=0, below=1)
+    adam_eps: float = ranged(1e-8, above=0)
+    clip_grad: float = ranged(1.0, at_least=0)
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optim.lr={self.lr} must be positive.")
-        require(0 <= self.min_lr <= self.lr, f"optim.min_lr={self.min_lr} must lie between 0 and lr={self.lr}.")
-        for name in ("warmup_steps", "decay_steps"):
-            require(getattr(self, name) >= 0, f"optim.{name}={getattr(self, name)} must be at least 0.")
+        super().__post_init__()
+        require(self.min_lr <= self.lr, f"{self.KEY}.min_lr={self.min_lr} must be at most {self.KEY}.lr={self.lr}.")
         require(
             self.schedule in SCHEDULES,
-            f"optim.schedule={self.schedule} is not known; {did_you_mean(self.schedule, SCHEDULES)}",
+            f"{self.KEY}.schedule={self.schedule} is not known; {did_you_mean(self.schedule, SCHEDULES)}",
         )
 
 
@@ -62,25 +63,25 @@ def lr_multiplier(step: int, *, config: OptimConfig, steps: int) -> float:
 
 
 @dataclass
-class DownstreamConfig:
+class DownstreamConfig(Ranged):
     """A task that is watched, and what is done where the model gets worse at it."""
+
+    KEY: ClassVar[str] = "training.downstream"
 
     file: str | None = None
     """JSONL file of multiple-choice questions, one a line: {"context", "options", "answer"} or Winogrande's own fields;
     null: no task is watched."""
-    every: int = 1
-    """Validations per evaluation, at least 1."""
+    every: int = ranged(1, at_least=1)
+    """Validations per evaluation."""
     normalize: bool = False
     """Divide an option's log-likelihood by its number of characters (acc_norm of lm-evaluation-harness; else acc)."""
-    patience: int = 3
-    """Evaluations in a row, at least 1, that are worse than the best before the run is said to over-fit."""
+    patience: int = ranged(3, at_least=1)
+    """Evaluations in a row that are worse than the best before the run is said to over-fit."""
     keep_best: bool = False
     """Give the artifact the weights of the best evaluation, not the last step's. Writes them at each new best."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "patience"):
-            value = getattr(self, name)
-            require(value >= 1, f"training.downstream.{name}={value} must be at least 1.")
+        super().__post_init__()
         require(
             self.file is not None or not self.keep_best,
             "training.downstream.keep_best=true needs a task to be best at. Set training.downstream.file.",
@@ -88,30 +89,42 @@ class DownstreamConfig:
 
 
 @dataclass
-class TrainingConfig:
+class TrainingConfig(Ranged):
     """One training run."""
 
-    steps: int = 100
+    KEY: ClassVar[str] = "training"
+
+    steps: int = ranged(100, at_least=1)
     """Optimizer steps."""
-    validation_every: int = 0
+    validation_every: int = ranged(0, at_least=0)
     """Steps between validations; 0 validates never."""
-    validation_batches: int = 8
+    validation_batches: int = ranged(8, at_least=1, mend="training.validation_every=0 validates never")
     """Global batches per validation."""
-    checkpoint_every: int = how(100)
+    checkpoint_every: int = ranged(100, at_least=0, how=True)
     """Steps between resumable checkpoints; 0 writes none but when the run is told to stop."""
     continue_from: str | None = None
     """Artifact of the phase before this one, made with keep_optimizer=true: its weights and its optimizer's moments go
     on under this run's steps, schedule, data, batch, sequence length and layout."""
     keep_optimizer: bool = False
     """Leave the optimizer's state in the artifact, for a later phase."""
-    max_skipped_steps: int = 10
+    max_skipped_steps: int = ranged(10, at_least=1)
     """Steps in a row with a gradient that is not finite, which change nothing, before the run ends."""
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "max_skipped_steps"):
-            require(getattr(self, name) >= 1, f"training.{name}={getattr(self, name)} must be at least 1.")
+        super().__post_init__()
+        warmup, decay = self.optim.warmup_steps, self.optim.decay_steps if self.optim.schedule == "wsd" else 0
+        require(
+            warmup <= self.steps,
+            f"training.optim.warmup_steps={warmup} is more than training.steps={self.steps}: the learning rate would "
+            f"never arrive. Set training.optim.warmup_steps={self.steps // 10}, or more steps.",
+        )
+        require(
+            warmup + decay <= self.steps,
+            f"training.optim.decay_steps={decay} after training.optim.warmup_steps={warmup} is more than "
+            f"training.steps={self.steps}. Set training.optim.decay_steps to at most {self.steps - warmup}.",
+        )
         if self.downstream.file is not None:
             steps = self.validation_every * self.downstream.every
             require(

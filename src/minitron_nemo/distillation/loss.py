@@ -21,7 +21,12 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from minitron_nemo.config.distillation import TOP_K, DistillationConfig, DivergenceConfig
-from minitron_nemo.divergence.fused_linear import OutputHead, WeightedLoss, fused_linear_loss
+from minitron_nemo.divergence.fused_linear import (
+    OutputHead,
+    WeightedLoss,
+    fused_linear_divergence,
+    fused_linear_loss,
+)
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.parallel import ProcessGroup
 
@@ -107,12 +112,22 @@ def distillation_loss(
     return Loss(total, token_weights.sum(), {LOSS: per_token.t().contiguous()} | report)
 
 
-def cross_entropy_loss(head: OutputHead, labels: Tensor, token_weights: Tensor, walk: Walk) -> WeightedLoss:
-    """Weighted sum of the cross-entropy on labels [b, s/cp]: the divergence from one who is sure of the label.
+_OF_LABEL = DivergenceConfig(kind=TOP_K, k=1)
 
-    Communicates: tp.
-    """
+
+def cross_entropy_loss(head: OutputHead, labels: Tensor, token_weights: Tensor, walk: Walk) -> WeightedLoss:
+    """Weighted sum of the cross-entropy on labels [b, s/cp]. Communicates: tp."""
+    return fused_linear_loss(head, _sure_of(labels), _OF_LABEL, token_weights.t().float(), **walk)
+
+
+def cross_entropy_of_tokens(head: OutputHead, labels: Tensor, walk: Walk) -> Tensor:
+    """The cross-entropy on labels [b, s/cp] of each token, the same shape, float32: over the real vocabulary, without
+    the logits of more than a few tokens at a time. Communicates: tp."""
+    return fused_linear_divergence(head, _sure_of(labels), _OF_LABEL, **walk).divergence.t().contiguous()
+
+
+def _sure_of(labels: Tensor) -> TopKTeacher:
+    """The divergence from whom is the cross-entropy on labels [b, s/cp]."""
     indices = labels.t().unsqueeze(-1)
     certain = torch.zeros(indices.shape, device=indices.device)
-    label = TopKTeacher(indices, certain, certain[..., 0] - float("inf"))
-    return fused_linear_loss(head, label, DivergenceConfig(kind=TOP_K, k=1), token_weights.t().float(), **walk)
+    return TopKTeacher(indices, certain, certain[..., 0] - float("inf"))

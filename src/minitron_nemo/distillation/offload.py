@@ -1,90 +1,129 @@
 """A frozen model whose layers live in host memory and visit the device one after the other.
 
-    host     the weights of every decoder layer, in pinned memory where there is an accelerator
-    device   those of the layer at work and of the next one, which is copied meanwhile
+    host     the matrices of every decoder layer, in pinned memory where there is an accelerator
+    device   two buffers of the largest layer's size: the layer at work, and the next one, which is copied meanwhile
 
-The embedding and the output layer stay on the device: the loss reads them after the forward pass is over.
+A buffer is filled again when the layer that had it is through, so no more than two layers are on the device however far
+the host runs ahead. Vectors (the norms' weights, biases) stay on the device: they are small, and others read them.
+So do the embedding and the output layer: the loss reads them after the forward pass is over.
 
-Communication: none between ranks; each layer's weights travel from host to device once a forward pass.
+Communication: none between ranks; each layer's matrices travel from host to device once a forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_ALIGNMENT = 256
+"""Bytes; where a matrix may begin in a buffer, for any dtype and kernel."""
 
-def keep_on_host(layers: Sequence[nn.Module], *, dtype: torch.dtype, device: torch.device) -> None:
-    """Move the parameters of `layers` to host memory; from now on each has them only while its `forward` runs.
+
+def keep_on_host(layers: Sequence[nn.Module], *, device: torch.device) -> None:
+    """Move the matrices of `layers` to host memory; from now on each has them only while its `forward` runs.
 
     Args:
-        layers: in the order in which a forward pass calls them, each once; never trained. Buffers stay where they are.
-        dtype: that of the forward pass; converting the model later does not reach the host.
+        layers: in the order in which a forward pass calls them, each once; never trained, on the host already or on the
+            device. They stay in the dtype they have: converting the model later does not reach the host. Vectors and
+            buffers move to the device.
         device: where the layers run.
     """
-    visits = [_Visit(layer, dtype, device) for layer in layers]
-    for index, visit in enumerate(visits):
-        visit.let(visits[(index + 1) % len(visits)])
+    matrices = [_MatricesOnHost(layer, device) for layer in layers]
+    if not matrices:
+        return
+    visits = _Visits(max(each.nbytes for each in matrices), device)
+    for number, each in enumerate(matrices):
+        visits.let(each, following=matrices[(number + 1) % len(matrices)])
 
 
-class _Visit:
-    """One layer's weights, on the host and at times on the device."""
+class _MatricesOnHost:
+    """One layer's matrices, on the host for good and at times in a buffer of the device."""
 
-    _streams: ClassVar[dict[torch.device, Any]] = {}
-    """One stream a device for all copies, which then keep their order."""
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self.layer, self.device = layer, device
-        self.on_host: dict[nn.Parameter, Tensor] = {}
-        self.on_device: list[Tensor] | None = None
-        self.arrived: Any = None
-        pinned = device.type == "cuda"
+    def __init__(self, layer: nn.Module, device: torch.device) -> None:
+        self.layer, self.nbytes = layer, 0
+        self.places: list[tuple[nn.Parameter, Tensor, int]] = []
+        """Each matrix, what it holds on the host, and where its bytes begin in a buffer."""
         for parameter in layer.parameters():
-            host = torch.empty(parameter.shape, dtype=dtype, device="cpu", pin_memory=pinned)
-            self.on_host[parameter] = host.copy_(parameter.detach())
-            parameter.data = torch.empty(0, dtype=dtype, device=device)
+            if parameter.dim() < 2:
+                continue
+            values = parameter.detach()
+            # one at a time: what the matrix was made in is let go before the next one is copied
+            on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=device.type == "cuda")
+            parameter.data = torch.empty(0, dtype=values.dtype, device=device)
+            self.places.append((parameter, on_host.copy_(values), self.nbytes))
+            del values
+            self.nbytes += -(-on_host.nbytes // _ALIGNMENT) * _ALIGNMENT
+        layer.to(device)
 
-    def let(self, following: _Visit) -> None:
+    def copy_to(self, buffer: Tensor) -> None:
+        for _, on_host, start in self.places:
+            _view(buffer, start, on_host).copy_(on_host, non_blocking=True)
+
+    def point_to(self, buffer: Tensor) -> None:
+        for parameter, on_host, start in self.places:
+            parameter.data = _view(buffer, start, on_host)
+
+    def point_nowhere(self) -> None:
+        for parameter, _, _ in self.places:
+            parameter.data = parameter.data.new_empty(0)
+
+
+def _view(buffer: Tensor, start: int, like: Tensor) -> Tensor:
+    return buffer[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class _Buffer:
+    """Room for one layer on the device."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.bytes = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.holds: _MatricesOnHost | None = None
+        self.arrived, self.left = torch.cuda.Event(), torch.cuda.Event()
+        """Of the copy stream, that the copies are done; of the computing one, that nothing queued there reads them."""
+        self.left.record(torch.cuda.current_stream(device))
+
+
+class _Visits:
+    """The two buffers, whom they hold, and the stream that fills them."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.device, self.nbytes = device, nbytes
+        self.buffers: list[_Buffer] = []
+        """The one that was filled last comes last; made for the first visit."""
+        self.stream: Any = None
+
+    def let(self, layer: _MatricesOnHost, *, following: _MatricesOnHost) -> None:
         """Hook the layer; `following` is called next."""
 
         def arrive(*_: Any) -> None:
-            self.start()
-            following.start()
-            self.finish()
+            buffer = self._holding(layer)
+            torch.cuda.current_stream(self.device).wait_event(buffer.arrived)
+            layer.point_to(buffer.bytes)
+            self._holding(following)
 
         def leave(*_: Any) -> None:
-            for parameter in self.on_host:
-                parameter.data = parameter.data.new_empty(0)
+            layer.point_nowhere()
+            self._holding(layer).left.record(torch.cuda.current_stream(self.device))
 
-        self.layer.register_forward_pre_hook(arrive)
-        self.layer.register_forward_hook(leave)
+        layer.layer.register_forward_pre_hook(arrive)
+        layer.layer.register_forward_hook(leave)
 
-    def start(self) -> None:
-        """Begin the copies, unless they have begun."""
-        if self.on_device is not None:
-            return
-        if self.device.type != "cuda":
-            self.on_device = list(self.on_host.values())
-            return
-        if self.device not in self._streams:
-            self._streams[self.device] = torch.cuda.Stream(self.device)
-        stream = self._streams[self.device]
-        with torch.cuda.stream(stream):
-            self.on_device = [host.to(self.device, non_blocking=True) for host in self.on_host.values()]
-            self.arrived = torch.cuda.Event()
-            self.arrived.record(stream)
-
-    def finish(self) -> None:
-        """Give the layer its weights; work queued from here on waits for them."""
-        assert self.on_device is not None
-        if self.arrived is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_event(self.arrived)
-            for tensor in self.on_device:
-                tensor.record_stream(current)  # made on the other stream: not to be reused before this one is through
-        for parameter, tensor in zip(self.on_host, self.on_device, strict=True):
-            parameter.data = tensor
-        self.on_device = self.arrived = None
+    def _holding(self, layer: _MatricesOnHost) -> _Buffer:
+        """The buffer with this layer; where there is none, the one filled longest ago, to which it is on its way."""
+        if not self.buffers:
+            self.stream = torch.cuda.Stream(self.device)
+            self.buffers = [_Buffer(self.nbytes, self.device) for _ in range(2)]
+        for buffer in self.buffers:
+            if buffer.holds is layer:
+                return buffer
+        buffer = self.buffers.pop(0)
+        self.buffers.append(buffer)
+        buffer.holds = layer
+        self.stream.wait_event(buffer.left)
+        with torch.cuda.stream(self.stream):
+            layer.copy_to(buffer.bytes)
+            buffer.arrived.record(self.stream)
+        return buffer

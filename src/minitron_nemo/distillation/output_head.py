@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron.core.models.gpt import GPTModel
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @contextmanager
@@ -24,17 +24,6 @@ def without_logits(model: GPTModel) -> Iterator[None]:
         yield
     finally:
         model.post_process = post_process
-
-
-@contextmanager
-def outputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What the module returns inside, in order."""
-    outputs: list[Tensor] = []
-    handle = module.register_forward_hook(lambda _, __, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()
 
 
 def output_weight(model: GPTModel) -> Tensor:

@@ -21,12 +21,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig
+from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, require_stored_is_enough
 from minitron_nemo.distillation.loss import Walk
 from minitron_nemo.distillation.teacher import Load, Tokens
 from minitron_nemo.divergence.fused_linear import LOGITS_BYTES, OutputHead
-from minitron_nemo.divergence.streamed import require_kind_reads_top_k, top_k_of_rows
+from minitron_nemo.divergence.streamed import top_k_of_rows
 from minitron_nemo.divergence.top_k import STORED, TopKTeacher
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.parallel import ProcessGroup, group_size
@@ -79,21 +78,6 @@ class TeacherInStore:
 
     def flops_per_token(self, seq_length: int, *, learns: bool) -> int:
         return 0
-
-
-def require_stored_is_enough(config: DistillationConfig) -> None:
-    """Raises: ValueError: `config` asks for more of the teacher than its k likeliest tokens."""
-    require_kind_reads_top_k(config.divergence)
-    require(
-        config.teacher_lr == 0,
-        f"distillation.teacher_lr={config.teacher_lr} needs the teacher's weights, and only its likeliest tokens are "
-        "stored. Set it to 0, or distil with the teacher in memory (distill.teacher_logits=null).",
-    )
-    require(
-        not config.hidden_states.enabled,
-        "distillation.hidden_states.enabled=true needs the teacher's hidden states, and only its likeliest tokens are "
-        "stored. Set it to false, or distil with the teacher in memory (distill.teacher_logits=null).",
-    )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Communication: what a live model does by itself, and where it learns tp in its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -113,7 +113,8 @@ class LiveTeacher(nn.Module):
         _require_side_by_side(student, self.model)
         self.learns = config.teacher_lr > 0
         if self.learns:
-            _require_can_learn(self.model)
+            tied = self.model.share_embeddings_and_output_weights
+            require_can_learn(tied=tied, pipeline_stages=self.model.config.pipeline_model_parallel_size)
         self.model.requires_grad_(self.learns)
 
     def train(self, mode: bool = True) -> LiveTeacher:
@@ -157,8 +158,11 @@ class LiveTeacher(nn.Module):
 
 # ---- where a teacher comes from --------------------------------------------------------------------------------------
 
-Load: TypeAlias = Callable[[ModelShape, Path], GPTModel]
-"""(shape, artifact) -> this rank's part of the model, on the student's layout, with the artifact's weights."""
+
+class Load(Protocol):
+    def __call__(self, shape: ModelShape, weights: Path, *, on_host: bool) -> GPTModel:
+        """This rank's part of a model, on the student's layout, in the dtype of its forward pass, with the weights of
+        the artifact; in host memory or on the device."""
 
 
 class TeacherSource(Protocol):
@@ -177,13 +181,14 @@ class TeacherAtHand:
 
     shape: ModelShape
     weights: Path
-    offload: torch.dtype | None = None
-    """Keep its layers in host memory, in this type, that of its forward pass."""
+    offload: bool = False
+    """Keep its layers in host memory."""
 
     def open(self, load: Load) -> LiveTeacher:
-        model = load(self.shape, self.weights)
-        if self.offload is not None:
-            keep_on_host(model.decoder.layers, dtype=self.offload, device=platform.device())
+        model = load(self.shape, self.weights, on_host=self.offload)
+        if self.offload:
+            keep_on_host(model.decoder.layers, device=platform.device())
+            model.to(platform.device())  # what is left: embedding, output layer, final norm
         return LiveTeacher(model)
 
     def flops_per_token(self, seq_length: int, *, learns: bool) -> int:
@@ -193,12 +198,17 @@ class TeacherAtHand:
 # ---- what cannot stand side by side ----------------------------------------------------------------------------------
 
 
-def _require_can_learn(teacher: GPTModel) -> None:
+def require_can_learn(*, tied: bool, pipeline_stages: int) -> None:
+    """Raises: ValueError: a teacher cannot be corrected beside a student on so many stages.
+
+    Args:
+        tied: its output layer is its embedding.
+    """
     require(
-        not teacher.share_embeddings_and_output_weights or teacher.config.pipeline_model_parallel_size == 1,
-        f"distillation.teacher_lr cannot be set for a teacher with tied embeddings on "
-        f"{teacher.config.pipeline_model_parallel_size} pipeline stages: Megatron adds the tied gradients of one model "
-        "only. Set trainer.pipeline_model_parallel_size=1, or correct the teacher beforehand.",
+        not tied or pipeline_stages == 1,
+        f"distillation.teacher_lr cannot be set for a teacher with tied embeddings on {pipeline_stages} pipeline "
+        "stages: Megatron adds the tied gradients of one model only. Set trainer.pipeline_model_parallel_size=1, or "
+        "correct the teacher beforehand.",
     )
 
 

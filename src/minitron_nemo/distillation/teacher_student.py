@@ -9,10 +9,10 @@ hidden axis, so that Megatron's own non-interleaved schedule needs only to be to
 In training the loss is the divergence from the teacher's answer (teacher.py), whose logits are formed a few tokens at a
 time and never whole (fused_linear.py), and by config losses between hidden states, which sit on the stages where the
 states are (hidden_states.py); in evaluation it is the student's cross-entropy on the labels, one value per token
-[b, s/cp], comparable with any other run, and the teacher does not run, but for a validation (`begin_validation`), which
-measures how far they are apart. A checkpoint of this module is a checkpoint of the student alone, under the student's
-own names; where there are hidden losses, their projections and balance are added to it under `hidden_states.`, and a
-teacher that learns under `teacher.`.
+[b, s/cp], formed as the loss is and comparable with any other run, and the teacher does not run, but for a validation
+(`begin_validation`), which measures how far they are apart. A checkpoint of this module is a checkpoint of the student
+alone, under the student's own names; where there are hidden losses, their projections and balance are added to it under
+`hidden_states.`, and a teacher that learns under `teacher.`.
 
 Communication: what both models do by themselves; tp in the loss (see fused_linear.py); pp carries the message, whose
 teacher half is constant (its gradient travels back as zeros); all ranks once at the end of a step or a validation.
@@ -25,7 +25,6 @@ from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from megatron.core import num_microbatches_calculator, parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
@@ -41,10 +40,11 @@ from minitron_nemo.distillation.loss import (
     DIVERGENCE,
     TEACHER_CROSS_ENTROPY,
     Loss,
+    cross_entropy_of_tokens,
     distillation_loss,
     walk_of,
 )
-from minitron_nemo.distillation.output_head import output_weight, outputs_of, without_logits
+from minitron_nemo.distillation.output_head import output_weight, without_logits
 from minitron_nemo.distillation.teacher import Teacher, Tokens
 from minitron_nemo.divergence.fused_linear import OutputHead, fused_linear_divergence
 from minitron_nemo.parallel import group_rank, group_size
@@ -134,12 +134,10 @@ class TeacherStudent(MegatronModule):
         tokens = (input_ids, position_ids, attention_mask)
         said = {key: arguments.pop(key) for key in self.teacher.reads if key in arguments}
         weights = torch.ones_like(input_ids) if loss_mask is None else loss_mask
-        if not self.training and self._validation is not None:
-            return self._validate(self._validation, tokens, labels, weights, arguments)
-        if self.post_process and (labels is None or not self.training):
-            return self.student(*tokens, labels=labels, **arguments)
+        if self.post_process and labels is None:
+            return self.student(*tokens, **arguments)
         if not self.training:
-            return F.pad(self.student(*tokens, **arguments), (0, self._message_extra(after=True)))
+            return self._evaluate(tokens, labels, weights, arguments)
         self._begin_micro_batch()
         hidden = self.hidden_states
         riders: list[Tensor] = []
@@ -176,26 +174,29 @@ class TeacherStudent(MegatronModule):
         return loss
 
     @torch.no_grad()
-    def _validate(
-        self, sums: StepSums, tokens: Tokens, labels: Tensor | None, weights: Tensor, model_arguments: dict[str, Any]
+    def _evaluate(
+        self, tokens: Tokens, labels: Tensor | None, weights: Tensor, model_arguments: dict[str, Any]
     ) -> Tensor:
-        """`forward` in a validation: the student's own loss, or message; the teacher runs beside it."""
-        teacher_output = self.teacher.run(tokens, **model_arguments)
-        with outputs_of(self.student.decoder) as student_hidden:
-            output: Tensor = self.student(*tokens, labels=labels, **model_arguments)
-        if not self.post_process:  # no hidden losses, but their place in the message
-            riders = output.new_zeros(*output.shape[:-1], self._message_extra(after=True) - self.teacher.message_width)
-            return _side_by_side(output, teacher_output, riders)
-        losses = fused_linear_divergence(
-            OutputHead(student_hidden[0], output_weight(self.student)),
-            self.teacher.answer(teacher_output, {}),
-            self.distillation.divergence,
-            with_agreement=True,
-            **walk_of(self.student, self.vocab_size),
-        )
-        assert losses.agreement is not None
+        """`forward` in evaluation: the student's own loss, or message; in a validation the teacher runs beside it."""
+        sums, teacher_output = self._validation, None
+        if sums is not None:
+            teacher_output = self.teacher.run(tokens, **model_arguments)
+        with without_logits(self.student):
+            student_output: Tensor = self.student(*tokens, **model_arguments)
+        if not self.post_process:  # no hidden losses, but their place in the message, and that of one who does not run
+            width = 0 if teacher_output is None else self.teacher.message_width
+            riders = student_output.new_zeros(*student_output.shape[:-1], self._message_extra(after=True) - width)
+            return _side_by_side(student_output, teacher_output, riders)
+        assert labels is not None
+        head = OutputHead(student_output, output_weight(self.student))
+        walk = walk_of(self.student, self.vocab_size)
+        if sums is None:
+            return cross_entropy_of_tokens(head, labels, walk)
+        answer, config = self.teacher.answer(teacher_output, {}), self.distillation.divergence
+        losses = fused_linear_divergence(head, answer, config, labels=labels.t(), with_agreement=True, **walk)
+        assert losses.agreement is not None and losses.cross_entropy is not None
         self._add(sums, {DIVERGENCE: losses.divergence.t(), AGREEMENT: losses.agreement.t()}, weights)
-        return output
+        return losses.cross_entropy.t().contiguous()
 
     # ---- what a step was -----------------------------------------------------------------------------------------
 

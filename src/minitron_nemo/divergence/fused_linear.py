@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
+from minitron_nemo.config.distillation import TOP_K, DivergenceConfig, require_kind_reads_top_k
 from minitron_nemo.divergence.agreement import top_1_agreement
-from minitron_nemo.divergence.streamed import require_kind_reads_top_k, row_losses, top_k_of_rows
+from minitron_nemo.divergence.streamed import row_losses, top_k_of_rows
 from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS, Rows, TeacherRows
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.divergence.vocabulary import Reduced, Vocabulary

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
+from minitron_nemo.config.distillation import TOP_K, DivergenceConfig, require_kind_reads_top_k
 from minitron_nemo.divergence.formulas import (
     OF_PROBABILITIES,
     OF_SCORES,
@@ -134,14 +134,6 @@ def _teacher_rows(
         vocab_size, group = vocabulary.size, vocabulary.group
         return top_k_of_teacher(teacher.detach(), config, tp_group=group, vocab_size=vocab_size).of_tokens(-1)
     return teacher
-
-
-def require_kind_reads_top_k(config: DivergenceConfig) -> None:
-    require(
-        config.kind == TOP_K,
-        f"the teacher is known by its likeliest tokens only, and divergence.kind={config.kind} needs all; use "
-        "divergence.kind=top_k.",
-    )
 
 
 class _Divergence(torch.autograd.Function):

@@ -3,8 +3,8 @@
     tokens, labels, position_ids   [b, s]   int64
     loss_mask                      [b, s]   float32
 
-Training draws samples [s], shuffled, from weighted blends. Communication: only inside Megatron-core, which builds its
-sample index on rank 0 and has the others wait.
+Training draws samples [s], shuffled, from weighted blends. Communication: rank 0 builds Megatron-core's sample index
+while the others wait, as long as it takes; Megatron's own barriers follow, when all find it in the cache.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require, require_divisible
 from minitron_nemo.config.data import DataConfig
-from minitron_nemo.parallel import is_rank_zero
+from minitron_nemo.parallel import is_rank_zero, rank_zero_works, undistributed
 from minitron_nemo.text.blend import (
     open_blend,
     require_documents_end_once,
@@ -93,12 +94,14 @@ class PackedDataModule(PreTrainingDataModule):
         """
         samples = trainer_max_steps * self.data_sampler.global_batch_size
         assert samples > 0, f"max_steps={trainer_max_steps} must be known when the data are built"
-        self._train_ds, self._validation_ds, self._test_ds = BlendedMegatronDatasetBuilder(
+        datasets = BlendedMegatronDatasetBuilder(
             self.dataset_cls,
             [samples if self.train_dataset is None else 1, None, None],
             is_built_on_rank=lambda: True,
             config=self.gpt_dataset_config,
-        ).build()
+        )
+        rank_zero_works(partial(_build_index, datasets))
+        self._train_ds, self._validation_ds, self._test_ds = datasets.build()
         if self.train_dataset is not None:
             self._train_ds = self.train_dataset(samples)
         require_supervised(self._train_ds)
@@ -117,6 +120,13 @@ class PackedDataModule(PreTrainingDataModule):
         config.create_attention_mask = False
         config.pad_documents_to = self.pad_documents_to
         return config
+
+
+def _build_index(datasets: BlendedMegatronDatasetBuilder) -> None:
+    """Leave in the cache what `build` makes, which takes minutes with much text. Megatron-core waits for no other rank
+    where nothing is distributed."""
+    with undistributed():
+        datasets.build()
 
 
 _LOOKED_AT = 64  # samples; enough to see text that is nearly all prompts, read in well under a second

@@ -13,7 +13,7 @@ from minitron_nemo.config.distillation import DistillationConfig
 from minitron_nemo.distillation.loss import LOSS, Loss
 from minitron_nemo.distillation.teacher import TeacherSource
 from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
-from minitron_nemo.nemo.models import EngineModel, build_beside, build_core, nemo_config
+from minitron_nemo.nemo.models import EngineModel, build_beside, build_core, nemo_config, to_be_loaded
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
 from minitron_nemo.runtime.step import data_step, distillation_step
@@ -65,11 +65,12 @@ class DistillationGPTModel(EngineModel):
         self.student_weights = student_weights
 
     def build(self, vp_stage: int | None) -> torch.nn.Module:
+        to_be_loaded(self.config)
         student = build_core(self.config, self.shape, vp_stage=vp_stage)
         load_weights(student, self.student_weights)
 
-        def load(shape: ModelShape, weights: Path) -> MCoreGPTModel:
-            model = build_beside(self.config, shape, vp_stage=vp_stage)
+        def load(shape: ModelShape, weights: Path, *, on_host: bool) -> MCoreGPTModel:
+            model = build_beside(self.config, shape, vp_stage=vp_stage, on_host=on_host)
             load_weights(model, weights)
             return model
 

@@ -132,13 +132,15 @@ class CrossEntropyGPTModel(EngineModel):
         self.initial = initial
 
     def build(self, vp_stage: int | None) -> torch.nn.Module:
+        if self.initial is None:
+            return build_core(self.config, self.shape, vp_stage=vp_stage)
+        to_be_loaded(self.config)
         core = build_core(self.config, self.shape, vp_stage=vp_stage)
-        if self.initial is not None:
-            load_weights(core, self.initial)
+        load_weights(core, self.initial)
         return core
 
 
-_LAYOUT_FIELDS = (*Layout().of_model, "pipeline_dtype", "params_dtype", "bf16")
+_LAYOUT_FIELDS = (*Layout().of_model, "pipeline_dtype", "params_dtype", "bf16", "perform_initialization")
 """What a second model on the same ranks takes over from the first one's config."""
 
 
@@ -175,8 +177,19 @@ def build_core(config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = N
     return core
 
 
-def build_beside(config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = None) -> MCoreGPTModel:
-    """This rank's part of a second model, laid out and in the precision as the one of `config`."""
-    return build_core(
-        nemo_config(shape, **{name: getattr(config, name) for name in _LAYOUT_FIELDS}), shape, vp_stage=vp_stage
-    )
+def to_be_loaded(config: GPTConfig) -> None:
+    """Have a model built in the dtype of its forward pass, into which NeMo would convert it once it is whole, and with
+    weights that are memory as it comes: a checkpoint fills all of them."""
+    config.params_dtype = torch.bfloat16 if config.bf16 else torch.float32
+    config.perform_initialization = False
+
+
+def build_beside(
+    config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = None, on_host: bool = False
+) -> MCoreGPTModel:
+    """This rank's part of a second model, laid out and in the precision as the one of `config`; on the device, or in
+    host memory."""
+    values = {name: getattr(config, name) for name in _LAYOUT_FIELDS}
+    if on_host:
+        values["use_cpu_initialization"] = True
+    return build_core(nemo_config(shape, **values), shape, vp_stage=vp_stage)

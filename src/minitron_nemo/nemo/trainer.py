@@ -34,7 +34,7 @@ from minitron_nemo.nemo.downstream import Downstream
 from minitron_nemo.nemo.history import History
 from minitron_nemo.nemo.models import EngineModel
 from minitron_nemo.nemo.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
-from minitron_nemo.parallel import is_rank_zero, rank, world_size
+from minitron_nemo.parallel import is_rank_zero, local_rank, rank, ranks_per_node, world_size
 from minitron_nemo.platform.peak import peak_tflops_here
 from minitron_nemo.runtime.training_run import CHECKPOINTS, HISTORY, OPTIMIZER, TrainingRun
 from nemo import lightning as nl
@@ -100,10 +100,10 @@ class _StandingProcesses(LightningEnvironment):
         return rank()
 
     def local_rank(self) -> int:
-        return torch.cuda.current_device()
+        return local_rank()
 
     def node_rank(self) -> int:
-        return rank() // max(torch.cuda.device_count(), 1)
+        return rank() // ranks_per_node()
 
     def set_world_size(self, size: int) -> None: ...
 
@@ -145,7 +145,7 @@ def build_trainer(
     config: TrainerConfig, training: TrainingConfig, *, directory: Path, callbacks: list[pl.Callback]
 ) -> nl.Trainer:
     """An `nl.Trainer` for this machine and layout; logs go below `directory`."""
-    world, dtype = world_size(), platform.dtype_of(config.precision)
+    dtype = platform.dtype_of(config.precision)
     before = None
     if training.continue_from is not None:
         before = nl.RestoreConfig(path=str(Path(training.continue_from, OPTIMIZER)), load_optim_state=True)
@@ -153,6 +153,7 @@ def build_trainer(
         **config.of_model,
         pipeline_dtype=dtype,
         process_group_backend=platform.backend(),
+        timeout=config.distributed_timeout,
         cluster_environment=_StandingProcesses(),
         ddp=DistributedDataParallelConfig(
             use_distributed_optimizer=platform.supports_distributed_optimizer(),
@@ -176,8 +177,8 @@ def build_trainer(
         warnings.simplefilter("ignore")
         return nl.Trainer(
             accelerator="gpu" if platform.has_accelerator() else "cpu",
-            devices=world // config.num_nodes,
-            num_nodes=config.num_nodes,
+            devices=ranks_per_node(),
+            num_nodes=world_size() // ranks_per_node(),
             strategy=strategy,
             plugins=[nl.MegatronMixedPrecision(precision="bf16-mixed" if dtype == torch.bfloat16 else "32")],
             max_steps=training.steps,

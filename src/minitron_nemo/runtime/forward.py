@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -11,6 +11,9 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo import platform
 from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.distillation.loss import cross_entropy_of_tokens, walk_of
+from minitron_nemo.distillation.output_head import output_weight, without_logits
+from minitron_nemo.divergence.fused_linear import OutputHead
 from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import (
@@ -27,46 +30,67 @@ from minitron_nemo.schedule import forward_only
 from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 
+R = TypeVar("R")
+
 
 def run_forward(
     core: MCoreGPTModel,
     batches: Iterable[dict[str, torch.Tensor]],
     *,
-    before: Callable[[dict[str, torch.Tensor]], None] | None = None,
+    before: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
+    see: Callable[[dict[str, torch.Tensor], torch.Tensor], R] = lambda *_: None,  # type: ignore[assignment]
     label: str,
     total: int,
-) -> list[torch.Tensor]:
-    """Run every micro-batch through the pipeline.
+) -> list[R]:
+    """Run every micro-batch through the pipeline up to the output layer, which forms no logits.
 
     Args:
-        batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s].
+        batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s]; one is held
+            at a time.
         before: called with each micro-batch (sliced over cp) before its forward, on every stage.
+        see: called on the last stage with it and with what the output layer would read, [s/cp, b, h], with sequence
+            parallelism [s/(cp*tp), b, h].
         total: number of micro-batches, for the progress line.
-    Returns: on the last stage [loss sum in nats, tokens] float64 of each micro-batch's unmasked tokens; else nothing.
+    Returns: on the last stage what `see` returned; else nothing.
     Communicates: tp and cp inside the model, pp between stages.
     """
 
     def forward(model: MCoreGPTModel, local: dict[str, Any]) -> torch.Tensor:
-        if before is not None:
-            before(local)
+        before(local)
         return forward_step(model, local)
 
-    def sums(local: dict[str, Any], losses: torch.Tensor) -> torch.Tensor:
-        mask = local["loss_mask"].double()
-        return torch.stack([(losses.double() * mask).sum(), mask.sum()])
-
-    results: list[torch.Tensor] = []
-    with Reporter(label, total, show=is_rank_zero()) as reporter:
+    results: list[R] = []
+    with Reporter(label, total, show=is_rank_zero()) as reporter, without_logits(core):
         for done, batch in enumerate(batches, start=1):
             rows, seq_length = batch["tokens"].shape
             passes = map(on_this_rank, [batch])
-            results += forward_only(core, passes, forward, sums, count=1, rows=rows, seq_length=seq_length)
+            results += forward_only(core, passes, forward, see, count=1, rows=rows, seq_length=seq_length)
             reporter.update(done)
     return results
 
 
+def loss_sums(
+    core: MCoreGPTModel, batches: Iterable[dict[str, torch.Tensor]], vocab_size: int, *, label: str, total: int
+) -> list[torch.Tensor]:
+    """On the last stage [loss sum in nats, tokens] float64 of each micro-batch's unmasked tokens; else nothing.
+
+    Args:
+        batches, label, total: as those of `run_forward`.
+        vocab_size: real entries of the padded vocabulary.
+    Communicates: as `run_forward`, and tp in the loss.
+    """
+    walk = walk_of(core, vocab_size)
+
+    def sums(local: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        losses = cross_entropy_of_tokens(OutputHead(hidden, output_weight(core)), local["labels"], walk)
+        mask = local["loss_mask"].double()
+        return torch.stack([(losses.double() * mask).sum(), mask.sum()])
+
+    return run_forward(core, batches, see=sums, label=label, total=total)
+
+
 def mean_loss(results: list[torch.Tensor]) -> tuple[float, int]:
-    """Nats per token and number of tokens over all ranks, from `run_forward`'s results, equal on every rank.
+    """Nats per token and number of tokens over all ranks, from `loss_sums`, equal on every rank.
 
     Communicates: dp and cp (sum), pp (from the last stage).
     """

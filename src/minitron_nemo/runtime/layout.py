@@ -15,18 +15,28 @@ from megatron.core import parallel_state, tensor_parallel
 from minitron_nemo import platform
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
+from minitron_nemo.parallel import local_rank, ranks_per_node
 from minitron_nemo.shape import ModelShape
 
 
-def start() -> None:
-    """Join the process group: from torchrun's environment, or alone. Idempotent."""
+def start(layout: Layout) -> None:
+    """Join the process group: from torchrun's environment, or alone. Idempotent.
+
+    Raises: ValueError: nodes with unequal numbers of processes, as far as this one sees.
+    """
     platform.activate()
     if dist.is_initialized():
         return
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(platform.backend())
+        world, here = int(os.environ["WORLD_SIZE"]), ranks_per_node()
+        require(
+            world % here == 0,
+            f"This node runs {here} of {world} processes, so others run another number. Start equally many on every "
+            "node: the same torchrun --nproc-per-node, or slurm.processes_per_node.",
+        )
+        torch.cuda.set_device(local_rank())
+        dist.init_process_group(platform.backend(), timeout=layout.distributed_timeout)
     else:
         dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
 
@@ -43,7 +53,7 @@ def use_layout(layout: Layout, *, seed: int) -> None:
 
     Raises: ValueError where the world cannot hold the layout.
     """
-    start()
+    start(layout)
     world = dist.get_world_size()
     require(
         world % layout.model_parallel_size == 0,
@@ -64,7 +74,10 @@ def use_layout(layout: Layout, *, seed: int) -> None:
         # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
         # a thread that wakes a hundred times a second.
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(**layout.sizes)
+        parallel_state.initialize_model_parallel(
+            **layout.sizes,
+            distributed_timeout_minutes=layout.distributed_timeout_minutes,
+        )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

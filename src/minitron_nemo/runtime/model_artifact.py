@@ -16,6 +16,7 @@ from pathlib import Path
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.checks import NothingThere, require
 from minitron_nemo.kinds import refuse_as_artifact
+from minitron_nemo.parallel import by_rank_zero
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer_files import copy_tokenizer
 
@@ -74,10 +75,11 @@ class ModelInput:
         return [self.artifact] if self.artifact else []
 
 
+@by_rank_zero
 def open_model(
     path: Path | str | None, *, key: str, trust_checkpoint: bool = False, foreign: ForeignShape
 ) -> ModelInput:
-    """A model given as an input.
+    """A model given as an input. Every rank calls, and rank 0 looks.
 
     A checkpoint that no stage of ours made is loaded by libraries that unpickle its metadata, so it needs the user's
     word that it comes from someone they trust.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -33,7 +34,6 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
-from minitron_nemo.parallel import world_size
 from minitron_nemo.places import local_name
 from minitron_nemo.runtime.distributed_checkpoint import CONTENT, PREFIX, WEIGHTS, content_of
 from minitron_nemo.runtime.layout import use_layout
@@ -52,10 +52,10 @@ _Place = tuple[str, tuple[int, ...]]
 def require_one_process(doing: str) -> None:
     """Megatron's groups for a model that is not split. Raises: ValueError: several processes."""
     use_layout(Layout(), seed=0)
+    processes = dist.get_world_size()
     require(
-        world_size() == 1,
-        f"{doing} runs in one process, not in {world_size()}. Start it without torchrun, or go through the loaded "
-        "model.",
+        processes == 1,
+        f"{doing} runs in one process, not in {processes}. Start it without torchrun, or go through the loaded model.",
     )
 
 

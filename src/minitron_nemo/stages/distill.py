@@ -13,12 +13,13 @@ from typing import NamedTuple
 from megatron.core import parallel_state
 from torch.utils.data import Dataset
 
-from minitron_nemo import engine, platform
+from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import DistillConfig
-from minitron_nemo.distillation.stored_teacher import TeacherInStore, require_stored_is_enough
-from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource
+from minitron_nemo.distillation.stored_teacher import TeacherInStore
+from minitron_nemo.distillation.teacher import TeacherAtHand, TeacherSource, require_can_learn
+from minitron_nemo.parallel import rank_zero_says
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
@@ -93,10 +94,12 @@ def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     )
     prepare_layout(config.trainer, student.shape, seq_length=config.trainer.seq_length, seed=config.seed)
     require_splits(teacher.shape, config.trainer)
-    plan = config.plan or (student.path if PruningPlan.is_in(student.path) else None)
-    offload = platform.dtype_of(config.trainer.precision) if config.offload_teacher else None
+    if config.distillation.teacher_lr > 0:
+        tied, stages = teacher.shape.share_embeddings_and_output_weights, config.trainer.pipeline_model_parallel_size
+        require_can_learn(tied=tied, pipeline_stages=stages)
+    plan = config.plan or (student.path if rank_zero_says(PruningPlan.is_in(student.path)) else None)
     return _Lesson(
-        TeacherAtHand(teacher.shape, teacher.path, offload),
+        TeacherAtHand(teacher.shape, teacher.path, config.offload_teacher),
         teacher.artifacts,
         plan=None if plan is None else PruningPlan.load(plan),
     )
@@ -105,7 +108,6 @@ def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
 def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifact, float]]) -> _Lesson:
     """What the teacher said is read with the samples."""
     assert config.teacher_logits is not None
-    require_stored_is_enough(config.distillation)
     store = TeacherStore.open(config.teacher_logits, key="distill.teacher_logits")
     store.require_of_teacher(config.teacher)
     store.require_fits(

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.stages import EvaluateConfig
-from minitron_nemo.runtime.forward import mean_loss, run_forward
+from minitron_nemo.runtime.forward import loss_sums, mean_loss
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
 from minitron_nemo.text.corpus import VALIDATION
@@ -23,19 +23,17 @@ def run(config: EvaluateConfig) -> Artifact:
     blend = [artifact for artifact, _ in open_blend(config.data)]
     require_tokenizer_of(blend[0], load_tokenizer(source.tokenizer))
     prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length)
-    held_out = list(
-        batches(
-            [prefix for artifact in blend for prefix in split_prefixes(artifact, VALIDATION)],
-            config.trainer.seq_length,
-            config.trainer.micro_batch_size,
-            config.num_samples,
-            dp_rank=parallel_state.get_data_parallel_rank(),
-            dp_size=parallel_state.get_data_parallel_world_size(),
-        )
+    held_out = batches(
+        [prefix for artifact in blend for prefix in split_prefixes(artifact, VALIDATION)],
+        config.trainer.seq_length,
+        config.trainer.micro_batch_size,
+        config.num_samples,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
     )
     core = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
     name = Path(config.output).name
-    loss, tokens = mean_loss(run_forward(core, held_out, label=name, total=len(held_out)))
+    loss, tokens = mean_loss(loss_sums(core, held_out, source.vocab_size, label=name, total=len(held_out)))
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
     with writing(output, stage="evaluate", config=config, inputs=inputs) as draft:

@@ -23,7 +23,7 @@ from minitron_nemo.hf.checkpoint import load_hf
 from minitron_nemo.hf.folder import Folder
 from minitron_nemo.hf.gguf import is_gguf, unpack_gguf
 from minitron_nemo.kinds import refuse_as_hugging_face
-from minitron_nemo.parallel import Groups, is_rank_zero, rank_zero_works, world_size
+from minitron_nemo.parallel import Groups, is_rank_zero, rank_zero_says, rank_zero_works, world_size
 from minitron_nemo.runtime.bridge import import_weights
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.training import require_vocabulary
@@ -69,7 +69,7 @@ def run(config: ImportHfConfig) -> Artifact:
 def _checkpoint(config: ImportHfConfig) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The Hugging Face folder to import, and what the manifest says of where it is from."""
     source = embedded_teacher() if config.model == EMBEDDED else Path(config.model)
-    if not is_gguf(source):
+    if not rank_zero_says(is_gguf(source)):
         refuse_as_hugging_face(source, "import_hf.model")
         require(
             (source / "config.json").is_file(),

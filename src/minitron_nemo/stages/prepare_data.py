@@ -16,14 +16,13 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB
 from minitron_nemo.config.stages import PrepareDataConfig
-from minitron_nemo.parallel import rank_zero_works
+from minitron_nemo.parallel import by_rank_zero
 from minitron_nemo.progress import Reporter
 from minitron_nemo.text.corpus import (
     STDLIB_LICENCE,
@@ -43,12 +42,14 @@ from minitron_nemo.text.tokenizer_files import copy_tokenizer, require_tokenizer
 Item = TypeVar("Item")
 
 
+@by_rank_zero
 def check(cfg: PrepareDataConfig) -> None:
     """What can be seen of the corpus before a chain of stages begins. Raises: FileNotFoundError, ValueError."""
     Splitter(cfg.validation_fraction)
     _sources(cfg)
 
 
+@by_rank_zero
 def run(cfg: PrepareDataConfig) -> Artifact:
     """Prepare the data and return the artifact.
 
@@ -60,9 +61,9 @@ def run(cfg: PrepareDataConfig) -> Artifact:
     splitter = Splitter(cfg.validation_fraction)
     if cfg.tokenizer is not None:
         require_tokenizer_files(cfg.tokenizer)
-    sizes = rank_zero_works(partial(survey, sources, splitter, cfg))
+    sizes = survey(sources, splitter, cfg)
     with writing(cfg.output, stage="prepare-data", config=cfg) as draft:
-        rank_zero_works(partial(_write, cfg, sources, splitter, sizes, draft))
+        _write(cfg, sources, splitter, sizes, draft)
     return open_artifact(cfg.output)
 
 

@@ -18,7 +18,7 @@ from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
-from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works
+from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
 from minitron_nemo.pruning.compensation import compensate
@@ -31,6 +31,7 @@ from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
 from minitron_nemo.runtime.forward import run_forward
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
+from minitron_nemo.runtime.own_process import in_own_process
 from minitron_nemo.runtimes import as_family, require_opens, suits
 from minitron_nemo.scores import STREAM, Importance
 from minitron_nemo.shape import ModelShape
@@ -42,7 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: PruneConfig) -> Artifact:
-    """Raises: ValueError, FileNotFoundError: a target or an importance that does not fit; nothing is written then."""
+    """Offline under several ranks, rank 0 works in a process of its own, while the others wait.
+
+    Raises: ValueError, FileNotFoundError: a target or an importance that does not fit; nothing is written then.
+    """
+    if config.offline and world_size() > 1:
+        return rank_zero_works(partial(in_own_process, run, config))
     source = engine.open_model(config.model, key="prune.model", trust_checkpoint=config.trust_checkpoint)
     job = Job(config, source)
     for shape in job.targets:

@@ -1,16 +1,19 @@
 """report: from a run directory to one HTML file and one JSON file of what the run came to.
 
 Reads the manifests, histories, scores and plan that are there, says what is not, and computes nothing anew.
+One process does it; under several ranks the first, while the others wait.
 """
 
 from __future__ import annotations
 
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.stages import ReportConfig
+from minitron_nemo.parallel import by_rank_zero
 from minitron_nemo.report import read_run
 from minitron_nemo.report.page import write_report
 
 
+@by_rank_zero
 def run(cfg: ReportConfig) -> Artifact:
     """Write the report of `cfg.run_dir` to `cfg.output`.
 

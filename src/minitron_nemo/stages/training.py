@@ -20,7 +20,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig, lr_multiplier
-from minitron_nemo.parallel import is_rank_zero, rank_zero_works
+from minitron_nemo.parallel import is_rank_zero, rank_zero_says, rank_zero_works
 from minitron_nemo.runtime.layout import require_tokens_split
 from minitron_nemo.runtime.training_run import (
     CHECKPOINTS,
@@ -141,7 +141,7 @@ def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:
     """The artifact that a run continues. Raises: ValueError, FileNotFoundError: it cannot."""
     before = open_artifact(path, made_by=TRAINING_STAGES, key="training.continue_from")
     require(
-        (before.path / OPTIMIZER).is_dir(),
+        rank_zero_says((before.path / OPTIMIZER).is_dir()),
         f"training.continue_from={path} holds no {OPTIMIZER}/. Make it with training.keep_optimizer=true, or go on "
         "from its weights alone: give it as the model to train.",
     )

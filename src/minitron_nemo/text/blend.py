@@ -35,7 +35,10 @@ def open_blend(config: Prepared) -> list[tuple[Artifact, float]]:
             f"data.prepared: {entry!r} must be {{path: ..., weight: ...}} when several are blended.",
         )
         weight = float(given.get("weight", 1.0))
-        require(weight > 0, f"data.prepared: weight={weight} of {given['path']} must be positive.")
+        require(
+            0 < weight < float("inf"),
+            f"data.prepared: weight={weight} of {given['path']} must be a positive number.",
+        )
         blend.append((open_artifact(given["path"], made_by=["prepare-data"], key="data.prepared"), weight))
     digests = {str(artifact.path): artifact.facts["tokenizer_digest"] for artifact, _ in blend}
     require(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
 from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
+from minitron_nemo.parallel import rank_zero_works
 
 PRECISIONS = ("float16", "float32")
 
@@ -195,7 +197,7 @@ class TeacherStore:
         facts = artifact.facts
         sources = [StoredSource(**source) for source in facts["sources"]]
         store = cls(artifact, StoreFormat(**facts["format"]), sources)
-        store.shards.require_whole(key=key)
+        rank_zero_works(partial(store.shards.require_whole, key=key))
         return store
 
     @staticmethod

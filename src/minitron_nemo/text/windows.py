@@ -11,6 +11,7 @@ stored answers reads Megatron-core's shuffled samples (`nemo/data_module.py`). N
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def batches(
     seed: int | None = None,
     dp_rank: int = 0,
     dp_size: int = 1,
-) -> Iterator[dict[str, Tensor]]:
+) -> MicroBatches:
     """Fixed samples of a split, this data-parallel rank's share of them, in micro-batches.
 
     A sample is one of the split's consecutive windows of seq_length tokens (they share no label; a shorter rest at the
@@ -66,7 +67,8 @@ def batches(
     Args:
         prefix: path of a .bin/.idx pair without its ending, or several, read one after the other.
         num_samples: over all data-parallel ranks; None: all windows there are.
-    Returns: dicts of tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] float32, on the CPU.
+    Returns: dicts of tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] float32, on the CPU, each read when
+        its turn comes.
     Raises: ValueError: more samples than windows, or calibration samples that do not split evenly.
     """
     prefixes = [str(prefix)] if isinstance(prefix, (str, Path)) else [str(each) for each in prefix]
@@ -89,16 +91,28 @@ def batches(
         chosen = np.arange(wanted)
     else:
         chosen = np.random.default_rng(seed).permutation(available)[:wanted]
-    return _micro_batches(windows, chosen, micro_batch_size, dp_rank, dp_size)
+    return MicroBatches(windows, chosen, micro_batch_size, dp_rank, dp_size)
 
 
-def _micro_batches(
-    windows: Windows, chosen: np.ndarray, micro_batch_size: int, dp_rank: int, dp_size: int
-) -> Iterator[dict[str, Tensor]]:
-    step = micro_batch_size * dp_size
-    for first in range(dp_rank * micro_batch_size, -(-len(chosen) // step) * step, step):
-        places = range(first, first + micro_batch_size)
-        samples = [windows.read(int(chosen[min(place, len(chosen) - 1)])) for place in places]
-        batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
-        is_counted = torch.tensor([float(place < len(chosen)) for place in places])
-        yield batch | {"loss_mask": is_counted[:, None] * batch["loss_mask"]}
+@dataclass(frozen=True)
+class MicroBatches:
+    """What `batches` returns: goes through them from the beginning each time, and knows how many there are."""
+
+    windows: Windows
+    chosen: np.ndarray
+    micro_batch_size: int
+    dp_rank: int
+    dp_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.chosen) // (self.micro_batch_size * self.dp_size))
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        chosen, rows = self.chosen, self.micro_batch_size
+        for number in range(len(self)):
+            first = (number * self.dp_size + self.dp_rank) * rows
+            places = range(first, first + rows)
+            samples = [self.windows.read(int(chosen[min(place, len(chosen) - 1)])) for place in places]
+            batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+            is_counted = torch.tensor([float(place < len(chosen)) for place in places])
+            yield batch | {"loss_mask": is_counted[:, None] * batch["loss_mask"]}
