@@ -23,10 +23,15 @@ def _restored() -> Iterator[None]:
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
 def test_the_precision_that_was_chosen_is_back_afterwards_also_after_an_error(precision: str) -> None:
     torch.set_float32_matmul_precision(precision)
-    with pytest.raises(KeyError), true_float32():
-        assert torch.get_float32_matmul_precision() == "highest"
-        assert not torch.backends.cuda.matmul.allow_tf32
-        raise KeyError
+
+    def fail() -> None:
+        with true_float32():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cuda.matmul.allow_tf32 is (precision != "highest")
 

@@ -36,7 +36,8 @@ def true_float32() -> Iterator[None]:
 @contextmanager
 def _newer_switches() -> Iterator[None]:
     """Those of torch 2.9, one for each library."""
-    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: Any = torch.backends
+    switches = [backends.cuda.matmul, backends.mkldnn.matmul]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
         switch.fp32_precision = "ieee"

@@ -55,7 +55,8 @@ def run(config: ExportHfConfig) -> Artifact:
     stored = stored_dtype(source.path)
     if stored.itemsize > dtype.itemsize:
         logger.warning("The weights are stored in %s and exported in %s.", stored, dtype)
-    on_disk, core = world_size() == 1, None
+    on_disk = world_size() == 1
+    core: Any = None
     if config.verify or not on_disk:
         core = engine.open_core(source, layout, torch.float32 if config.verify else dtype, plain=True)
         _round_to(core, dtype)
