@@ -45,6 +45,7 @@ def test_an_artifact_says_what_made_it_from_what_and_what_it_measured(tmp_path: 
     assert student.manifest["inputs"] == [{"path": str(teacher.path), "stage": "prune", "digest": teacher.digest}]
     assert student.manifest["files"] == {"folder/weights": {"bytes": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}}
     assert {"torch", "megatron-core", "nemo-toolkit"} <= student.manifest["versions"].keys()
+    assert student.manifest["numerics"]["float32_products"] == "float32"
 
 
 def test_nothing_stands_at_the_output_while_it_is_written(tmp_path: Path) -> None:
@@ -67,6 +68,52 @@ def test_a_directory_whose_writing_was_cut_off_is_not_mistaken_for_an_artifact(t
             open_artifact(tmp_path / place)
     assert open_artifact(write(tmp_path / "student").path).stage == "prune"  # the next run takes its place
     assert os.listdir(tmp_path) == ["student"]
+
+
+KILLED_AT_EACH_MOMENT = """
+import os, shutil, sys
+from pathlib import Path
+from minitron_nemo import artifact
+
+def killed_before(act, moments, moment):
+    def acts(*args, **kwargs):
+        if next(moments) == moment:
+            os._exit(9)
+        return act(*args, **kwargs)
+    return acts
+
+for output in map(Path, sys.argv[1:]):
+    moment = int(output.parent.name)
+    if os.fork() == 0:
+        with artifact.writing(output, stage="prune", config={}) as draft:
+            (draft.path / "weights").write_text("newer")
+            moments = iter(range(1, 100))
+            Path.rename = killed_before(Path.rename, moments, moment)
+            artifact.shutil.rmtree = killed_before(shutil.rmtree, moments, moment)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 9, output
+"""
+
+
+def test_a_kill_at_any_moment_of_the_change_leaves_the_older_or_the_newer_artifact(tmp_path: Path) -> None:
+    # renames and removals at the end: the manifest's, of what an earlier kill left, aside, in its place, of the older
+    expected = {"replaced": ["older"] * 3 + ["newer"] * 2, "new": [None, "newer", "newer"]}
+    outputs = [tmp_path / kind / str(moment + 1) / "it" for kind in expected for moment in range(len(expected[kind]))]
+    for output in outputs:
+        output.parent.mkdir(parents=True)
+        if "replaced" in output.parts:
+            with writing(output, stage="prune", config={}) as draft:
+                (draft.path / "weights").write_text("older")
+    done = subprocess.run([sys.executable, "-c", KILLED_AT_EACH_MOMENT, *map(str, outputs)], env=environment())
+    assert done.returncode == 0
+    for output, text in zip(outputs, expected["replaced"] + expected["new"], strict=True):
+        if text is None:
+            with pytest.raises(FileNotFoundError):
+                open_artifact(output)
+        else:
+            assert (open_artifact(output, verify=True).path / "weights").read_text() == text, output
+        assert write(output, "newest").manifest["files"].keys() == {"folder/weights"}
+        assert os.listdir(output.parent) == ["it"]
 
 
 @pytest.mark.parametrize("error", [ValueError("does not fit"), KeyboardInterrupt(), OSError("unplugged")])

@@ -11,7 +11,6 @@ from hydra.errors import HydraException
 
 from minitron_nemo.conf_tree import conf_dir, recipes
 from minitron_nemo.config.identity import as_dict, differences
-from minitron_nemo.config.stages import CompressConfig
 from minitron_nemo.recipe import compose, config_of, names_of, steps_of
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
@@ -103,5 +102,4 @@ def test_a_renamed_field_fails_while_composing(tmp_path: Path, file: str, field:
 
 
 def test_remaking_finished_artifacts_has_to_be_asked_for() -> None:
-    assert not CompressConfig().overwrite
-    assert not compose(["recipe=quickstart"])[0].compress.overwrite
+    assert not compose(["recipe=quickstart"])[0].overwrite

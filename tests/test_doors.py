@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,6 @@ import pytest
 from support.artifacts import listing
 from support.door import ROOT, Door, environment
 from support.patience import run_patiently
-from support.tiny import TinyChain
 
 MISTYPED = {
     "a key with a typing error": (
@@ -55,7 +56,7 @@ MISTYPED = {
     ),
     "a number out of range": (
         ["distill", "recipe=quickstart", "distill.training.steps=0"],
-        "training.steps=0 must be at least 1.",
+        "distill.training.steps=0 must be at least 1; the default is 100.",
     ),
     "no equals sign": (
         ["prune", "recipe=quickstart", "distill.training.steps"],
@@ -166,20 +167,52 @@ def test_a_mistake_on_two_ranks_is_said_once_and_all_stop(tmp_path: Path, case: 
     assert not run_dir.exists()
 
 
-ONLY_RANK_ONE = """
-import os, sys
+ONE_CANNOT_GO_ON = """
+import os, sys, time, types
+import minitron_nemo.ending, minitron_nemo.recipe
+from minitron_nemo.checks import Mistake
 from minitron_nemo.cli import main
+
+how, who, run_dir = sys.argv[1:]
+
+def run(config):
+    from minitron_nemo.parallel import barrier
+    if os.environ["RANK"] == who:
+        raise Mistake("model=nowhere does not exist.") if how == "mistake" else RuntimeError("a fault of ours")
+    time.sleep(600) if how == "mistake" else barrier()  # where no error reaches this rank, and where one does
+
 if __name__ == "__main__":
-    model = "nowhere" if os.environ["RANK"] == "1" else sys.argv[1]
-    sys.exit(main(["export-hf", "recipe=quickstart", f"export_hf.model={model}", *sys.argv[2:]]))
+    minitron_nemo.ending._TO_LEAVE = 1.0
+    minitron_nemo.recipe.stage_module = lambda stage: types.SimpleNamespace(run=run)
+    sys.exit(main(["evaluate", "recipe=quickstart", f"run_dir={run_dir}"]))
 """
 
 
-def test_a_mistake_only_another_rank_meets_is_said_by_it(tmp_path: Path, tiny_chain: TinyChain) -> None:
-    script = tmp_path / "export.py"
-    script.write_text(ONLY_RANK_ONE)
-    code, screen = torchrun(
-        str(script), str(tiny_chain.run_dir / "student_pruned"), "trainer.seq_length=32", f"run_dir={tmp_path / 'run'}"
-    )
-    assert code != 0
-    assert "rank 1: minitron export-hf: export_hf.model=nowhere does not exist." in screen
+@pytest.mark.parametrize(("how", "who", "code"), [("mistake", 1, 2), ("fault", 1, 1)])
+def test_one_rank_that_cannot_go_on_ends_all_with_its_word(tmp_path: Path, how: str, who: int, code: int) -> None:
+    """Ranks of two nodes, which no launcher ends together."""
+    script = tmp_path / "evaluate.py"
+    script.write_text(ONE_CANNOT_GO_ON)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    run = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(script), how, str(who), str(tmp_path / "run")]
+    with ThreadPoolExecutor(2) as both:
+        started = [
+            both.submit(
+                run_patiently,
+                command,
+                env=environment() | run | {"RANK": str(rank), "LOCAL_RANK": "0"},
+                stderr=subprocess.STDOUT,
+            )
+            for rank in range(2)
+        ]
+        done = [each.result() for each in started]
+    assert [each.returncode for each in done] == [code, code], done
+    said, silent = done[who].stdout, done[1 - who].stdout
+    if how == "mistake":
+        assert said == f"rank {who}: minitron evaluate: model=nowhere does not exist.\n"
+    else:
+        assert said.strip().endswith("RuntimeError: a fault of ours")
+    assert "minitron" not in silent and "Traceback" not in silent, silent

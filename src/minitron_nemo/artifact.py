@@ -6,8 +6,8 @@
 
 The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
 be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
-stage made it, from which config and inputs (with digests), with which versions, what it measured, and of every file its
-size and sha256.
+stage made it, from which config and inputs (with digests), with which versions and in which numbers, what it measured,
+and of every file its size and sha256.
 
 The digest is the identity of what was made: stage, what in the config decides it, identities of the inputs, and the
 files. Where something lies does not count (an input's path stands for its identity, and one beside the output for its
@@ -34,7 +34,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from typing import Any
 from minitron_nemo.checks import CannotWrite, NothingThere, require
 from minitron_nemo.config.identity import as_dict, decisive
 from minitron_nemo.parallel import barrier, by_rank_zero, is_rank_zero, rank_zero_works
+from minitron_nemo.platform.numerics import numerics
 
 MANIFEST = "manifest.json"
 _READERS = 8  # threads, which hash about 1 GB/s each
@@ -102,6 +103,7 @@ def open_artifact(
     Raises: FileNotFoundError: nothing there, or unfinished. ValueError: made by another kind of stage, or changed.
     """
     path = Path(path)
+    finish_what_was_cut_off(path)
     require(path.exists(), f"{key}={path} does not exist. Run the stage that makes it, or correct {key}.", NothingThere)
     require(
         is_artifact(path),
@@ -134,7 +136,7 @@ def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Art
         config: the stage's dataclass, or plain data that all counts.
     """
     output = Path(output)
-    partial = output.with_name(output.name + ".partial")
+    partial = _draft(output)
     draft = Draft(partial)
     started = time.time()
 
@@ -146,12 +148,15 @@ def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Art
             "config": as_dict(config) if dataclasses.is_dataclass(config) else config,
             "inputs": [{"path": str(a.path), "stage": a.stage, "digest": a.digest} for a in inputs],
             "versions": _versions(),
+            "numerics": numerics(),
             "metrics": draft.metrics,
             "facts": draft.facts,
             "seconds": round(time.time() - started, 3),
             "files": files,
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        written = partial / f"{MANIFEST}.partial"  # beside its place first: a draft with a manifest is whole
+        written.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        written.rename(partial / MANIFEST)
         _replace(partial, output)
 
     rank_zero_works(lambda: _make(partial, output))
@@ -215,6 +220,7 @@ def _sha256(file: Path) -> str:
 
 
 def _make(partial: Path, output: Path) -> None:
+    finish_what_was_cut_off(output)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with saying_when_full(output):
@@ -273,12 +279,38 @@ def _chain(error: BaseException | None) -> Iterator[str]:
 
 def _replace(partial: Path, output: Path) -> None:
     """Put `partial` where `output` stands; the old one is moved aside first, as a directory cannot be overwritten."""
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _aside(output)
     if output.exists():
+        shutil.rmtree(old, ignore_errors=True)  # only now: where nothing stands, this may be all that is left
         output.rename(old)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except FileNotFoundError:
+        if not is_artifact(output):  # else a reader took this for a kill and did it
+            raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def finish_what_was_cut_off(output: Path) -> None:
+    """After a kill between the renames of `_replace`: the artifact that was whole stands where it belongs.
+
+    Whoever looks first does it, several ranks at once too. A draft has its manifest only when it is whole.
+    """
+    if output.exists():
+        return
+    for whole in (_draft(output), _aside(output)):
+        if is_artifact(whole):
+            with suppress(FileNotFoundError):  # another one was faster
+                whole.rename(output)
+            return
+
+
+def _draft(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(output.name + ".old")
 
 
 def _versions() -> dict[str, str]:

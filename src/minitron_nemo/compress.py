@@ -6,12 +6,14 @@ goes on where it stopped. All steps' configs are checked before the first one st
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -20,7 +22,8 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
-from minitron_nemo.standing import serves
+from minitron_nemo.standing import make
+from minitron_nemo.stopping import listening
 
 
 def run(config: DictConfig, steps: Sequence[Step]) -> None:
@@ -33,19 +36,24 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
         if check := getattr(stage_module(step.stage), "check", None):
             check(configs[step.name])
     started = time.monotonic()
-    for number, step in enumerate(steps, start=1):
-        values = configs[step.name]
-        say(f"[{number}/{len(steps)}] {step.name}")
-        if rank_zero_works(partial(serves, values, overwrite=config.compress.overwrite)):
-            say(f"    complete: {values.output}")
-            continue
-        stage_module(step.stage).run(values)
+    with listening():  # between two steps too: the next one stops then
+        for number, step in enumerate(steps, start=1):
+            say(f"[{number}/{len(steps)}] {step.name}")
+            make(step, configs[step.name], overwrite=config.overwrite)
+            _let_go()
     rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 
 def say(text: str) -> None:
     if is_rank_zero():
         print(text, file=sys.stderr, flush=True)
+
+
+def _let_go() -> None:
+    """A step's models, before the next one builds its own: they lie in circles (a trainer and its model know each
+    other), which Python looks for when it likes, and on a device in torch's cache."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _close(table: ReportConfig, configs: Sequence[Any], seconds: float) -> None:

@@ -1,7 +1,7 @@
 """From a command line to a stage: compose the recipe with Hydra, check it against the dataclasses, run.
 
-What a user did wrong ends as one message on rank 0 and exit code 2, a run that was told to stop as one and 75; anything
-else keeps its traceback.
+What a user did wrong ends as one message and exit code 2 on every rank, whichever met it; a run that was told to stop
+as one and 75; anything else keeps its traceback, and exit code 1.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
+from minitron_nemo import ending
 from minitron_nemo.checks import Interrupted, Mistake, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.config.stages import runs_in_one_process
@@ -31,14 +30,11 @@ from minitron_nemo.recipe import (
     names_of,
     register_schema,
     require_own_keys,
-    stage_module,
     steps_of,
 )
 
 INTERRUPTED = 75
 """Exit code of a run that was told to stop and saved (EX_TEMPFAIL of sysexits.h): start it again."""
-_SAID = "minitron_nemo/said"
-_RANK_ZERO_SPEAKS_FIRST = timedelta(seconds=30)  # torchrun ends the other ranks as soon as one has left
 
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
@@ -57,7 +53,7 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
         except MISTAKES as error:
             mistakes.append(error)
         except RuntimeError as error:
-            if not _another_rank_left(error):
+            if not _another_rank_left(error) and ending.told() is None:
                 raise
             mistakes.append(_Left())
 
@@ -72,15 +68,22 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
         if mistakes:
             raise mistakes[0]
     except Interrupted as stopped:
-        _say_once(f"minitron {door}: {stopped}")
+        ending.say_once(f"minitron {door}: {stopped}")
         return INTERRUPTED
     except MISTAKES as error:
         if isinstance(error, _Left):
-            return 2
+            return ending.told() or 1
         if os.environ.get("MINITRON_TRACEBACK"):
+            ending.tell(2)
             raise
-        _say_once(f"minitron {door}: {explain(error, door, overrides)}")
+        ending.say_once(f"minitron {door}: {explain(error, door, overrides)}")
+        ending.tell(2)
         return 2
+    except BaseException:
+        ending.tell(1)
+        raise
+    finally:
+        ending.stop_listening()
     return 0
 
 
@@ -89,41 +92,8 @@ class _Left(Mistake):
 
 
 def _another_rank_left(error: RuntimeError) -> bool:
-    """Whether a collective failed because its other end is gone, in the words of gloo."""
+    """Whether a collective failed because its other end is gone, in the words of gloo; NCCL waits, see `ending`."""
     return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
-
-
-def _say_once(message: str) -> None:
-    """Print the message on rank 0; on another rank only if rank 0, which ends the run, did not meet the mistake too."""
-    rank = int(os.environ.get("RANK", 0))
-    store = _default_store()
-    if rank > 0:
-        if _rank_zero_has_spoken(store):
-            return
-        message = f"rank {rank}: {message}"
-    print(message, file=sys.stderr, flush=True)
-    if rank == 0 and store is not None:
-        store.set(_SAID, "")
-
-
-def _rank_zero_has_spoken(store: Any) -> bool:
-    if store is None:  # a mistake in the command, which rank 0 reads too
-        time.sleep(_RANK_ZERO_SPEAKS_FIRST.total_seconds())
-        return False
-    try:
-        store.wait([_SAID], _RANK_ZERO_SPEAKS_FIRST)
-    except RuntimeError:  # torch's DistStoreError: nothing came in time
-        return False
-    return True
-
-
-def _default_store() -> Any:
-    """Through which the ranks met; None where they have not, and torch may not even be imported."""
-    if "torch.distributed" not in sys.modules:
-        return None
-    from minitron_nemo.parallel import default_store
-
-    return default_store()
 
 
 def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping[str, Step]) -> None:
@@ -140,6 +110,7 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
         from minitron_nemo.runtime.layout import start
 
         start(Layout(distributed_timeout_minutes=config.trainer.distributed_timeout_minutes))
+        ending.listen()
     if door == "compress":
         from minitron_nemo import compress
 
@@ -151,7 +122,9 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
         step.stage == door,
         f"section={step.name} is run by another stage: minitron {step.stage} section={step.name} ...",
     )
-    artifact = stage_module(step.stage).run(values)
+    from minitron_nemo.standing import make
+
+    artifact = make(step, values, overwrite=config.overwrite)
     if int(os.environ.get("RANK", 0)) == 0:
         print(artifact.path)
 

@@ -14,9 +14,12 @@ implementation is nemo/; it is imported when something is asked of it, as that t
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import Protocol
 
 import torch
@@ -53,7 +56,23 @@ class Implementation(Protocol):
 def _nemo() -> Implementation:
     from minitron_nemo.nemo import implementation
 
+    _forget_what_failed_since(sys._getframe())
     return implementation
+
+
+def _forget_what_failed_since(frame: FrameType) -> None:
+    """Take the tracebacks off the exceptions raised below `frame` that libraries keep, to say later what they lack.
+
+    A traceback holds the frames of all who were importing at the time, and so the variables of the stage that asked for
+    a model first: its model would live as long as the process.
+    """
+    for each in gc.get_objects():
+        if issubclass(type(each), BaseException) and each.__traceback__ is not None:
+            above: FrameType | None = each.__traceback__.tb_frame
+            while above is not None and above is not frame:
+                above = above.f_back
+            if above is frame:
+                each.__traceback__ = None
 
 
 IMPLEMENTATIONS: dict[str, Callable[[], Implementation]] = {"nemo": _nemo}

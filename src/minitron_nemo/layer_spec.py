@@ -131,6 +131,13 @@ def uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
+def layers_of_stages(num_layers: int, stages: int) -> set[int]:
+    """How many layers a pipeline stage may have."""
+    ends = list(uneven_stages(num_layers, stages).values())
+    between = stages - len(ends)
+    return {*ends, *([(num_layers - sum(ends)) // between] if between else [])}
+
+
 FUSED_BLOCK_SPEC = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
 """This pipeline stage's layers in transformer-engine's modules, with experts where the config's moe_layer_freq says; a
 `partial` of a function that every installation has, so that a NeMo context can name it."""

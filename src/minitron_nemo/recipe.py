@@ -223,6 +223,7 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("name", str, MISSING),
         ("run_dir", str, MISSING),
         ("section", str | None, None),
+        ("overwrite", bool, False),
         ("trust_checkpoint", bool, False),
         ("seed", int, 1234),
         *((name, group, field(default_factory=group)) for name, group in _GROUPS.items()),
@@ -237,7 +238,7 @@ def register_schema(steps: Mapping[str, Step]) -> None:
     ConfigStore.instance().store(name="schema", node=dataclasses.make_dataclass("Recipe", fields))
 
 
-_TOP = ("name", "run_dir", "section", *SHARED, "compress", "submit", "slurm", "hydra")
+_TOP = ("name", "run_dir", "section", "overwrite", *SHARED, "compress", "submit", "slurm", "hydra")
 
 
 def _section_schema(step: Step, steps: Mapping[str, Step]) -> type:

@@ -16,6 +16,8 @@ from minitron_nemo.config.slurm import SlurmConfig
         ({"time": "4 hours"}, r"slurm\.time=4 hours is not a time limit\. Write minutes \(90\)"),
         ({"memory": "64GB"}, r"slurm\.memory=64GB is not an amount of memory.*e\.g\. 64G"),
         ({"seconds_before_end": 70000}, r"slurm\.seconds_before_end=70000 must be at least 0 and at most 65535"),
+        ({"time": "2"}, r"slurm\.seconds_before_end=120 is not below slurm\.time=2 \(120 s\)"),
+        ({"time": "1:00", "seconds_before_end": 60}, r"seconds_before_end=60 is not below slurm\.time=1:00 \(60 s\)"),
         ({"container_mounts": ["/data:/data"]}, r"Set slurm\.container_image, or leave the mounts out"),
         ({"partition": "gpu\n#SBATCH --uid=0"}, r"slurm\.partition=.* holds a line break"),
     ],

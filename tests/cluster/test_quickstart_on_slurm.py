@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from minitron_nemo.artifact import open_artifact
-from support.slurm import SingleNodeSlurm
-from support.tiny import quickstart_overrides, write_corpus, write_teacher
+from support.artifacts import listing
+from support.slurm import ENDED, SingleNodeSlurm
+from support.tiny import TinyChain, quickstart_overrides, write_corpus, write_teacher
 
 ROOT = Path(__file__).parents[2]
 STEPS = [  # the recipe's, less controls and measurements: each job starts two processes that import NeMo
@@ -61,6 +64,45 @@ def test_a_submitted_quickstart_leaves_a_model_that_transformers_loads(
     assert open_artifact(run_dir / "distilled").manifest["config"]["trainer"]["tensor_model_parallel_size"] == 2
     assert model.num_parameters() == open_artifact(run_dir / "distilled").metrics["parameters"]
     assert (run_dir / "report" / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(4 * JOB_MINUTES * 60)
+def test_a_chain_submitted_again_starts_where_it_failed_and_a_stage_told_to_stop_goes_on(
+    slurm_cluster: SingleNodeSlurm, tiny_chain: TinyChain, tmp_path: Path
+) -> None:
+    before, output = listing(tiny_chain.directory), tmp_path / "importance"
+    fails = '[ "$SLURM_JOB_NAME" != minitron-estimate_importance ] || exit 1'
+    begun = f'touch {tmp_path}/"$SLURM_JOB_NAME"'  # once the script hears the signal
+    submitted = [
+        *tiny_chain.overrides,
+        "compress.steps=[import_hf,estimate_importance]",
+        f"estimate_importance.output={output}",
+        f"slurm.time={JOB_MINUTES}",
+    ]
+    try:
+        minitron("submit", *submitted, f"slurm.setup=['{fails}']")
+        ids = [job["job_id"] for job in json.loads((tiny_chain.run_dir / "slurm" / "jobs.json").read_text())]
+        states = slurm_cluster.wait_for_jobs(ids)
+        assert [states[job] for job in ids] == ["COMPLETED", "FAILED"], logs(tiny_chain.run_dir)
+
+        minitron("submit", *submitted, f"slurm.setup=['{begun}']")
+        ids = [job["job_id"] for job in json.loads((tiny_chain.run_dir / "slurm" / "jobs.json").read_text())]
+        while not (tmp_path / "minitron-estimate_importance").exists():
+            assert slurm_cluster.states(ids).get(ids[1]) not in ENDED, logs(tiny_chain.run_dir)
+            time.sleep(0.2)
+        subprocess.run(["scancel", "--batch", "--signal=USR1", str(ids[1])], check=True)
+        assert slurm_cluster.wait_for_jobs(ids) == dict.fromkeys(ids, "COMPLETED"), logs(tiny_chain.run_dir)
+
+        said = logs(tiny_chain.run_dir)
+        assert said.count(f"complete: {tiny_chain.run_dir / 'teacher'}") == 2, said
+        assert said.count("as it was asked to; it is kept in ") == said.count("goes on where it was stopped") == 1, said
+    finally:
+        shutil.rmtree(tiny_chain.run_dir / "slurm", ignore_errors=True)
+    assert open_artifact(output).digest == open_artifact(tiny_chain.run_dir / "importance").digest
+    ours = {name: made for name, made in listing(tiny_chain.directory).items() if name != "run"}  # slurm/ came and went
+    assert ours == {name: made for name, made in before.items() if name != "run"}
 
 
 def minitron(*arguments: str) -> str:

@@ -23,7 +23,7 @@ from divergences_by_hand import (
 from torch.testing import assert_close
 
 from minitron_nemo.config.distillation import DivergenceConfig
-from minitron_nemo.divergence import token_rows
+from minitron_nemo.divergence import streamed, token_rows
 from minitron_nemo.divergence.streamed import divergence
 
 
@@ -48,6 +48,30 @@ def test_values_and_gradients_match_autograd_in_float64(
     assert_near(losses.cross_entropy, expected.cross_entropy, "cross-entropy", rtol=VALUES)
     assert_near(gradient, expected.gradients[0], "gradient", rtol=GRADIENTS)
     assert torch.equal(student, before[0]) and torch.equal(teacher, before[1]), "the logits were overwritten"
+
+
+def test_an_accelerators_own_way_to_log_p_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits stay as they are, and the KL of a student near its teacher accurate."""
+    monkeypatch.setattr(streamed, "has_log_softmax", lambda *_: True)
+    for kind, setting in EVERY:
+        config, case = config_of(kind, **SETTINGS[setting]), Case.random()
+        student, teacher = (logits.float() for logits in case.logits())
+        case.logits = lambda pair=(student, teacher): [logits.double() for logits in pair]  # type: ignore[method-assign]
+        expected, before = Expected.of(case, config, student), student.clone()
+        student.requires_grad_()
+        losses = divergence(student, teacher, config, tp_group=None, vocab_size=REAL, labels=case.labels)
+        (gradient,) = torch.autograd.grad(list(losses), student, list(case.weights.float()))
+        assert torch.equal(student, before)
+        assert_near(losses.divergence, expected.divergence, f"divergence, {kind}, {setting}", rtol=VALUES)
+        assert_near(losses.cross_entropy, expected.cross_entropy, f"cross-entropy, {kind}, {setting}", rtol=VALUES)
+        assert_near(gradient, expected.gradients[0], f"gradient, {kind}, {setting}", rtol=GRADIENTS)
+    teacher = 20 + 3 * torch.randn(8, 1, 4096, generator=torch.Generator().manual_seed(5))
+    near = teacher + 3e-3 * torch.randn(8, 1, 4096, generator=torch.Generator().manual_seed(6))
+    for kind in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        exact = by_hand(near.double(), teacher.double(), config_of(kind), 4096)
+        value = divergence(near, teacher, config_of(kind), tp_group=None).divergence
+        assert (value - exact).abs().max() < 1e-7, kind
+        assert not divergence(near, near, config_of(kind), tp_group=None).divergence.any(), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from divergences_by_hand import (
     by_hand,
     config_of,
 )
+from test_not_finite import forbidding
 from torch import Tensor
 
 from minitron_nemo.config.distillation import DivergenceConfig
@@ -67,6 +68,14 @@ def check_kernels() -> None:
     student, _ = Case.random().logits()
     same = student.float()
     assert not divergence(same, same.clone(), DivergenceConfig(), tp_group=None).divergence.any()
+    # Tokens that are never said, whole blocks of them; in float64 the kernels take no part.
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = (logits.to(dtype) for logits in forbidding(Case.random()))
+        value = divergence(student.requires_grad_(), teacher, DivergenceConfig(), tp_group=None, vocab_size=REAL)
+        results.append((value.divergence, *torch.autograd.grad(value.divergence.sum(), student)))
+    for found, expected in zip(*results, strict=True):
+        assert_near(found, expected, "kernel, where tokens are never said", rtol=GRADIENTS)
     assert calls[0] > 0
 
 

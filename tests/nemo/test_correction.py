@@ -14,8 +14,8 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, HiddenStateConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.nemo.survival import STOP_FILE
 from minitron_nemo.stages import correct_teacher, distill
+from minitron_nemo.stopping import STOP_FILE
 from support.ranks import Ranks, current_layout
 from support.tiny_run import TinyRun, read_weights, trainer_values
 

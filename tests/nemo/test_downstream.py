@@ -170,5 +170,6 @@ def test_a_task_that_cannot_be_watched_is_named(training: dict[str, Any], messag
     own = ("file", "every", "patience", "keep_best")
     downstream = {"file": "questions.jsonl"} | {key: training[key] for key in own if key in training}
     rest = {key: value for key, value in training.items() if key not in own}
+    optim = OptimConfig(warmup_steps=1)
     with pytest.raises(ValueError, match=message):
-        TrainingConfig(steps=10, downstream=DownstreamConfig(**downstream), **rest)
+        TrainingConfig(steps=10, downstream=DownstreamConfig(**downstream), optim=optim, **rest)

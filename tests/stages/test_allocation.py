@@ -42,6 +42,7 @@ def test_stages_run_alone_in_an_allocation(tiny_chain: TinyChain, tmp_path: Path
     common = [*tiny_chain.overrides, f"run_dir={tmp_path}", f"prepare_data.output={tiny_chain.run_dir / 'data'}"]
     run_in_allocation("-m", "minitron_nemo.cli", "import-hf", *common, cwd=tmp_path)
     training = ["pretrain.training.steps=2", "pretrain.training.validation_every=0", "trainer.tensorboard=true"]
+    training += ["pretrain.training.optim.warmup_steps=1"]
     begin = f"pretrain.initial={tmp_path / 'teacher'}"
     run_in_allocation("-m", "minitron_nemo.cli", "pretrain", *common, begin, *training, cwd=tmp_path)
     assert open_artifact(tmp_path / "pretrained").metrics["tokens"] > 0

@@ -43,7 +43,7 @@ BAD_INPUT = {
     ),
     "a target of nothing": (
         ["prune", "prune.target.hidden_size=0"],
-        "hidden_size=0 must be a whole number of at least",
+        "prune.target.hidden_size=0 must be at least 1.",
     ),
     "a dim nobody knows": (
         ["prune", "+prune.target.hidden=24"],

@@ -97,6 +97,49 @@ def test_a_finished_chain_run_again_makes_nothing(door: Door, tiny_chain: TinyCh
     assert again.out.splitlines()[:12] == tiny_chain.done.out.splitlines()[:12]  # the same table
 
 
+def test_a_stages_own_door_keeps_what_is_current(door: Door, tiny_chain: TinyChain) -> None:
+    before = listing(tiny_chain.directory)
+    names = {stage: name for name, stage in reversed(CHAIN.items())}  # the first of each
+    names |= {"pretrain section=pruned_ce": names.pop("pretrain")}
+    names |= {"evaluate section=evaluate_teacher": names.pop("evaluate")}
+    for command, name in names.items():
+        again = door(*command.split(), *tiny_chain.overrides)
+        path = tiny_chain.run_dir / name
+        assert (again.code, again.out, again.err) == (0, f"{path}\n", f"    complete: {path}\n")
+    assert listing(tiny_chain.directory) == before
+
+
+def test_a_stages_own_door_refuses_what_differs_until_told_to_replace_it(
+    door: Door, tiny_chain: TinyChain, tmp_path: Path
+) -> None:
+    run_dir, teacher = tmp_path / "run", tmp_path / "run" / "teacher"
+    overrides = quickstart_overrides(tmp_path, tiny_chain.teacher, tiny_chain.corpus)
+    assert door("import-hf", *overrides).code == 0
+    assert door("report", *overrides).code == 0
+    before = listing(run_dir)
+    changed = [*overrides, "import_hf.make_vocab_size_divisible_by=64"]
+    refused = door("import-hf", *changed)
+    assert (
+        f"minitron import-hf: {teacher} is complete but was made with make_vocab_size_divisible_by=1, not 64. "
+        "Remove it, choose another run_dir, or set overwrite=true." in refused.mistake
+    )
+    another = door("evaluate", *overrides, f"evaluate.model={teacher}", f"evaluate.output={teacher}", "overwrite=false")
+    assert f"{teacher} is complete but was made by stage import-hf, not evaluate." in another.mistake
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("")
+    mine = door("import-hf", *overrides, f"import_hf.output={tmp_path / 'mine'}", "overwrite=true")
+    assert f"{tmp_path / 'mine'} is there and is no artifact: import-hf would take its place." in mine.mistake
+    assert listing(run_dir) == before
+
+    digest = open_artifact(teacher).digest
+    replaced = door("import-hf", *changed, "overwrite=true")
+    assert replaced.code == 0 and open_artifact(teacher).digest != digest
+    replaced = listing(run_dir)
+    assert "    complete: " in door("import-hf", *changed, "overwrite=true").err and listing(run_dir) == replaced
+    assert "    complete: " not in door("report", *overrides).err  # a report shows what is there, without being asked
+    assert open_artifact(run_dir / "report").manifest["inputs"][0]["digest"] == open_artifact(teacher).digest
+
+
 def test_how_a_step_ran_is_no_reason_to_remake_it(door: Door, tiny_chain: TinyChain) -> None:
     again = door("compress", *tiny_chain.overrides, "trainer.micro_batch_size=1", "data.num_workers=1")
     assert again.code == 0 and again.err.count("    complete: ") == len(CHAIN)
@@ -107,7 +150,7 @@ def test_a_changed_key_is_refused_by_name(door: Door, tiny_chain: TinyChain) -> 
     refused = door("compress", *tiny_chain.overrides, "distill.training.optim.lr=0.5")
     assert (
         f"{tiny_chain.run_dir / 'distilled'} is complete but was made with training.optim.lr=0.001, not 0.5. "
-        "Remove it, choose another run_dir, or set compress.overwrite=true." in refused.mistake
+        "Remove it, choose another run_dir, or set overwrite=true." in refused.mistake
     )
     assert listing(tiny_chain.directory) == before
 
@@ -134,7 +177,7 @@ def test_a_chain_killed_between_steps_goes_on_and_a_changed_key_remakes_what_han
 
     changed = [*overrides, "prune.target.ffn_hidden_size=40"]
     assert "was made with target.ffn_hidden_size=48, not 40" in door("compress", *changed).mistake
-    remade = door("compress", *changed, "compress.overwrite=true")
+    remade = door("compress", *changed, "overwrite=true")
     assert remade.code == 0, remade.err
     assert {name: listing(run_dir / name) for name in made if name != "student_pruned"} == {
         name: listed for name, listed in before.items() if name != "student_pruned"

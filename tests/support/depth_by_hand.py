@@ -78,7 +78,7 @@ def costs_by_hand(full: Tensor, removed: Tensor, labels: Tensor, mask: Tensor, v
     log_p, log_q = real_full.log_softmax(-1), real_removed.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     return {
-        "loss": float((token_loss(removed) - token_loss(full))[counts].mean()),
+        "loss": float((token_loss(real_removed) - token_loss(real_full))[counts].mean()),
         "kl": float(kl[counts].mean()),
         "squared_error": float((real_full - real_removed)[counts].square().sum() / real_full[counts].square().sum()),
     }

@@ -22,7 +22,7 @@ import tempfile
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from support.patience import LOOK_SECONDS, Patience, end
 
@@ -55,6 +55,9 @@ def environment() -> dict[str, str]:
     return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(TESTS)]), "OMP_NUM_THREADS": "1"}
 
 
+_TOLD_BY = "told to stop by "
+
+
 class Door:
     """The warm process; started by the first command."""
 
@@ -78,6 +81,10 @@ class Door:
         answer = self._answers.readline()
         assert answer, f"the process ended while it ran: minitron {' '.join(command)}"
         return Done(**json.loads(answer))
+
+    def told_to_stop(self, *command: str, by: signal.Signals = signal.SIGUSR1) -> Done:
+        """The command, whose process is sent the signal as soon as it listens for it."""
+        return self(f"{_TOLD_BY}{by.value}", *command)
 
     def _start(self) -> None:
         request_read, request_write = os.pipe()
@@ -115,6 +122,20 @@ class Door:
 # ---- the warm process's side -----------------------------------------------------------------------------------------
 
 
+def _send_when_heard(by: signal.Signals) -> None:
+    """This process sends itself the signal once it has put a handler in its place."""
+    put = signal.signal
+
+    def put_and_send(number: int, handler: Any) -> Any:
+        before = put(number, handler)
+        if number == by:
+            signal.signal = put
+            os.kill(os.getpid(), by)
+        return before
+
+    signal.signal = put_and_send
+
+
 def _serve(requests: IO[str], answers: IO[str]) -> None:
     for line in requests:
         answers.write(json.dumps(_run(json.loads(line))) + "\n")
@@ -124,6 +145,8 @@ def _serve(requests: IO[str], answers: IO[str]) -> None:
 def _run(command: list[str]) -> dict[str, int | str]:
     from minitron_nemo.cli import main
 
+    if command[0].startswith(_TOLD_BY):
+        _send_when_heard(signal.Signals(int(command.pop(0).removeprefix(_TOLD_BY))))
     saved = [os.dup(1), os.dup(2)]
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         os.dup2(out.fileno(), 1)

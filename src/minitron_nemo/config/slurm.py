@@ -14,6 +14,19 @@ _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")  # man sbat
 _MEMORY = re.compile(r"\d+[KMGT]?")  # man sbatch, --mem
 
 
+def _seconds(time: str) -> int:
+    """Of a time limit as sbatch reads it: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S; 0 is no limit."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash:
+        hours, minutes, seconds = parts + [0] * (3 - len(parts))
+    elif len(parts) == 1:
+        hours, minutes, seconds = 0, parts[0], 0
+    else:
+        hours, minutes, seconds = [0] * (3 - len(parts)) + parts
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 @dataclass
 class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     KEY: ClassVar[str] = "slurm"
@@ -46,7 +59,7 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     python: str = sys.executable
     """Interpreter that has minitron_nemo, by default the one that submits; inside a container most often `python`."""
     seconds_before_end: int = ranged(120, at_least=0, at_most=65535)
-    """So long before its limit a job tells its training to save and stop, and queues itself again to go on; 0 to 65535,
+    """So long before its limit a job tells its stage to save and stop, and queues itself again to go on; 0 to 65535,
     0 never. Must be enough for a step and a checkpoint."""
 
     @property
@@ -72,6 +85,13 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
             _TIME.fullmatch(str(self.time)) is not None,
             f"slurm.time={self.time} is not a time limit. "
             "Write minutes (90), hours:minutes:seconds (04:00:00) or days-hours:minutes:seconds (1-00:00:00).",
+        )
+        limit = _seconds(str(self.time))
+        require(
+            limit == 0 or self.seconds_before_end < limit,
+            f"slurm.seconds_before_end={self.seconds_before_end} is not below slurm.time={self.time} ({limit} s): each "
+            "job would be told to stop as soon as it starts, and the chain would queue itself for ever. Raise "
+            "slurm.time well above it, to many checkpoints' time.",
         )
         require(
             self.memory is None or _MEMORY.fullmatch(str(self.memory)) is not None,

@@ -407,8 +407,6 @@ def runs_in_one_process(config: Any) -> bool:
 class CompressConfig:
     steps: list[Any] = field(default_factory=list)
     """Steps in the order they run: the name of a section, or {stage, name, from} of one more (recipe.py)."""
-    overwrite: bool = False
-    """Remake artifacts that stand there from another config or other inputs; otherwise that is an error."""
 
 
 @dataclass

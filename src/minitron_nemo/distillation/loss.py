@@ -122,7 +122,7 @@ def cross_entropy_loss(head: OutputHead, labels: Tensor, token_weights: Tensor, 
 
 def cross_entropy_of_tokens(head: OutputHead, labels: Tensor, walk: Walk) -> Tensor:
     """The cross-entropy on labels [b, s/cp] of each token, the same shape, float32: over the real vocabulary, without
-    the logits of more than a few tokens at a time. Communicates: tp."""
+    the logits of more than a few tokens at a time; of a label that is no token, FURTHEST. Communicates: tp."""
     return fused_linear_divergence(head, _sure_of(labels), _OF_LABEL, **walk).divergence.t().contiguous()
 
 

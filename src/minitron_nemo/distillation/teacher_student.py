@@ -252,7 +252,8 @@ class TeacherStudent(MegatronModule):
         """Add values of each token, weighted, and the tokens; all [b, s/cp], equal on every tp rank."""
         copies = group_size(self.student.pg_collection.tp)
         for part, per_token in parts.items():
-            sums.add(part, (per_token.detach().t() * weights.t()).sum(dtype=torch.float64), copies=copies)
+            weighted = torch.where(weights.t() != 0, per_token.detach().t() * weights.t(), 0.0)
+            sums.add(part, weighted.sum(dtype=torch.float64), copies=copies)
         sums.add_tokens(weights.sum(), copies=copies)
 
     def _begin_micro_batch(self) -> None:

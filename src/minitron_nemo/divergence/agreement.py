@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from minitron_nemo.divergence.top_k import TopKTeacher
-from minitron_nemo.divergence.vocabulary import Vocabulary
-from minitron_nemo.parallel import all_gather_shards, all_reduce_max
+from minitron_nemo.divergence.vocabulary import Vocabulary, row_max
+from minitron_nemo.parallel import all_gather_shards, all_reduce_max, group_size
 
 BLOCK = 256  # columns; at a vocabulary of 128k the maximum of maxima takes a fifth of the time of torch.max on a CPU
 
@@ -30,7 +30,7 @@ def top_1_agreement(student: Tensor, teacher: Tensor | TopKTeacher, vocabulary: 
     Communicates: tp.
     """
     here, columns = vocabulary.local_columns(_likeliest(teacher, vocabulary).unsqueeze(-1))
-    local_top, _ = max_of_rows(student)
+    local_top = row_max(student) if student.device.type != "cpu" else max_of_rows(student)[0]
     local_score = torch.full_like(local_top, float("-inf"))
     if vocabulary.local > 0:
         local_score = torch.where(here, student.gather(-1, columns), float("-inf")).squeeze(-1)
@@ -44,6 +44,8 @@ def _likeliest(teacher: Tensor | TopKTeacher, vocabulary: Vocabulary) -> Tensor:
         less = teacher.log_probs < teacher.log_probs.amax(-1, keepdim=True)
         return teacher.indices.long().masked_fill(less, vocabulary.size).amin(-1)
     local_top, column = max_of_rows(teacher)
+    if group_size(vocabulary.group) == 1:
+        return column
     tops = torch.stack(all_gather_shards(local_top, group=vocabulary.group))  # [tp, n]
     indices = torch.stack(all_gather_shards(column + vocabulary.first, group=vocabulary.group))
     return indices.gather(0, tops.argmax(0, keepdim=True)).squeeze(0)
@@ -53,6 +55,9 @@ def max_of_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum [n] of each row of [n, columns] and the first column that has it; -inf and 0 of no columns."""
     if rows.shape[1] == 0:
         return rows.new_full(rows.shape[:1], float("-inf")), torch.zeros(len(rows), dtype=torch.int64).to(rows.device)
+    if rows.device.type != "cpu":
+        values, first = rows.max(-1)
+        return values, first
     whole = rows.shape[1] // BLOCK * BLOCK
     parts = []
     if whole > 0:

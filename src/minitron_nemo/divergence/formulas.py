@@ -12,18 +12,27 @@ float64 for float64 logits. A formula reads its chunk, agrees over tp on a few n
 divergence and a function that forms the gradient from what the formula still holds. Where no gradient waits for the
 divergence (SUMMED_AT_THE_END, and the cross-entropy), it returns this rank's part.
 
+A logit of -inf (a token that a model never says) has probability 0, and 0 log 0 is 0. Where one model has no
+probability and the other has, their log p differ by FURTHEST at most; cosine and mse leave out what the teacher never
+says. So every value and gradient is finite where each row has a finite logit.
+
 Communication: tp, in `vocabulary.Reductions` alone: [n] values or a few of them, in the forward pass only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary, column, row_max
+from minitron_nemo.parallel import group_size
+
+FURTHEST = 1e4
+"""Nats, of log p_T - log p_S: far above what finite logits give, and its square fits float32."""
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
@@ -52,38 +61,74 @@ def gradient_of_logits(gradient: Tensor, scores: Tensor, scale: float, softcap: 
 # ---- softmax over the split vocabulary -------------------------------------------------------------------------------
 
 
-class Softmax(NamedTuple):
+@dataclass
+class Softmax:
     """p = exp(scores - log_sum) over the whole vocabulary.
 
     `log_sum` is that of the very factor that multiplies exp(scores - maximum) on this rank to become p, and in float64,
-    so that no rounding of a sum over a large vocabulary enters a difference of two log p.
+    so that no rounding of a sum over a large vocabulary enters a difference of two log p. Where it is None, `scores` is
+    log p itself; its rounding is in p too, and so cancels in every divergence to first order.
     """
 
     scores: Tensor
     """[n, v/tp]"""
-    p: Tensor
-    """[n, v/tp]"""
-    log_sum: Tensor
+    log_sum: Tensor | None
     """[n] float64: log of the sum of exp(scores), equal on every rank but for that rounding"""
+    exponentials: Tensor | None = None
+
+    @property
+    def p(self) -> Tensor:
+        """[n, v/tp]. In the place of log p where that is what `scores` is: read it before."""
+        if self.exponentials is None:
+            self.exponentials = self.scores.exp_()
+        return self.exponentials
+
+    def log_p(self, of_scores: Tensor) -> Tensor:
+        """Of some scores [n] of each token."""
+        return of_scores if self.log_sum is None else of_scores - self.log_sum
+
+
+def has_log_softmax(like: Tensor, vocabulary: Vocabulary) -> bool:
+    """Whether log p comes from one kernel: on an accelerator, where a pass over memory is a launch, and of a vocabulary
+    in one piece. On a CPU a second exponential costs more than the passes, which find a chunk in the cache.
+    """
+    return like.device.type != "cpu" and group_size(vocabulary.group) == 1
+
+
+def log_softmax(logits: Tensor, scale: float, softcap: float | None, temperature: float) -> Softmax:
+    """Of a vocabulary in one piece; nothing else of its size is kept."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if scale != 1.0 or softcap is not None or temperature != 1.0:
+        logits = tempered(scores(logits, scale, softcap), temperature)
+    return Softmax(torch.log_softmax(logits, -1, dtype=dtype), None)
 
 
 def softmaxes(all_scores: Sequence[Tensor], reduce: Reductions) -> list[Softmax]:
     """Of several models' scores [n, v/tp] at once. Communicates: tp, one gather of [models, n]."""
+
     # The exponentials are of the rank's own maximum, and do not wait for the others'.
-    maxima = reduce.store_local(lambda: torch.stack([row_max(scores) for scores in all_scores]))
+    def local_maxima() -> Tensor:
+        # Of a part of the vocabulary that is never said: exp(-inf - anything finite) is 0.
+        maxima = torch.stack([row_max(scores) for scores in all_scores])
+        return maxima.clamp_min_(torch.finfo(maxima.dtype).min)
+
+    maxima = reduce.store_local(local_maxima)
     exponentials = [(scores - maximum.unsqueeze(-1)).exp_() for scores, maximum in zip(all_scores, maxima, strict=True)]
     log_sums = reduce.logsumexp(lambda: maxima.double() + torch.stack([e.sum(-1) for e in exponentials]).double().log())
     factors = (maxima - log_sums).exp().to(maxima.dtype)
     log_sums = torch.where(factors > 0, maxima - factors.double().log(), log_sums)
     return [
-        Softmax(scores, e.mul_(factor.unsqueeze(-1)), log_sum)
+        Softmax(scores, log_sum, e.mul_(factor.unsqueeze(-1)))
         for scores, e, factor, log_sum in zip(all_scores, exponentials, factors, log_sums, strict=True)
     ]
 
 
 def log_ratio(teacher: Softmax, student: Softmax) -> Tensor:
-    """log p_T - log p_S [n, v/tp], exactly 0 where the models are equal."""
-    return (teacher.scores - student.scores).add_(column(student.log_sum - teacher.log_sum, student.p))
+    """log p_T - log p_S [n, v/tp], exactly 0 where the models are equal, and where neither ever says a token."""
+    ratio = teacher.scores - student.scores
+    if student.log_sum is not None and teacher.log_sum is not None:
+        ratio.add_(column(student.log_sum - teacher.log_sum, ratio))
+    return ratio.nan_to_num_(nan=0.0, posinf=FURTHEST, neginf=-FURTHEST)  # a NaN of the logits stays in p
 
 
 Result: TypeAlias = tuple[Tensor, Callable[[], Tensor]]
@@ -93,15 +138,18 @@ SUMMED_AT_THE_END = ("forward_kl", "mse")
 """Kinds whose formulas return this rank's part of the divergence."""
 
 # ---- of probabilities: p_T, p_S and log(p_T / p_S), which may be overwritten -----------------------------------------
+# (p_S not where its cross-entropy is asked for).
 # Where a sum of p_S - p_T or p_T - p_S is added to a divergence, it adds 0 over the vocabulary, but makes every term
 # non-negative, which keeps the small KL of a student near its teacher out of the rounding of large terms.
 
 
 def forward_kl_of(p_t: Tensor, p_s: Tensor, log_ratio: Tensor, beta: float, reduce: Reductions) -> Result:
     """sum p_T log(p_T / p_S); gradient p_S - p_T."""
-    difference = p_s - p_t
     # In place: what is allocated anew for every chunk costs more than the arithmetic.
-    divergence = reduce.store_local(lambda: log_ratio.mul_(p_t).add_(difference).sum(-1))
+    if not reduce.again:
+        log_ratio.mul_(p_t)
+    difference = torch.sub(p_s, p_t, out=p_t)
+    divergence = reduce.store_local(lambda: log_ratio.add_(difference).sum(-1))
     return divergence, lambda: difference
 
 
@@ -174,20 +222,23 @@ OF_SCORES = {"cosine": cosine_of, "mse": mse_of}
 
 def cross_entropy_of(student: Softmax, labels: Tensor, vocabulary: Vocabulary) -> Result:
     """-log p_S(label), this rank's part; gradient p_S - 1[label], 0 for a label that is ignored."""
-    label_scores = vocabulary.entries(student.scores, labels.unsqueeze(-1)).squeeze(-1)
+    here, columns = vocabulary.local_columns(labels)
+    scores = student.scores
+    of_labels = (
+        scores.gather(-1, columns.unsqueeze(-1)).squeeze(-1) if vocabulary.local > 0 else scores.new_zeros(len(scores))
+    )
 
     def gradient() -> Tensor:
-        here, columns = vocabulary.local_columns(labels.unsqueeze(-1))
         gradient = student.p * column(labels >= 0, student.p)
-        return gradient.scatter_add_(-1, columns, -here.to(gradient.dtype)) if vocabulary.local > 0 else gradient
+        ones = column(here, gradient)
+        return gradient.scatter_add_(-1, columns.unsqueeze(-1), ones.neg_()) if vocabulary.local > 0 else gradient
 
-    return cross_entropy(label_scores, student.log_sum, labels, vocabulary), gradient
+    return cross_entropy(student.log_p(of_labels).to(scores.dtype), here, labels, vocabulary), gradient
 
 
-def cross_entropy(label_scores: Tensor, log_sum: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
+def cross_entropy(log_p: Tensor, here: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
     """[n], to be summed up over the ranks: -log p(label) where the label is here, 0 where it is elsewhere or negative
     (ignored), infinite where it is not in the vocabulary.
     """
-    here, _ = vocabulary.local_columns(labels)
-    value = torch.where(here, log_sum - label_scores, 0.0).to(label_scores.dtype)
+    value = torch.where(here, -log_p, 0.0)
     return value.masked_fill(labels >= vocabulary.size, float("inf"))

@@ -23,7 +23,9 @@ backward a sum of the student hidden's gradient, which the ranks' vocabularies s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,7 +38,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import TOP_K, DivergenceConfig, require_kind_reads_top_k
 from minitron_nemo.divergence.agreement import top_1_agreement
 from minitron_nemo.divergence.streamed import row_losses, top_k_of_rows
-from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS, Rows, TeacherRows
+from minitron_nemo.divergence.token_rows import Rows, TeacherRows, even_slices
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.divergence.vocabulary import Reduced, Vocabulary
 from minitron_nemo.parallel import ProcessGroup, group_size
@@ -168,8 +170,7 @@ class _Job:
     """Of each chunk, once its logits were there; None: not asked for."""
 
     def chunks(self) -> list[slice]:
-        step = self.tokens_per_chunk
-        return [slice(start, start + step) for start in range(0, self.tokens.numel(), step)]
+        return list(even_slices(self.tokens.numel(), self.tokens_per_chunk))
 
     def per_token(self, losses: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         divergence, *cross_entropy = (row.view(self.tokens) for row in losses)
@@ -241,9 +242,13 @@ def _prepare(
 def _for_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As a linear layer would read them: in autocast's dtype where it is on."""
     kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
+    if not _knows_autocast(kind) or not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
         return hidden, weight
     return hidden.to(torch.get_autocast_dtype(kind)), weight.to(torch.get_autocast_dtype(kind))
+
+
+def _knows_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)  # the meta device, where launches are counted, does not
 
 
 class _Reread(NamedTuple):
@@ -293,7 +298,8 @@ def _walk(
             gradients.add(chunk, student)
         return losses, _Reread(reduced, teacher if isinstance(teacher, TopKTeacher) else None)
 
-    with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
+    kind = student_hidden.device.type
+    with torch.no_grad(), torch.autocast(kind, enabled=False) if _knows_autocast(kind) else nullcontext():
         parts = [
             walk_chunk(chunk, reread[number] if reread is not None else None)
             for number, chunk in enumerate(job.chunks())
@@ -327,14 +333,32 @@ class _Gradients:
             _add_product(self.weight[: self._local], of_logits.t(), self._hidden[chunk])
 
 
+@functools.cache
+def _adds_unrounded(device: str, total: torch.dtype, inputs: torch.dtype) -> bool:
+    if device == "cpu":
+        return False
+    one, two = (torch.ones(16, 16, dtype=dtype, device=device) for dtype in (total, inputs))
+    try:
+        torch.addmm(one, two, two, out_dtype=total, out=one)
+    except (RuntimeError, TypeError):  # torch has it since 2.8, and with a total of more precision since later
+        return False
+    return True
+
+
+PRODUCT_ELEMENTS = 1 << 22  # of a block that is formed before it is added: 8 MiB in bf16
+
+
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, block by block where the total has more precision than the product."""
+    """total += left @ right. A total of more precision gets the product in its own, unrounded, where torch has such a
+    product: not on a CPU, nor in an older one. There blocks are rounded to the inputs' dtype and added.
+    """
     if total.dtype == left.dtype:
         total.addmm_(left, right)
-        return
-    step = max(1, CHUNK_ELEMENTS // right.shape[1])
-    for start in range(0, total.shape[0], step):
-        total[start : start + step] += left[start : start + step] @ right
+    elif _adds_unrounded(total.device.type, total.dtype, left.dtype):
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        for rows in even_slices(total.shape[0], max(1, PRODUCT_ELEMENTS // right.shape[1])):
+            total[rows] += left[rows] @ right
 
 
 def _hand_over(
@@ -396,7 +420,8 @@ class _Weighted(torch.autograd.Function):
         if ctx.gradients is not None and ctx.gradients.weight is not None and not ctx.to_main_grad:
             ctx.gradients.weight = ctx.gradients.weight.to(inputs[1].dtype)
         ctx.mark_non_differentiable(losses)
-        return (weights * losses).sum(), losses
+        # A cross-entropy may be infinite, on a label that is no token; one that does not count is none.
+        return torch.where(weights != 0, weights * losses, 0.0).sum(), losses
 
     @staticmethod
     @once_differentiable

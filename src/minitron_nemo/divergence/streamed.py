@@ -31,7 +31,9 @@ from minitron_nemo.divergence.formulas import (
     Softmax,
     cross_entropy_of,
     gradient_of_logits,
+    has_log_softmax,
     log_ratio,
+    log_softmax,
     scores,
     softmaxes,
     tempered,
@@ -217,43 +219,100 @@ def row_losses(
 
 def _chunk_losses(rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions) -> Tensor:
     """`row_losses` of one chunk; where they are summed up over the ranks at the end, this rank's part."""
-    student_scores = scores(rows.student, config.student_logit_scale, config.student_softcap)
-    results = _chunk_results(student_scores, rows, config, vocabulary, reduce)
+    results, capped_scores = _chunk_results(rows, config, vocabulary, reduce)
     if rows.weights is not None and rows.out is not None:
         of_scores = (config.factor / config.temperature, 1.0)  # cross-entropy is of the scores before the temperature
-        gradients = [
-            gradient().mul_((weight * factor).unsqueeze(-1))
-            for (_, gradient), weight, factor in zip(results, rows.weights, of_scores, strict=False)
+        scale = config.student_logit_scale if capped_scores is None else 1.0
+        weights = [
+            _times(weight, factor * scale).unsqueeze(-1)
+            for weight, factor in zip(rows.weights, of_scores, strict=False)
         ]
-        gradient = gradients[0] if len(gradients) == 1 else gradients[0].add_(gradients[1])
-        rows.out.copy_(gradient_of_logits(gradient, student_scores, config.student_logit_scale, config.student_softcap))
-    values = [value for value, _ in results]
-    return torch.stack([values[0] * config.factor, *values[1:]])
+        _write_gradient(rows.out, [gradient() for _, gradient in results], weights, capped_scores, config)
+    divergence, *entropy = (value for value, _ in results)
+    divergence = _times(divergence, config.factor)
+    return torch.stack([divergence, *entropy]) if entropy else divergence.unsqueeze(0)
+
+
+def _times(values: Tensor, factor: float) -> Tensor:
+    return values if factor == 1.0 else values * factor
+
+
+def _write_gradient(
+    out: Tensor,
+    gradients: list[Tensor],
+    weights: list[Tensor],
+    capped_scores: Tensor | None,
+    config: DivergenceConfig,
+) -> None:
+    """The weighted sum of the gradients, which are overwritten, in the dtype of `out`."""
+    if capped_scores is None and len(gradients) == 1:
+        torch.mul(gradients[0], weights[0], out=out)
+        return
+    gradient = gradients[0].mul_(weights[0])
+    for more, weight in zip(gradients[1:], weights[1:], strict=True):
+        gradient.addcmul_(more, weight)
+    if capped_scores is not None:
+        gradient = gradient_of_logits(gradient, capped_scores, config.student_logit_scale, config.student_softcap)
+    out.copy_(gradient)
 
 
 def _chunk_results(
-    student_scores: Tensor, rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions
-) -> list[Result]:
-    """Divergence of the tempered scores and, with labels, the cross-entropy of the student's own."""
+    rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions
+) -> tuple[list[Result], Tensor | None]:
+    """Divergence of the tempered scores and, with labels, the cross-entropy of the student's own; and the latter, where
+    a soft cap lies between them and the logits.
+    """
     teacher, labels = rows.teacher, rows.labels
-    student = tempered(student_scores, config.temperature)
-    own: list[Softmax] = []  # the student's softmax at temperature 1
-    if isinstance(teacher, TopKTeacher):
-        result = top_k_of(teacher, student, config, vocabulary, reduce)
+    if isinstance(teacher, Tensor) and config.kind in OF_PROBABILITIES:
+        (s, t, own), student_scores = _softmaxes(rows.student, teacher, labels is not None, config, vocabulary, reduce)
+        # First: log p may make room for p.
+        entropy = [cross_entropy_of(own, labels, vocabulary)] if labels is not None else []
+        ratio = log_ratio(t, s)
+        result = OF_PROBABILITIES[config.kind](t.p, s.p, ratio, config.beta, reduce)
     else:
-        teacher_scores = scores(teacher, config.teacher_logit_scale, config.teacher_softcap)
-        teacher_scores = tempered(teacher_scores, config.temperature)
-        if config.kind in OF_SCORES:
-            result = OF_SCORES[config.kind](teacher_scores, student, vocabulary.size, reduce)
+        student_scores = scores(rows.student, config.student_logit_scale, config.student_softcap)
+        student = tempered(student_scores, config.temperature)
+        if isinstance(teacher, TopKTeacher):
+            result = top_k_of(teacher, student, config, vocabulary, reduce)
         else:
-            more = [student_scores] if labels is not None and config.temperature != 1.0 else []
-            s, t, *own = softmaxes([student, teacher_scores, *more], reduce)
-            own = own or [s]
-            result = OF_PROBABILITIES[config.kind](t.p, s.p, log_ratio(t, s), config.beta, reduce)
-    if labels is None:
-        return [result]
-    (own_softmax,) = own or softmaxes([student_scores], reduce)
-    return [result, cross_entropy_of(own_softmax, labels, vocabulary)]
+            teacher_scores = scores(teacher, config.teacher_logit_scale, config.teacher_softcap)
+            teacher_scores = tempered(teacher_scores, config.temperature)
+            never_said = teacher_scores == float("-inf")
+            teacher_scores, known = (each.masked_fill(never_said, 0.0) for each in (teacher_scores, student))
+            result = OF_SCORES[config.kind](teacher_scores, known, vocabulary.size, reduce)
+        entropy = []
+        if labels is not None:
+            if has_log_softmax(student, vocabulary):
+                own = log_softmax(student_scores, 1.0, None, 1.0)
+            else:
+                (own,) = softmaxes([student_scores], reduce)
+            entropy = [cross_entropy_of(own, labels, vocabulary)]
+    return [result, *entropy], student_scores if config.student_softcap is not None else None
+
+
+def _softmaxes(
+    student: Tensor,
+    teacher: Tensor,
+    with_own: bool,
+    config: DivergenceConfig,
+    vocabulary: Vocabulary,
+    reduce: Reductions,
+) -> tuple[tuple[Softmax, Softmax, Softmax], Tensor | None]:
+    """The student's and the teacher's at the temperature, the student's own without it (where it is asked for), and the
+    student's scores where they are there.
+    """
+    of_student = (config.student_logit_scale, config.student_softcap)
+    of_teacher = (config.teacher_logit_scale, config.teacher_softcap)
+    another_own = with_own and config.temperature != 1.0
+    if has_log_softmax(student, vocabulary):
+        s = log_softmax(student, *of_student, config.temperature)
+        t = log_softmax(teacher, *of_teacher, config.temperature)
+        own = log_softmax(student, *of_student, 1.0) if another_own else s
+        return (s, t, own), scores(student, *of_student) if config.student_softcap is not None else None
+    student_scores, teacher_scores = scores(student, *of_student), scores(teacher, *of_teacher)
+    both = [tempered(each, config.temperature) for each in (student_scores, teacher_scores)]
+    s, t, *more = softmaxes([*both, student_scores] if another_own else both, reduce)
+    return (s, t, more[0] if more else s), student_scores
 
 
 def _kernels(student: Tensor, config: DivergenceConfig) -> ModuleType | None:

@@ -18,7 +18,8 @@ from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.parallel import group_size
 
-CHUNK_ELEMENTS = 1 << 22  # logits of one chunk: 16 MiB in float32, large beside a kernel launch, small beside the whole
+CHUNK_ELEMENTS = 17 << 20
+"""Logits of one chunk: 68 MiB in float32, of which forward KL has three at once; a launch is little beside it."""
 CPU_CHUNK_ELEMENTS = 1 << 17  # what a chunk's temporaries leave in a core's cache, which they are read from ten times
 CPU_CHUNK_ELEMENTS_OF_RANKS = 1 << 19  # with smaller ones the chunks' reductions take more time than their arithmetic
 
@@ -59,7 +60,12 @@ def real_rows(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
 def chunks(rows: Tensor, vocabulary: Vocabulary) -> Iterator[slice]:
     """The same on every rank, whatever it holds of the padding: each chunk has its reductions."""
     on_cpu = CPU_CHUNK_ELEMENTS if group_size(vocabulary.group) == 1 else CPU_CHUNK_ELEMENTS_OF_RANKS
-    elements = CHUNK_ELEMENTS if rows.is_cuda else min(CHUNK_ELEMENTS, on_cpu)
-    step = max(1, elements // vocabulary.columns)
-    for start in range(0, rows.shape[0], step):
+    elements = min(CHUNK_ELEMENTS, on_cpu) if rows.device.type == "cpu" else CHUNK_ELEMENTS
+    yield from even_slices(rows.shape[0], max(1, elements // vocabulary.columns))
+
+
+def even_slices(length: int, longest: int) -> Iterator[slice]:
+    """As few as there can be, none of them a small rest."""
+    step = -(-length // max(1, -(-length // longest)))
+    for start in range(0, length, step or 1):
         yield slice(start, start + step)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DivergenceConfig
-from minitron_nemo.divergence.formulas import Result, scores, tempered
+from minitron_nemo.divergence.formulas import FURTHEST, Result, scores, tempered
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary, column, row_max
 from minitron_nemo.parallel import all_gather_shards
 
@@ -148,6 +148,7 @@ class _Split:
 
     def __init__(self, scores: Tensor, indices: Tensor, vocabulary: Vocabulary, reduce: Reductions) -> None:
         values = reduce.sum(lambda: vocabulary.entries(scores, indices).t().contiguous()).t()  # [n, k]
+        values = values.masked_fill((indices < 0) | (indices >= vocabulary.size), float("-inf"))  # no tokens
         minus_infinity = torch.full_like(values, float("-inf"))
         tail = _add_at(scores.clone(), indices, minus_infinity, vocabulary)
         tail_max = reduce.max(lambda: row_max(tail))
@@ -166,7 +167,7 @@ def _kl(log_p_t: Tensor, log_p_s: Tensor) -> tuple[Tensor, Tensor]:
     """[n] and p_S - p_T [n, outcomes], of outcomes of which some may have no probability."""
     p_t = log_p_t.exp()
     difference = log_p_s.exp() - p_t
-    log_ratio = torch.where(p_t > 0, log_p_t - log_p_s, 0.0)
+    log_ratio = torch.where(p_t > 0, (log_p_t - log_p_s).clamp_max(FURTHEST), 0.0)
     return torch.addcmul(difference, p_t, log_ratio).sum(-1), difference
 
 

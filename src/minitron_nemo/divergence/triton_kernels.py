@@ -16,11 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from minitron_nemo.config.distillation import DivergenceConfig
+from minitron_nemo.divergence import formulas
 from minitron_nemo.divergence.formulas import cross_entropy, scores
 from minitron_nemo.divergence.token_rows import Rows
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary
 
 BLOCK = 4096
+FURTHEST: tl.constexpr = tl.constexpr(formulas.FURTHEST)
+LEAST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
 NUM_WARPS = 8
 
 
@@ -52,15 +55,16 @@ def chunk_losses(rows: Rows, config: DivergenceConfig, vocabulary: Vocabulary, r
     log_sums = maxima.double() - inverse_sums.double().log()
     log_ratio_of_sums = (log_sums[0] - log_sums[1]).float()
 
-    index = None
+    index = here = None
     if labels is not None:
         here, columns = vocabulary.local_columns(labels)
         index = torch.where(here, columns, -1)
     local_kl = _divergence_and_gradient(rows, teacher, maxima, inverse_sums, log_ratio_of_sums, index, config)
     losses = [local_kl * config.factor]
-    if labels is not None:
+    if labels is not None and here is not None:
         label_scores = scores(vocabulary.entries(student, labels.unsqueeze(-1)).squeeze(-1), *of_student)
-        losses.append(cross_entropy(label_scores, log_sums[2 if len(read) == 3 else 0], labels, vocabulary))
+        log_p = (label_scores - log_sums[2 if len(read) == 3 else 0]).to(label_scores.dtype)
+        losses.append(cross_entropy(log_p, here, labels, vocabulary))
     return torch.stack(losses)
 
 
@@ -178,13 +182,13 @@ def _max_and_sum(
 ):
     row = tl.program_id(0).to(tl.int64)  # a row times its stride passes 2^31
     lanes = tl.arange(0, BLOCK)
-    best = tl.full((), float("-inf"), tl.float32)
+    best = tl.full((), LEAST, tl.float32)
     total = tl.zeros((), tl.float32)
     for start in range(0, num_columns, BLOCK):
         columns = start + lanes
         read = tl.load(logits + row * stride + columns, mask=columns < num_columns, other=0.0)
         scores = tl.where(columns < num_columns, _scores(read, scale, softcap, CAPPED) / temperature, float("-inf"))
-        higher = tl.maximum(best, tl.max(scores, 0))
+        higher = tl.maximum(tl.maximum(best, tl.max(scores, 0)), LEAST)  # of a block of -inf, exp gives 0
         total = total * tl.exp(best - higher) + tl.sum(tl.exp(scores - higher), 0)
         best = higher
     tl.store(row_max + row, best)
@@ -242,7 +246,7 @@ def _kl_and_gradient(
         z_t = _scores(read_t, teacher_scale, teacher_softcap, TEACHER_CAPPED) / temperature
         p_s = tl.exp(z_s - student_max) * student_inverse
         p_t = tl.exp(z_t - teacher_max) * teacher_inverse
-        log_ratio = (z_t - z_s) + of_sums
+        log_ratio = tl.where((p_t > 0) & real, tl.minimum((z_t - z_s) + of_sums, FURTHEST), 0.0)
         total += tl.sum(tl.where(real, p_t * log_ratio + (p_s - p_t), 0.0), 0)
         if WITH_GRADIENT:
             gradient = weight_kl * (p_s - p_t)

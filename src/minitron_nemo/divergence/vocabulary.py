@@ -53,8 +53,9 @@ class Vocabulary:
 
     def local_columns(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Which of these global indices are here, and their columns; for those elsewhere, any column of this rank."""
-        here = (index >= self.first) & (index < self.first + self.local)
-        return here, torch.where(here, index - self.first, 0)
+        column = index - self.first if self.first else index
+        nearest = column.clamp(0, max(self.local - 1, 0))
+        return (column == nearest) if self.local > 0 else torch.zeros_like(index, dtype=torch.bool), nearest
 
     def entries(self, rows: Tensor, index: Tensor) -> Tensor:
         """rows [n, v/tp] at the global `index` [n, k]; 0 where it is on another rank."""
@@ -80,7 +81,7 @@ class Reductions:
         """
         self.group = group
         self.reduced: Reduced = reduced if reduced is not None else []
-        self._num_tokens, self._again = num_tokens, reduced is not None
+        self._num_tokens, self.again = num_tokens, reduced is not None
         self._chunk, self._next = slice(None), 0
 
     def at(self, chunk: slice) -> Reductions:
@@ -103,7 +104,7 @@ class Reductions:
 
     def _agree(self, reduce: Callable[..., Tensor], local: Callable[[], Tensor]) -> Tensor:
         number, self._next = self._next, self._next + 1
-        if not self._again:
+        if not self.again:
             value = reduce(local(), group=self.group)
             if number == len(self.reduced):
                 self.reduced.append(value.new_empty(*value.shape[:-1], self._num_tokens))

@@ -35,8 +35,9 @@ from minitron_nemo.parallel import (
     group_size,
 )
 
-BLOCK_ELEMENTS = 1 << 21
-"""Values of the float64 copy of a block of tokens' states: 16 MiB."""
+BLOCK_ELEMENTS = 1 << 26
+"""Values of the float64 copy of a block of tokens' states: 512 MiB; 9 blocks hold 4096 tokens of 33 x 4096 channels."""
+CPU_BLOCK_ELEMENTS = 1 << 21  # 16 MiB: a core's cache holds most of it
 
 
 class BlockInfluence:
@@ -77,6 +78,10 @@ class BlockInfluence:
             if receives:
                 self._add_pairs(theirs_rows, theirs, rows, mine, counts)
 
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {"sums": self._sums, "num_tokens": self._num_tokens}
+
     def finish(self) -> dict[int, Tensor]:
         """n -> [L-n+1] float64 for n = 1 .. L-1, entry i for layers i .. i+n-1; equal on every rank.
 
@@ -109,7 +114,8 @@ class BlockInfluence:
     ) -> None:
         """Add the sum over counting tokens of cos(first_r, second_c) at (r, c); of a stage with itself, where r < c."""
         seq_length, batch, channels = first[0].shape
-        step = max(1, BLOCK_ELEMENTS // (batch * channels * len(first)))
+        elements = CPU_BLOCK_ELEMENTS if first[0].device.type == "cpu" else BLOCK_ELEMENTS
+        step = max(1, elements // (batch * channels * len(first)))
         total = self._sums[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]  # a view: a stage's layers follow on
         for start in range(0, seq_length, step):
             tokens = slice(start, start + step)

@@ -27,17 +27,16 @@ all ranks per micro-batch that stops them together where an activation is not fi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import TracebackType
 
 import torch
-from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.importance import BLOCK_INFLUENCE, LOGIT_METRICS, DepthConfig
+from minitron_nemo.divergence.cross_entropy import token_losses
 from minitron_nemo.divergence.streamed import forward_kl
-from minitron_nemo.divergence.token_rows import CHUNK_ELEMENTS
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.importance.block_influence import BlockInfluence
 from minitron_nemo.importance.removal import ForwardStep, LayerSwitches, Sweep
@@ -80,8 +79,7 @@ class DepthEstimator:
         Args:
             model: the GPTModel of this rank (one pipeline stage of it), bare or wrapped.
             forward: runs one micro-batch through it; see `removal.ForwardStep`.
-            vocab_size: real entries of the padded vocabulary, for kl and squared_error; None: all are real. The loss is
-                the model's own, over the padded vocabulary.
+            vocab_size: real entries of the padded vocabulary; None: all are real.
             dropped: layers that are gone already, for iterative removal: scores are of what remains, loss, kl and
                 squared_error still against the intact model.
         Raises: ValueError: a block size or a dropped layer the model does not have.
@@ -156,6 +154,22 @@ class DepthEstimator:
             for metric, by_size in scores.items()
         }
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that this rank has added up, for a pass that goes on another time (`resuming.Sums`)."""
+        kept = {name: tensor.clone() for name, tensor in self._running().items()}
+        return kept | {"num_batches": torch.tensor(self._num_batches)}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums that an estimator of the same model and config had."""
+        for name, tensor in self._running().items():
+            tensor.copy_(sums[name])
+        self._num_batches = int(sums["num_batches"])
+
+    def _running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        of = {"influence": self._influence.running(), "costs": self._costs.running()}
+        return {f"{name}.{key}": tensor for name, parts in of.items() for key, tensor in parts.items()}
+
     def _stop_where_not_finite(self, counts: Tensor) -> None:
         """Raise on every rank where a recorded state is not finite at a token that counts.
 
@@ -213,7 +227,12 @@ class LogitCosts:
                 distance = _squared_distance(logits, self._full, counts, self._num_real(logits))
                 self._sums[LOGIT_METRICS.index("squared_error"), number] += distance
         if "loss" in self.metrics:
-            self._add("loss", number, token_losses(logits, batch["labels"]), counts)
+            losses = token_losses(logits, batch["labels"], vocab_size=self.vocab_size, tp_group=self.groups.tp)
+            self._add("loss", number, losses, counts)
+
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {"sums": self._sums, "squares": self._squares, "num_tokens": self._num_tokens}
 
     def finish(self) -> dict[str, Tensor]:
         """Metric -> [passes] float64, 0 for the first pass; equal on every rank.
@@ -244,15 +263,7 @@ class LogitCosts:
         return Vocabulary.split(logits.shape[-1], self.vocab_size, self.groups.tp).local
 
 
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, [b, s/cp] float32, over the vocabulary split across tp.
-
-    Args:
-        logits: [b, s/cp, v/tp]; float32 ones are overwritten.
-        labels: [b, s/cp].
-    Communicates: tp, three all-reduces of [b, s/cp].
-    """
-    return tensor_parallel.vocab_parallel_cross_entropy(logits.contiguous(), labels)
+SQUARES_ELEMENTS = 1 << 22  # of a block of logits: 16 MiB in float32
 
 
 def _squared_distance(logits: Tensor, other: Tensor | None, counts: Tensor, num_real: int) -> Tensor:
@@ -260,7 +271,7 @@ def _squared_distance(logits: Tensor, other: Tensor | None, counts: Tensor, num_
     rows = logits.flatten(0, 1)[:, :num_real]
     others = other.flatten(0, 1)[:, :num_real] if other is not None else None
     per_token = torch.empty(rows.shape[0], dtype=torch.float64, device=rows.device)
-    step = max(1, CHUNK_ELEMENTS // max(1, num_real))
+    step = max(1, SQUARES_ELEMENTS // max(1, num_real))
     for start in range(0, rows.shape[0], step):
         chunk = slice(start, start + step)
         difference = rows[chunk].float()

@@ -109,6 +109,31 @@ class ImportanceEstimator:
         self._rows_before, self._num_rows = self._num_rows, self._num_rows + len(loss_mask)
         self._num_samples += mask.is_sample.sum()
 
+    def sums(self) -> dict[str, Tensor]:
+        """All that this rank has added up, for a pass that goes on another time (`resuming.Sums`).
+
+        Communicates: as `sample`, for the micro-batch before; all groups, a number that says whether all was finite.
+        Raises: ValueError, on every rank: it was not.
+        """
+        self._agree_all_finite(self._close())
+        return {name: tensor.clone() for name, tensor in self._running().items()} | {
+            "rows": torch.tensor([self._num_rows, self._rows_before])
+        }
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        """Go on from sums that an estimator of the same model and config had."""
+        for name, tensor in self._running().items():
+            tensor.copy_(sums[name])
+        self._num_rows, self._rows_before = sums["rows"].tolist()
+        self._closed_rows = self._num_rows
+
+    def _running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        running = {"num_samples": self._num_samples} | {axis: each.moments for axis, each in self._axes.items()}
+        for experts in self._experts:
+            running |= {f"experts.{experts.index}.{name}": each for name, each in experts.running().items()}
+        return running | ({} if self._stream is None else self._stream.running())
+
     def finish(self, origin: Mapping[str, Any] | None = None) -> Importance:
         """Merge all ranks' moments.
 

@@ -59,6 +59,10 @@ class ExpertWatch:
         everything = TokenMask(torch.ones(1, rows, dtype=torch.bool), self.num_tokens, None)
         self.neuron_sums[:, expert] += partial_sums(counted, everything)[:, 0]
 
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {"num_tokens": self.num_tokens, "output_sums": self.output_sums, "neuron_sums": self.neuron_sums}
+
     def require_finite(self) -> None:
         """Raises: ValueError: an activation of an expert of this rank was not finite. Waits for the device."""
         totals = {"expert_ffn": self.neuron_sums.sum((0, 2)), "expert": self.output_sums.sum(0)}

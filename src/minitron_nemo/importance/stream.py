@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from minitron_nemo.activations.hooks import on_input
+from minitron_nemo.activations.products import product_over_tokens
 from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size
 from minitron_nemo.places import norms_in
@@ -68,9 +69,13 @@ class StreamMoments:
             if self._kind == "normalised":
                 root = values.square().mean(1, keepdim=True).sqrt_()
                 values = values / root.clamp_(min=torch.finfo(torch.float32).tiny)
-            product = _product_of_rounded(values)
+            product = product_over_tokens(values, values, may_round=True)
             self._stream += product
             self._norm[row] += product.diagonal()
+
+    def running(self) -> dict[str, Tensor]:
+        """By name, every tensor that is added to."""
+        return {STREAM: self._stream, NORM: self._norm}
 
     def merge(self) -> dict[str, Tensor]:
         """The sums over all ranks, equal on every rank. Communicates: tp, cp, dp and pp, once for each of the two."""
@@ -84,15 +89,3 @@ class StreamMoments:
                 sums = all_reduce_sum(sums, group=group)
             merged[name] = sums
         return merged
-
-
-def _product_of_rounded(values: Tensor) -> Tensor:
-    """values^T values [h, h] float32; on a GPU of values rounded to TF32, which is finer than the bf16 they came in."""
-    if values.device.type == "cpu":
-        return values.t() @ values
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        return values.t() @ values
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

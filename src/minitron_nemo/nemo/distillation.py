@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
-from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from minitron_nemo.config.distillation import DistillationConfig
 from minitron_nemo.distillation.loss import LOSS, Loss
 from minitron_nemo.distillation.teacher import TeacherSource
 from minitron_nemo.distillation.teacher_student import TeacherStudent, teacher_student_in
-from minitron_nemo.nemo.models import EngineModel, build_beside, build_core, nemo_config, to_be_loaded
+from minitron_nemo.nemo.models import CountedTokens, EngineModel, build_beside, build_core, nemo_config, to_be_loaded
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
 from minitron_nemo.runtime.step import data_step, distillation_step
 from minitron_nemo.shape import ModelShape
 
 
-class HandedOverLoss(MaskedTokenLossReduction):
+class HandedOverLoss(CountedTokens):
     """Trains on the loss that the model hands over, whose gradients are formed with its sum.
 
     NeMo's own reduction, which it extends, expects values per token, weighs them by the loss mask and trains on their
@@ -37,7 +36,7 @@ class HandedOverLoss(MaskedTokenLossReduction):
 class DistillationGPTModel(EngineModel):
     """A `TeacherStudent` under NeMo's strategy."""
 
-    _training_loss_reduction: HandedOverLoss | None
+    reduction_class = HandedOverLoss
 
     def __init__(
         self,
@@ -89,12 +88,6 @@ class DistillationGPTModel(EngineModel):
         both = teacher_student_in(self.module)
         assert both is not None
         return both.learning_teacher
-
-    @property
-    def training_loss_reduction(self) -> HandedOverLoss:
-        if self._training_loss_reduction is None:
-            self._training_loss_reduction = HandedOverLoss()
-        return self._training_loss_reduction
 
     def forward(self, **inputs: Any) -> torch.Tensor | Loss:
         """See `TeacherStudent.forward`; NeMo's own signature knows no loss mask."""

@@ -56,7 +56,13 @@ class Downstream(pl.Callback):
         if (step // trainer.val_check_interval) % self.config.every:
             return
         likelihoods = option_likelihoods(
-            pl_module.core, [Pass()], self.questions, self.rows, label="task", key="training.downstream.file"
+            pl_module.core,
+            [Pass()],
+            self.questions,
+            self.rows,
+            vocab_size=pl_module.vocab_size,
+            label="task",
+            key="training.downstream.file",
         )
         right = float(accuracy(self.questions, likelihoods, normalize=self.config.normalize)[0])
         self.history.add(trainer, {ACCURACY: right})

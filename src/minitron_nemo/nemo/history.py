@@ -18,12 +18,14 @@ so on for those of the parts.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 
+from minitron_nemo.checks import require
 from minitron_nemo.distillation.teacher_student import teacher_student_in
 from minitron_nemo.progress import Reporter
 
@@ -54,9 +56,23 @@ class History(pl.Callback):
         self.lr = 0.0
 
     def kept(self, step: int) -> list[dict[str, Any]]:
-        """What an earlier process wrote, up to the step that this one resumes at."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [record for record in map(json.loads, lines) if record["step"] <= step]
+        """What an earlier process wrote, up to the step that this one resumes at; less a last line that was cut off.
+
+        Raises: Mistake: another line cannot be read.
+        """
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        records = []
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                require(
+                    number == len(lines),
+                    f"{self.path} cannot be read at line {number} of {len(lines)}. Mend that line, or take it out.",
+                )
+                said = f"The last line of {self.path} was cut off when the run ended, and is left out."
+                print(said, file=sys.stderr, flush=True)
+        return [record for record in records if record["step"] <= step]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -59,7 +59,7 @@ def _model(run: TrainingRun) -> EngineModel:
         teacher_lr=0.0 if config is None else config.teacher_lr,
     )
     if config is None or teacher is None:
-        return CrossEntropyGPTModel(trainee.shape, initial=trainee.weights, **options)
+        return CrossEntropyGPTModel(trainee.shape, initial=trainee.weights, vocab_size=trainee.vocab_size, **options)
     assert trainee.weights is not None
     return DistillationGPTModel(
         trainee.shape,

@@ -20,10 +20,12 @@ from nemo.collections.llm.gpt.model.llama import Llama31Config
 from nemo.collections.llm.gpt.model.mistral import MistralConfig7B
 from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
 from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
+from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
+from minitron_nemo.divergence.cross_entropy import leave_out_padding
 from minitron_nemo.layer_spec import FUSED_BLOCK_SPEC, plain_block_spec, transformer_fields, uneven_stages
 from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
@@ -97,13 +99,28 @@ def _has_layers_of_both_kinds(shape: ModelShape) -> bool:
     return shape.num_moe_experts is not None and shape.has_dense_layers
 
 
+class CountedTokens(MaskedTokenLossReduction):
+    """NeMo's own, where a token whose mask is 0 does not exist: infinity times 0 would be NaN."""
+
+    def forward(
+        self, batch: dict[str, torch.Tensor], forward_out: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        return super().forward(batch, torch.where(batch["loss_mask"] != 0, forward_out, 0.0))
+
+
 class EngineModel(llm.GPTModel):
-    """What our NeMo models share: `shape` is the whole trained model's, `core` its bare Megatron-core part here.
+    """What our NeMo models share: `shape` is the whole trained model's, `core` its bare Megatron-core part here, and
+    `vocab_size` the real entries of its padded vocabulary (None: all are real).
 
     A subclass says in `build` what this rank holds.
     """
 
     shape: ModelShape
+    vocab_size: int | None
+    reduction_class: type[CountedTokens] = CountedTokens
+    """How a micro-batch's output becomes the loss that is trained on."""
+    _training_loss_reduction: CountedTokens | None
+    _validation_loss_reduction: CountedTokens | None
 
     def configure_model(self, vp_stage: int | None = None) -> None:
         if not hasattr(self, "module"):
@@ -116,6 +133,18 @@ class EngineModel(llm.GPTModel):
     def core(self) -> MCoreGPTModel:
         return bare_gpt(self.module)
 
+    @property
+    def training_loss_reduction(self) -> CountedTokens:
+        if self._training_loss_reduction is None:
+            self._training_loss_reduction = self.reduction_class()
+        return self._training_loss_reduction
+
+    @property
+    def validation_loss_reduction(self) -> CountedTokens:
+        if self._validation_loss_reduction is None:
+            self._validation_loss_reduction = CountedTokens(validation_step=True)
+        return self._validation_loss_reduction
+
     def training_flops_per_token(self, seq_length: int) -> int:
         """What a step has to compute of each token, on all ranks together; what is computed twice counts once."""
         return self.shape.flops_per_token(seq_length, training=True)
@@ -124,19 +153,28 @@ class EngineModel(llm.GPTModel):
 class CrossEntropyGPTModel(EngineModel):
     """Trained on the next token; its weights come from the model artifact `initial`, or are random."""
 
-    def __init__(self, shape: ModelShape, *, initial: Path | None = None, optim: Any = None, **overrides: Any) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        initial: Path | None = None,
+        vocab_size: int | None = None,
+        optim: Any = None,
+        **overrides: Any,
+    ) -> None:
         super().__init__(
             nemo_config(shape, forward_step_fn=forward_step, data_step_fn=data_step, **overrides), optim=optim
         )
-        self.shape = shape
+        self.shape, self.vocab_size = shape, vocab_size
         self.initial = initial
 
     def build(self, vp_stage: int | None) -> torch.nn.Module:
-        if self.initial is None:
-            return build_core(self.config, self.shape, vp_stage=vp_stage)
-        to_be_loaded(self.config)
+        if self.initial is not None:
+            to_be_loaded(self.config)
         core = build_core(self.config, self.shape, vp_stage=vp_stage)
-        load_weights(core, self.initial)
+        leave_out_padding(core, self.vocab_size)
+        if self.initial is not None:
+            load_weights(core, self.initial)
         return core
 
 

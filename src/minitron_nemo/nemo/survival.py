@@ -1,8 +1,8 @@
 """What a training run survives: being killed, being told to stop, and steps whose gradient is not finite.
 
     killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
-    SIGTERM, SIGUSR1, or the   ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
-    file $MINITRON_STOP_FILE   exit code 75 (`StopWhenAsked`); the same command continues it
+    told to stop (stopping.py) ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
+                               exit code 75 (`StopWhenAsked`); the same command continues it
     a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `optim.py`)
 
 Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's own.
@@ -10,11 +10,9 @@ Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import sys
-import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +23,7 @@ from minitron_nemo.checks import Interrupted, Mistake
 from minitron_nemo.nemo.optim import SkippingOptimizer
 from minitron_nemo.parallel import all_reduce_max, rank_zero_works, world
 from minitron_nemo.runtime.training_run import checkpoint_of, newest_checkpoint
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-STOP_FILE = "MINITRON_STOP_FILE"
-"""Environment variable that names a file; when it appears, the run stops as after a signal. Signals do not reach ranks
-on other nodes, or reach torchrun first, which gives its ranks 30 seconds; a file on a shared disk does."""
+from minitron_nemo.stopping import listening, told_to_stop
 
 
 class ResumableCheckpoints(pl.Callback):
@@ -76,22 +70,14 @@ class StopWhenAsked(pl.Callback):
         self.checkpoints = checkpoints
         self.stopped_after: int | None = None
         """Steps done when the run was stopped; None while it was not."""
-        self._asked = False
-        self._stop_file = os.environ.get(STOP_FILE)
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._closing = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {each: signal.signal(each, self._ask) for each in STOP_SIGNALS}
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
+        self._closing.enter_context(listening())
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Communicates: every rank, a maximum of one number."""
-        asked = self._asked or (
-            trainer.is_global_zero and self._stop_file is not None and Path(self._stop_file).exists()
-        )
+        asked = told_to_stop()
         anyone = all_reduce_max(torch.tensor(float(asked), device=pl_module.device), group=world())
         if bool(anyone) and trainer.global_step < trainer.max_steps:
             self.checkpoints.save(trainer)
@@ -100,15 +86,10 @@ class StopWhenAsked(pl.Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._let_go()
+        self._closing.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        for each, handler in self._handlers.items():
-            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
-        self._handlers = {}
+        self._closing.close()
 
     def require_finished(self, steps: int) -> None:
         """Raises: Interrupted: the run was stopped."""

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron_nemo.activations.products import product_over_tokens
 from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.parallel import Groups, ProcessGroup, all_gather_shards, all_reduce_sum, group_rank, group_size
@@ -55,7 +56,7 @@ class SecondMoment:
     def add(self, left: Tensor, right: Tensor) -> None:
         """Add left^T right of [t, left] and [t, right], any float dtype."""
         for some, others in zip(left.split(TOKENS_AT_ONCE), right.split(TOKENS_AT_ONCE), strict=True):
-            self.total += some.float().t() @ others.float()
+            self.total += product_over_tokens(some, others)
 
     def merge_over(self, groups: Sequence[ProcessGroup | None]) -> Tensor:
         """The sum over the ranks of `groups`, which saw other tokens; its own is freed. Communicates: each, once."""

@@ -7,8 +7,8 @@ counted from the same passes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minitron_nemo.checks import require
 from minitron_nemo.config.importance import ACCURACY, DepthConfig, GreedyConfig
-from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits, token_losses
+from minitron_nemo.divergence.cross_entropy import token_losses
+from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits
 from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
 from minitron_nemo.parallel import (
     Groups,
@@ -29,6 +30,7 @@ from minitron_nemo.parallel import (
     rank_zero_says,
 )
 from minitron_nemo.progress import Reporter
+from minitron_nemo.resuming import OnePass, Unfinished
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.scores import GREEDY
 from minitron_nemo.shape import ModelShape
@@ -46,6 +48,7 @@ def estimate_depth(
     vocab_size: int | None = None,
     dropped: Collection[int] = (),
     total: int = 0,
+    unfinished: Unfinished | None = None,
 ) -> DepthScores:
     """Every metric of `config`: metric -> block size n -> [L-n+1] float32, entry i for layers i .. i+n-1.
 
@@ -60,34 +63,51 @@ def estimate_depth(
         micro_batch_size: options of questions that are run at once.
         vocab_size: real entries of the padded vocabulary; None: all are real.
         dropped: layers that are gone already; see `DepthEstimator`.
-        total: number of micro-batches, for the progress line.
-    Communicates: see `importance.depth`.
+        total: number of micro-batches.
+        unfinished: lets the run be stopped, and keeps what it has done; None: it goes to its end.
+    Communicates: see `importance.depth`; `OnePass`.
     """
     if config.greedy.metric is not None:
         batches = list(batches)  # read once per drop
     scores: DepthScores = {}
+    without = "".join(f" without {layer}" for layer in dropped)  # a pass more of an order of dropping
     if set(config.metrics) - {ACCURACY}:
         groups = Groups.from_megatron()
         estimator = DepthEstimator(core, shape, groups, config, forward_step, vocab_size=vocab_size, dropped=dropped)
-        with estimator, Reporter("depth", total, show=is_rank_zero()) as reporter:
-            for done, batch in enumerate(batches, start=1):
-                estimator.add(on_this_rank(batch))
-                reporter.update(done)
-            scores = estimator.finish()
+        one_pass = None if unfinished is None else unfinished.one_pass(f"depth{without}")
+        scores = _scores_of(estimator, batches, total, one_pass)
     if ACCURACY in config.metrics:
         sweep = Sweep(shape.num_layers, config.block_sizes, dropped)
-        likelihoods = option_likelihoods(core, sweep.passes, questions, micro_batch_size)
+        task_pass = None if unfinished is None else unfinished.one_pass(f"depth task{without}")
+        likelihoods = option_likelihoods(
+            core, sweep.passes, questions, micro_batch_size, vocab_size=vocab_size, one_pass=task_pass
+        )
         right = accuracy(questions, likelihoods, normalize=config.normalize)
         scores[ACCURACY] = {size: values.float().cpu() for size, values in sweep.by_block(right[0] - right).items()}
     scores = {metric: scores[metric] for metric in config.metrics}
     if config.greedy.metric is not None:
         assert isinstance(batches, list)
-        task = {"questions": questions, "micro_batch_size": micro_batch_size}
+        task = {"questions": questions, "micro_batch_size": micro_batch_size, "unfinished": unfinished}
         order = greedy_layers(core, shape, batches, config, vocab_size=vocab_size, total=total, **task)
         places = torch.full((shape.num_layers,), float(len(order)))
         places[order] = torch.arange(len(order), dtype=torch.float32)
         scores[GREEDY] = {1: places}
     return scores
+
+
+def _scores_of(
+    estimator: DepthEstimator, batches: Iterable[dict[str, Tensor]], total: int, one_pass: OnePass | None
+) -> DepthScores:
+    with estimator, Reporter("depth", total, show=is_rank_zero()) as reporter:
+        begun = 0 if one_pass is None else one_pass.begin(estimator)
+        for done, batch in enumerate(batches, start=1):
+            if done <= begun:
+                continue
+            estimator.add(on_this_rank(batch))
+            reporter.update(done)
+            if one_pass is not None:
+                one_pass.after(done, total)
+        return estimator.finish()
 
 
 def option_likelihoods(
@@ -96,15 +116,19 @@ def option_likelihoods(
     questions: Sequence[Question],
     rows: int,
     *,
+    vocab_size: int | None = None,
     label: str = "depth task",
     key: str = "depth.task",
+    one_pass: OnePass | None = None,
 ) -> Tensor:
     """Log-likelihood of every option's scored tokens in every pass, in nats.
 
     Args:
         rows: b of the micro-batches.
+        vocab_size: real entries of the padded vocabulary; None: all are real.
         label: for the progress line.
         key: the user's config key that named the questions, for messages.
+        one_pass: lets the run be stopped after any micro-batch; None: it goes to its end.
     Returns: [passes, options of all questions] float64, equal on every rank.
     Communicates: the passes' own; at the end cp and dp (sum) and pp (from the last stage).
     Raises: ValueError: a likelihood is not finite.
@@ -120,17 +144,22 @@ def option_likelihoods(
     total = -(-len(continuations) // (rows * dp_size))
     shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
     with LayerSwitches(core) as layers, Reporter(label, total, show=is_rank_zero()) as reporter:
+        begun = 0 if one_pass is None else one_pass.begin(_Found(found))
         for done, (places, batch) in enumerate(shares, start=1):
+            if done <= begun:
+                continue
             local = on_this_rank(batch)
             where = torch.tensor(places, dtype=torch.int64, device=device)
 
             def see(number: int, logits: Tensor, local: Any = local, where: Tensor = where) -> None:
-                losses = token_losses(logits, local["labels"]).double()
+                losses = token_losses(logits, local["labels"], vocab_size=vocab_size, tp_group=groups.tp).double()
                 sums = torch.where(local["loss_mask"] != 0, losses, 0.0).sum(1)  # [b]
                 found[number, where] = -sums[: len(where)]
 
             layers.run(passes, local, forward_step, see)
             reporter.update(done)
+            if one_pass is not None:
+                one_pass.after(done, total)
     for group in (groups.cp, groups.dp):
         found = all_reduce_sum(found, group=group)
     found = broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)
@@ -140,6 +169,19 @@ def option_likelihoods(
         "dtype with the evaluate stage, or try trainer.precision=fp32.",
     )
     return found
+
+
+@dataclass
+class _Found:
+    """`Sums` of likelihoods: those that are found so far."""
+
+    likelihoods: Tensor
+
+    def sums(self) -> dict[str, Tensor]:
+        return {"likelihoods": self.likelihoods}
+
+    def restore(self, sums: Mapping[str, Tensor]) -> None:
+        self.likelihoods.copy_(sums["likelihoods"])
 
 
 def greedy_layers(
@@ -157,7 +199,7 @@ def greedy_layers(
 
     Args:
         batches: as for `estimate_depth`; read once per drop.
-        options: `questions`, `micro_batch_size`, `vocab_size`, `total` of `estimate_depth`.
+        options: `questions`, `micro_batch_size`, `vocab_size`, `total`, `unfinished` of `estimate_depth`.
     Returns: layer indices from 0, of the intact model; equal on every rank.
     Communicates: see `estimate_depth`, once per drop.
     Raises: ValueError: more layers than the model can lose.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from minitron_nemo.parallel import (
     is_rank_zero,
 )
 from minitron_nemo.progress import Reporter
+from minitron_nemo.resuming import OnePass, Sums
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.schedule import forward_only
 from minitron_nemo.scores import Importance
@@ -41,6 +42,8 @@ def run_forward(
     see: Callable[[dict[str, torch.Tensor], torch.Tensor], R] = lambda *_: None,  # type: ignore[assignment]
     label: str,
     total: int,
+    one_pass: OnePass | None = None,
+    sums: Sequence[Sums] = (),
 ) -> list[R]:
     """Run every micro-batch through the pipeline up to the output layer, which forms no logits.
 
@@ -50,9 +53,12 @@ def run_forward(
         before: called with each micro-batch (sliced over cp) before its forward, on every stage.
         see: called on the last stage with it and with what the output layer would read, [s/cp, b, h], with sequence
             parallelism [s/(cp*tp), b, h].
-        total: number of micro-batches, for the progress line.
-    Returns: on the last stage what `see` returned; else nothing.
-    Communicates: tp and cp inside the model, pp between stages.
+        total: number of micro-batches.
+        one_pass: lets the run be stopped after any of them; None: it goes to its end.
+        sums: what grows with them, to be kept then.
+    Returns: on the last stage what `see` returned, of the micro-batches of this run; else nothing.
+    Communicates: tp and cp inside the model, pp between stages; see `OnePass`.
+    Raises: Interrupted: told to stop.
     """
 
     def forward(model: MCoreGPTModel, local: dict[str, Any]) -> torch.Tensor:
@@ -60,33 +66,58 @@ def run_forward(
         return forward_step(model, local)
 
     results: list[R] = []
+    begun = 0 if one_pass is None else one_pass.begin(*sums)
     with Reporter(label, total, show=is_rank_zero()) as reporter, without_logits(core):
         for done, batch in enumerate(batches, start=1):
+            if done <= begun:
+                continue
             rows, seq_length = batch["tokens"].shape
             passes = map(on_this_rank, [batch])
             results += forward_only(core, passes, forward, see, count=1, rows=rows, seq_length=seq_length)
             reporter.update(done)
+            if one_pass is not None:
+                one_pass.after(done, total)
     return results
 
 
 def loss_sums(
-    core: MCoreGPTModel, batches: Iterable[dict[str, torch.Tensor]], vocab_size: int, *, label: str, total: int
+    core: MCoreGPTModel,
+    batches: Iterable[dict[str, torch.Tensor]],
+    vocab_size: int,
+    *,
+    label: str,
+    total: int,
+    one_pass: OnePass | None = None,
 ) -> list[torch.Tensor]:
     """On the last stage [loss sum in nats, tokens] float64 of each micro-batch's unmasked tokens; else nothing.
 
     Args:
-        batches, label, total: as those of `run_forward`.
+        batches, label, total, one_pass: as those of `run_forward`.
         vocab_size: real entries of the padded vocabulary.
     Communicates: as `run_forward`, and tp in the loss.
     """
-    walk = walk_of(core, vocab_size)
+    walk, found = walk_of(core, vocab_size), _Losses()
 
-    def sums(local: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    def see(local: dict[str, torch.Tensor], hidden: torch.Tensor) -> None:
         losses = cross_entropy_of_tokens(OutputHead(hidden, output_weight(core)), local["labels"], walk)
         mask = local["loss_mask"].double()
-        return torch.stack([(losses.double() * mask).sum(), mask.sum()])
+        found.sums_of_each.append(torch.stack([torch.where(mask != 0, losses.double() * mask, 0.0).sum(), mask.sum()]))
 
-    return run_forward(core, batches, see=sums, label=label, total=total)
+    run_forward(core, batches, see=see, label=label, total=total, one_pass=one_pass, sums=[found])
+    return found.sums_of_each
+
+
+class _Losses:
+    """`Sums` of the last stage: [loss sum, tokens] of each micro-batch."""
+
+    def __init__(self) -> None:
+        self.sums_of_each: list[torch.Tensor] = []
+
+    def sums(self) -> dict[str, torch.Tensor]:
+        return {"losses": torch.stack(self.sums_of_each)} if self.sums_of_each else {}
+
+    def restore(self, sums: Mapping[str, torch.Tensor]) -> None:
+        self.sums_of_each = list(sums["losses"].to(platform.device())) if sums else []
 
 
 def mean_loss(results: list[torch.Tensor]) -> tuple[float, int]:
@@ -112,6 +143,7 @@ def estimate_importance(
     seed: int = 0,
     origin: dict[str, Any] | None = None,
     label: str = "importance",
+    one_pass: OnePass | None = None,
 ) -> Importance:
     """Width scores from one forward pass over `batches`, the same on every layout and equal on every rank.
 
@@ -119,6 +151,7 @@ def estimate_importance(
         batches: not read where `config.metric` is a baseline.
         seed: of random scores.
         label: of the progress line.
+        one_pass: as in `run_forward`.
     Communicates: see `importance.estimate` and `importance.baselines`.
     """
     if config.metric == "random":
@@ -126,7 +159,15 @@ def estimate_importance(
     if config.metric == "weight_magnitude":
         return weight_magnitude(core, shape, Groups.from_megatron())
     with ImportanceEstimator(core, shape, Groups.from_megatron(), config) as estimator:
-        run_forward(core, batches, before=lambda batch: estimator.sample(batch["loss_mask"]), label=label, total=total)
+        run_forward(
+            core,
+            batches,
+            before=lambda batch: estimator.sample(batch["loss_mask"]),
+            label=label,
+            total=total,
+            one_pass=one_pass,
+            sums=[estimator],
+        )
         return estimator.finish(origin)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from minitron_nemo import platform
-from minitron_nemo.checks import require
+from minitron_nemo.checks import require, require_divisible
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.parallel import local_rank, ranks_per_node
 from minitron_nemo.shape import ModelShape
@@ -107,6 +107,17 @@ def prepare_layout(layout: Layout, shape: ModelShape, *, seq_length: int = 1, se
         f"trainer.seq_length={seq_length} is longer than the model's context of {shape.seq_length} tokens. "
         f"Set trainer.seq_length to at most {shape.seq_length}.",
     )
+    if seq_length > 1:  # each rank of context parallelism takes two chunks, which sequence parallelism splits again
+        chunks = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
+        require_divisible("trainer.seq_length", seq_length, "2 x trainer.context_parallel_size", chunks)
+        if layout.sequence_parallel:
+            local, size = seq_length // layout.context_parallel_size, layout.tensor_model_parallel_size
+            require(
+                local % size == 0,
+                f"trainer.seq_length={seq_length} leaves a rank {local} tokens, which trainer.sequence_parallel=true "
+                f"cannot split over trainer.tensor_model_parallel_size={size}. Set trainer.seq_length to a multiple of "
+                f"{size * layout.context_parallel_size * (2 if layout.context_parallel_size > 1 else 1)}.",
+            )
     require(
         layout.context_parallel_size == 1 or platform.has_transformer_engine(),
         f"trainer.context_parallel_size={layout.context_parallel_size} needs transformer-engine, whose attention "

@@ -7,14 +7,13 @@ ranks do, a rank runs one of the others along, since experts on several ranks ne
     answer      of a micro-batch                     [b, s, k] and [b, s], whole on every rank of the last stage
 
 Communication: what the model does; tp to choose the k tokens; cp, a gather of the answers; all ranks once, to agree on
-which shards are missing, and once at the end.
+which shards are missing, once at the end, and now and then to hear whether to stop.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
 
+from minitron_nemo.checks import Interrupted
 from minitron_nemo.distillation.output_head import output_weight, without_logits
 from minitron_nemo.distillation.stored_teacher import top_k_of_head
 from minitron_nemo.divergence.fused_linear import OutputHead
@@ -38,6 +38,7 @@ from minitron_nemo.parallel import (
 from minitron_nemo.progress import Reporter
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.schedule import forward_only
+from minitron_nemo.stopping import Stop
 from minitron_nemo.text.teacher_store import Shards, StoreFormat
 from minitron_nemo.text.windows import Windows
 
@@ -49,29 +50,45 @@ def write_missing(core: MCoreGPTModel, windows: Windows, shards: Shards, *, micr
     Args:
         core: this rank's part of the teacher.
         windows: the text of the samples.
+    Raises: Interrupted: told to stop; shards that were begun are kept as far as they are.
     """
     groups = Groups.from_megatron()
     mine, ranks = group_rank(groups.dp), group_size(groups.dp)
-    missing = rank_zero_works(shards.missing)
+    left = rank_zero_works(lambda: {shard: shards.samples_left(shard) for shard in shards.missing()})
+    missing = list(left)
     rounds = [missing[start : start + ranks] for start in range(0, len(missing), ranks)]
-    steps = [-(-max(len(shards.samples(shard)) for shard in each) // micro_batch_size) for each in rounds]
+    steps = [-(-max(len(left[shard]) for shard in each) // micro_batch_size) for each in rounds]
     writes = parallel_state.is_pipeline_last_stage() and group_rank(groups.tp) == group_rank(groups.cp) == 0
+    stages = group_size(groups.pp)
+    at_once = 1 if stages == 1 else _AT_ONCE * stages
+    stop, done = Stop(), 0
     with Reporter("teacher logits", sum(steps), show=is_rank_zero()) as reporter, without_logits(core):
-        done = itertools.count(1)
         for taken, micro_batches in zip(rounds, steps, strict=True):
-            samples = shards.samples(taken[min(mine, len(taken) - 1)])
-            records = _records_of(
-                core,
-                _micro_batches(windows, samples, micro_batch_size, micro_batches),
-                shards.format,
-                groups,
-                rows=micro_batch_size,
-                micro_batches=micro_batches,
-                before=lambda: reporter.update(next(done), f"shards to write: {len(missing)}"),
-            )
-            if writes and mine < len(taken):
-                shards.write(taken[mine], np.concatenate(records)[: len(samples)])
+            shard = taken[min(mine, len(taken) - 1)]
+            samples, owns = left[shard], writes and mine < len(taken)
+            records = [shards.begun(shard)] if owns else []
+            batches = _micro_batches(windows, samples, micro_batch_size, micro_batches)
+            for first in range(0, micro_batches, at_once):
+                count = min(at_once, micro_batches - first)
+                options = {"rows": micro_batch_size, "micro_batches": count}
+                records += _records_of(core, batches, shards.format, groups, **options)
+                done += count
+                reporter.update(done, f"shards to write: {len(missing)}")
+                told = done < sum(steps) and stop.asked()
+                if owns and (told or first + count == micro_batches):  # the last sample stands in where they run out
+                    shards.write(shard, np.concatenate(records)[: len(records[0]) + len(samples)])
+                if told:
+                    _leave(shards, f"stopped after {done} of {sum(steps)} micro-batches, as it was asked to")
     barrier()
+
+
+_AT_ONCE = 16  # micro-batches a stage between two questions, where a question empties the pipeline
+
+
+def _leave(shards: Shards, message: str) -> NoReturn:
+    """Communicates: all ranks. Raises: Interrupted."""
+    barrier()  # all have written
+    raise Interrupted(f"{message}; what is there is kept in {shards.directory}. The same command goes on there.")
 
 
 def _records_of(
@@ -82,13 +99,8 @@ def _records_of(
     *,
     rows: int,
     micro_batches: int,
-    before: Callable[[], None],
 ) -> list[np.ndarray]:
-    """Records [rows] of every micro-batch, on the last stage; none elsewhere. Communicates: pp, tp, cp."""
-
-    def forward(model: MCoreGPTModel, local: dict[str, Any]) -> Tensor:
-        before()
-        return forward_step(model, local)
+    """Records [rows] of the next micro-batches, on the last stage; none elsewhere. Communicates: pp, tp, cp."""
 
     def records(local: dict[str, Any], hidden: Tensor) -> np.ndarray:
         answer = top_k_of_head(
@@ -102,7 +114,7 @@ def _records_of(
 
     passes = map(on_this_rank, batches)
     options = {"count": micro_batches, "rows": rows, "seq_length": format.seq_length}
-    return forward_only(core, passes, forward, records, **options)
+    return forward_only(core, passes, forward_step, records, **options)
 
 
 def _gather_over_cp(local: TopKTeacher, position_ids: Tensor, groups: Groups) -> TopKTeacher:

@@ -24,6 +24,7 @@ from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.layout import prepare_layout, require_splits
 from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.runtime.training_run import Trained, Trainee
+from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 from minitron_nemo.stages.training import run_training
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import samples_of
@@ -101,8 +102,26 @@ def _at_hand(config: DistillConfig, student: ModelInput) -> _Lesson:
     return _Lesson(
         TeacherAtHand(teacher.shape, teacher.path, config.offload_teacher),
         teacher.artifacts,
-        plan=None if plan is None else PruningPlan.load(plan),
+        plan=None if plan is None else plan_of_both(config, Path(plan), teacher.shape, student.shape),
     )
+
+
+def plan_of_both(config: DistillConfig, path: Path, teacher: ModelShape, student: ModelShape) -> PruningPlan:
+    """Raises: ValueError: a plan that is named, or that hidden losses go by, and cuts other models than these."""
+    plan, hidden = PruningPlan.load(path), config.distillation.hidden_states
+    by_plan = [name for name in ("mapping", "projection_init") if hidden.enabled and getattr(hidden, name) == "plan"]
+    if config.plan is None and not by_plan:
+        return plan
+    for role, planned, model in (("teacher", plan.source, teacher), ("student", plan.target, student)):
+        for dim in (*PRUNABLE_DIMS, "kv_channels"):
+            cuts, has = getattr(planned, dim), getattr(model, dim)
+            require(
+                cuts == has,
+                f"distill.plan={path} is of another {role}: its {dim} is {cuts}, and that of distill.{role}="
+                f"{getattr(config, role)} {has}. Name the plan by which this student was cut from this teacher"
+                f"{''.join(f', or another distillation.hidden_states.{name}' for name in by_plan)}.",
+            )
+    return plan
 
 
 def _stored(config: DistillConfig, student: ModelInput, blend: list[tuple[Artifact, float]]) -> _Lesson:

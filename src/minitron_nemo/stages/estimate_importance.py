@@ -12,6 +12,7 @@ from minitron_nemo.config.importance import ACCURACY
 from minitron_nemo.config.stages import EstimateImportanceConfig
 from minitron_nemo.importance.depth import require_depth_fits
 from minitron_nemo.parallel import rank_zero_works
+from minitron_nemo.resuming import Unfinished
 from minitron_nemo.runtime.depth_sweep import estimate_depth
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.scoring import Calibration
@@ -42,8 +43,12 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     width_samples = calibration.samples(samples)
     depth_samples = calibration.samples(depth.num_samples) if depth.reads_samples else []
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
+    output, inputs = Path(config.output), [*source.artifacts, *blend]
+    unfinished = Unfinished(output, config, inputs)
     started = time.time()
-    importance = calibration.score(core, source.shape, width_samples, {"model": source.path.name})
+    importance = calibration.score(
+        core, source.shape, width_samples, {"model": source.path.name}, unfinished.one_pass("width")
+    )
     seconds = time.time() - started
     if depth.is_asked_for:
         started = time.time()
@@ -56,12 +61,11 @@ def run(config: EstimateImportanceConfig) -> Artifact:
             micro_batch_size=trainer.micro_batch_size,
             vocab_size=source.vocab_size,
             total=calibration.num_batches(depth.num_samples),
+            unfinished=unfinished,
         )
         means_over = {metric: len(questions) if metric == ACCURACY else depth.num_samples for metric in depth.metrics}
         importance = replace(importance, depth=scores, depth_samples=means_over)
         depth_seconds = time.time() - started
-    output = Path(config.output)
-    inputs = [*source.artifacts, *blend]
     with writing(output, stage="estimate-importance", config=config, inputs=inputs) as draft:
         rank_zero_works(lambda: importance.save(draft.path))
         draft.metrics.update(samples=samples, tokens=samples * trainer.seq_length, estimation_seconds=round(seconds, 1))
@@ -71,4 +75,5 @@ def run(config: EstimateImportanceConfig) -> Artifact:
                 depth_questions=len(questions),
                 depth_seconds=round(depth_seconds, 1),
             )
+    unfinished.clear()
     return open_artifact(output)

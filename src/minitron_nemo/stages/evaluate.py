@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.stages import EvaluateConfig
+from minitron_nemo.resuming import Unfinished
 from minitron_nemo.runtime.forward import loss_sums, mean_loss
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.text.blend import open_blend, require_tokenizer_of, split_prefixes
@@ -33,12 +34,16 @@ def run(config: EvaluateConfig) -> Artifact:
     )
     core = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
     name = Path(config.output).name
-    loss, tokens = mean_loss(loss_sums(core, held_out, source.vocab_size, label=name, total=len(held_out)))
     output = Path(config.output)
     inputs = [*source.artifacts, *blend]
+    unfinished = Unfinished(output, config, inputs)
+    one_pass = unfinished.one_pass("held-out loss")
+    losses = loss_sums(core, held_out, source.vocab_size, label=name, total=len(held_out), one_pass=one_pass)
+    loss, tokens = mean_loss(losses)
     with writing(output, stage="evaluate", config=config, inputs=inputs) as draft:
         draft.facts["model"] = str(source.path)
         draft.metrics.update(
             held_out_loss=loss, perplexity=math.exp(loss), tokens=tokens, parameters=source.shape.num_parameters
         )
+    unfinished.clear()
     return open_artifact(output)

@@ -7,7 +7,7 @@ The artifact also holds `tokenizer/`, and in its manifest the facts later stages
 vocab_size, tokens and documents of each split, sources and their weights, corpus, licence; by which rule documents
 became ids (special_tokens, begins_with, closes_with), and what was left out of each source.
 
-One process does the work; under several ranks the first, while the others wait.
+One process does the work; under several ranks the first, while the others wait. One that is told to stop keeps nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Interrupted, require
 from minitron_nemo.config.data import STDLIB
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.parallel import by_rank_zero
 from minitron_nemo.progress import Reporter
+from minitron_nemo.stopping import Stop
 from minitron_nemo.text.corpus import (
     STDLIB_LICENCE,
     TRAIN,
@@ -80,7 +81,7 @@ class SourceSize:
 def survey(sources: list[Source], splitter: Splitter, cfg: PrepareDataConfig) -> list[SourceSize]:
     """Read everything once, so that what cannot be read or split raises before anything is written."""
     render = None if cfg.tokenizer is None else Encoder(load_tokenizer(cfg.tokenizer)).render
-    sizes = []
+    sizes, stop = [], Stop()
     for source in sources:
         size, reading = SourceSize(), Reading(render, cfg.max_characters)
         for document in source.documents(reading):
@@ -88,6 +89,7 @@ def survey(sources: list[Source], splitter: Splitter, cfg: PrepareDataConfig) ->
             size.documents[split] += 1
             size.characters[split] += len(document.whole)
             size.chats += document.chat is not None
+            _leave_if_asked(stop, f"looking through {source.path}")
         _require_few_null(source, reading, cfg.max_skipped)
         require(
             reading.documents > 0,
@@ -197,11 +199,22 @@ def _noting_split(documents: Iterator[Document], splitter: Splitter, where: dequ
 
 
 def _counted(items: Iterable[Item], reporter: Reporter, *, before: int = 0) -> Iterator[Item]:
-    """The items as they come, their number shown; every hundredth, as showing takes longer than a short document."""
+    """The items as they come, their number shown; every hundredth, as showing takes longer than a short document.
+
+    Raises: Interrupted: told to stop.
+    """
+    stop = Stop()
     for done, item in enumerate(items, start=before + 1):
         yield item
         if done % 100 == 0 or done == reporter.total:
             reporter.update(done)
+        _leave_if_asked(stop, reporter.label)
+
+
+def _leave_if_asked(stop: Stop, doing: str) -> None:
+    """Raises: Interrupted."""
+    if stop.asked():
+        raise Interrupted(f"stopped {doing}, as it was asked to. Nothing is kept: the same command begins anew.")
 
 
 def _is_stdlib(sources: list[Source]) -> bool:

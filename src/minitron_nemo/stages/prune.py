@@ -26,6 +26,7 @@ from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.second_moments import CalibrationPass
 from minitron_nemo.pruning.targets import resolve_target
+from minitron_nemo.resuming import OnePass
 from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
 from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
 from minitron_nemo.runtime.forward import run_forward
@@ -191,7 +192,7 @@ class Job:
         samples = self._calibration.drawn[: self._calibration.num_batches(num_samples)]
 
         def run(before: Callable[[dict[str, Tensor]], None]) -> None:
-            run_forward(core, samples, before=before, label=label, total=len(samples))
+            run_forward(core, samples, before=before, label=label, total=len(samples), one_pass=OnePass(label))
 
         return run
 

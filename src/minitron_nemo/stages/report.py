@@ -13,6 +13,11 @@ from minitron_nemo.report import read_run
 from minitron_nemo.report.page import write_report
 
 
+def inputs(cfg: ReportConfig) -> list[Artifact]:
+    """What is there to report. Raises: as `run`."""
+    return list(read_run(cfg.run_dir, cfg.rows, cfg.expected_order).artifacts.values())
+
+
 @by_rank_zero
 def run(cfg: ReportConfig) -> Artifact:
     """Write the report of `cfg.run_dir` to `cfg.output`.

@@ -16,6 +16,7 @@ from minitron_nemo.parallel import Groups, agree
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
+from minitron_nemo.resuming import OnePass
 from minitron_nemo.scores import Importance
 from minitron_nemo.stages.scoring import Calibration
 
@@ -54,7 +55,11 @@ class Rounds:
         def score(plan: PruningPlan) -> Importance:
             student = cut(teacher, plan, config.trainer)
             return self._calibration.score(
-                student, plan.target, self._calibration.drawn, {"model": origin.get("model")}
+                student,
+                plan.target,
+                self._calibration.drawn,
+                {"model": origin.get("model")},
+                OnePass("importance of a round"),
             )
 
         plan = plan_in_rounds(

@@ -20,6 +20,7 @@ from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import Prepared
 from minitron_nemo.config.importance import ImportanceConfig
+from minitron_nemo.resuming import OnePass
 from minitron_nemo.runtime.forward import estimate_importance
 from minitron_nemo.scores import Importance, stream_sizes
 from minitron_nemo.shape import ModelShape
@@ -33,6 +34,9 @@ from minitron_nemo.text.windows import batches
 
 if TYPE_CHECKING:
     from minitron_nemo.text.tokenizer import Tokenizer
+
+
+_STREAM = "residual stream"
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,9 @@ class Calibration:
         """
         config = replace(self.config, stream="normalised", metric="activations")
         total = len(self.drawn)
-        moments = estimate_importance(core, shape, self.drawn, config, total=total, label="residual stream").moments
+        moments = estimate_importance(
+            core, shape, self.drawn, config, total=total, label=_STREAM, one_pass=OnePass(_STREAM)
+        ).moments
         return {name: moments[name] for name in stream_sizes(shape)}
 
     def num_batches(self, num_samples: int) -> int:
@@ -137,12 +143,14 @@ class Calibration:
         shape: ModelShape,
         samples: Iterable[dict[str, Tensor]],
         origin: Mapping[str, Any],
+        one_pass: OnePass | None = None,
     ) -> Importance:
         """Width scores of a model, from one forward pass over `samples`.
 
         Args:
             samples: of `samples(config.num_samples)`.
             origin: what else the scores should say of where they come from.
+            one_pass: lets the pass be stopped.
         Communicates: see `runtime.forward.estimate_importance`.
         """
         importance = estimate_importance(
@@ -153,5 +161,6 @@ class Calibration:
             total=self.num_batches(self.config.num_samples),
             seed=self.seed,
             origin={**origin, "seq_length": self.seq_length, "seed": self.seed},
+            one_pass=one_pass,
         )
         return replace(importance, tokenizer_digest=tokenizer_digest(self.tokenizer_path))

@@ -6,7 +6,8 @@
 divergence is `top_k`. With 100 tokens and less, arXiv:2407.14679 lost accuracy; here the rest is not left out, but one
 outcome with its true mass.
 
-A run that was killed continues with the shards that are missing, which wait in `<output>.shards` until all are there.
+A run that was killed continues with the shards that are missing, one that was told to stop with the next sample; what
+is there waits in `<output>.shards` until all of it is.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig, lr_multiplier
+from minitron_nemo.layer_spec import layers_of_stages
 from minitron_nemo.parallel import is_rank_zero, rank_zero_says, rank_zero_works
 from minitron_nemo.runtime.layout import require_tokens_split
 from minitron_nemo.runtime.training_run import (
@@ -75,6 +76,7 @@ def run_training(
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
     """
     require_tokens_split(trainee.shape, trainer)
+    require_recomputed_layers(trainee.shape, trainer)
     if data.reset_at_documents and trainer.context_parallel_size > 1:
         chunks = 2 * trainer.context_parallel_size
         require_divisible("data.pad_documents_to", data.pad_documents_to, "2 x trainer.context_parallel_size", chunks)
@@ -98,6 +100,22 @@ def run_training(
         _write(run, result, draft)
     rank_zero_works(lambda: shutil.rmtree(run.directory, ignore_errors=True))
     return open_artifact(output)
+
+
+def require_recomputed_layers(shape: ModelShape, trainer: TrainerConfig) -> None:
+    """Raises: ValueError: more layers are to be recomputed together than a pipeline stage has, or no whole chunks."""
+    if trainer.recompute_granularity != "full":
+        return
+    asked, stages = trainer.recompute_num_layers, trainer.pipeline_model_parallel_size
+    for have in sorted(layers_of_stages(shape.num_layers, stages)):
+        uniform = trainer.recompute_method == "uniform"
+        can = [number for number in range(1, have + 1) if not uniform or have % number == 0]
+        require(
+            asked in can,
+            f"trainer.recompute_num_layers={asked} with recompute_method={trainer.recompute_method} does not fit the "
+            f"{have} layers of a pipeline stage ({shape.num_layers} layers over "
+            f"trainer.pipeline_model_parallel_size={stages}). There it can be {', '.join(map(str, can))}.",
+        )
 
 
 def _write(run: TrainingRun, result: Trained, draft: Draft) -> None:
@@ -183,31 +201,39 @@ def continue_only_the_same(directory: Path, config: Any) -> None:
                     f"Continue it with {key}={then}, or remove {directory} to start over.",
                 )
                 if key == "training.steps":
-                    _say_where_the_rate_jumps(directory, config.training, steps_before=int(then))
+                    _say_how_the_rate_bends(directory, config.training, steps_before=int(then))
         directory.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(as_dict(config)))
 
     rank_zero_works(compare_and_keep)
 
 
-def _say_where_the_rate_jumps(directory: Path, training: TrainingConfig, *, steps_before: int) -> None:
+def _say_how_the_rate_bends(directory: Path, training: TrainingConfig, *, steps_before: int) -> None:
     """A schedule is made for the run's length: what another one does to a run that goes on."""
     checkpoint = newest_checkpoint(directory / CHECKPOINTS)
     if checkpoint is None:
         return
     step, optim = int(checkpoint.name.split("-")[1]), training.optim
-    before, now = (
-        optim.lr * lr_multiplier(step, config=optim, steps=steps) for steps in (steps_before, training.steps)
-    )
+    shared = range(step, min(steps_before, training.steps))
+    rates = {
+        at: [optim.lr * lr_multiplier(at, config=optim, steps=steps) for steps in (steps_before, training.steps)]
+        for at in (step, *shared)
+    }
+    before, now = rates[step]
     if not math.isclose(before, now, rel_tol=1e-2):
-        print(
-            f"This run goes on after step {step} with training.steps={training.steps} instead of {steps_before}, "
-            f"and its {optim.schedule} schedule is that of the new length: the learning rate jumps there "
-            f"from {before:.3g} to {now:.3g}. Without a jump: training.steps={steps_before}, then a phase of its own "
-            "(training.continue_from).",
-            file=sys.stderr,
-            flush=True,
-        )
+        bends = f"the learning rate jumps there from {before:.3g} to {now:.3g}"
+    elif other := [at for at, (then, from_now) in rates.items() if not math.isclose(then, from_now, rel_tol=1e-2)]:
+        then, from_now = rates[other[-1]]
+        bends = f"the learning rate leaves the one it would have had, at step {other[-1]} {from_now:.3g} for {then:.3g}"
+    else:
+        return
+    print(
+        f"This run goes on after step {step} with training.steps={training.steps} instead of {steps_before}, and its "
+        f"{optim.schedule} schedule is that of the new length: {bends}. As it was begun: "
+        f"training.steps={steps_before}, then a phase of its own (training.continue_from).",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager

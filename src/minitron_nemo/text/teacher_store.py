@@ -139,14 +139,30 @@ class Shards:
         """Those that are not there, or not whole."""
         return [shard for shard in range(len(self)) if not self._is_whole(shard)]
 
+    def begun(self, shard: int) -> np.ndarray:
+        """Records of the first samples of a shard, where a run was stopped within it."""
+        file = self._begun(shard)
+        return np.fromfile(file, self.format.record) if file.is_file() else np.empty(0, self.format.record)
+
+    def samples_left(self, shard: int) -> range:
+        """Those of a missing shard that are not begun."""
+        return self.samples(shard)[len(self.begun(shard)) :]
+
     def write(self, shard: int, records: np.ndarray) -> None:
-        """Put a whole shard in its place; one cut off on the way there leaves `shard-*.partial`."""
+        """Put a shard in its place, or the first samples of it where it stays for now as `shard-*.begun`.
+
+        One cut off on the way there leaves `shard-*.partial`.
+        """
         partial = self.path(shard).with_suffix(".partial")
         with partial.open("wb") as file:
             file.write(records.tobytes())
             file.flush()
             os.fsync(file.fileno())
-        partial.rename(self.path(shard))
+        if len(records) < len(self.samples(shard)):
+            partial.rename(self._begun(shard))
+        else:
+            partial.rename(self.path(shard))
+            self._begun(shard).unlink(missing_ok=True)
 
     def read(self, sample: int) -> dict[str, Tensor]:
         """The teacher's answers on one sample."""
@@ -164,6 +180,9 @@ class Shards:
                 f"{path} {found}, and {self.bytes([shard])} bytes belong there: {key}={self.directory} is damaged. "
                 "Copy it again, or remove it and run teacher-logits.",
             )
+
+    def _begun(self, shard: int) -> Path:
+        return self.path(shard).with_suffix(".begun")
 
     def _is_whole(self, shard: int) -> bool:
         path = self.path(shard)
