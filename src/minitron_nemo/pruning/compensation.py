@@ -176,9 +176,9 @@ def _compensate_layers(
     while inputs:  # a linear's moment is freed when it is refitted
         axis, index, seen = inputs.pop(0)
         if isinstance(seen, DenseInput):
-            linear, moment = _Linear(axis, index, None, seen.name, seen.gather_weight()), seen.merge_over_ranks()
-            kept, problem = _choose(linear, moment, plan, config)
-            outcome, full = _refit(linear, moment, _gather_first_choice(kept, groups), problem, plan, config)
+            whole, moment = _Linear(axis, index, None, seen.name, seen.gather_weight()), seen.merge_over_ranks()
+            kept, problem = _choose(whole, moment, plan, config)
+            outcome, full = _refit(whole, moment, _gather_first_choice(kept, groups), problem, plan, config)
             seen.set_weight(full)
             local.append(outcome)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 from torch import Tensor
@@ -79,9 +80,10 @@ def plan_of_rank_zero(plan: PruningPlan) -> PruningPlan:
 
     Communicates: all ranks.
     """
-    entries = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    entries: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
     chosen = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
-    return replace(plan, **{name: agree(entry.to(platform.device())).cpu() for name, entry in chosen.items()})
+    agreed: dict[str, Any] = {name: agree(entry.to(platform.device())).cpu() for name, entry in chosen.items()}
+    return replace(plan, **agreed)
 
 
 def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: Loading) -> MCoreGPTModel:
