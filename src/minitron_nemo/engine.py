@@ -37,7 +37,7 @@ from minitron_nemo.shape import ModelShape
 class Implementation(Protocol):
     """What a trainer's room offers, as functions of one module."""
 
-    def new_core(self, shape: ModelShape, layout: Layout, dtype: torch.dtype) -> MCoreGPTModel:
+    def new_core(self, shape: ModelShape, layout: Layout, dtype: torch.dtype, *, plain: bool = False) -> MCoreGPTModel:
         """As `engine.new_core`."""
 
     def meta_core(self, shape: ModelShape) -> MCoreGPTModel:
@@ -99,14 +99,19 @@ def open_model(path: Path | str | None, *, key: str, verify: bool = False) -> Mo
     return model_artifact.open_model(path, key=key, foreign=foreign, verify=verify)
 
 
-def new_core(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> MCoreGPTModel:
-    """This rank's part of a model of `shape` on `layout`, whose groups stand: random weights, for forward passes."""
-    return _chosen().new_core(shape, layout, dtype)
+def new_core(shape: ModelShape, layout: Layout, dtype: torch.dtype, *, plain: bool = False) -> MCoreGPTModel:
+    """This rank's part of a model of `shape` on `layout`, whose groups stand: random weights, for forward passes.
+
+    Args:
+        plain: of torch's and Megatron-core's own modules alone, whatever is installed here, so that
+            `platform.true_float32` holds for all it computes.
+    """
+    return _chosen().new_core(shape, layout, dtype, plain=plain)
 
 
-def open_core(source: ModelInput, layout: Layout, dtype: torch.dtype) -> MCoreGPTModel:
-    """This rank's part of the model at `source`, ready for forward passes. Every rank calls."""
-    core = new_core(source.shape, layout, dtype)
+def open_core(source: ModelInput, layout: Layout, dtype: torch.dtype, *, plain: bool = False) -> MCoreGPTModel:
+    """This rank's part of the model at `source`, ready for forward passes. Every rank calls; `plain` as `new_core`."""
+    core = new_core(source.shape, layout, dtype, plain=plain)
     load_weights(core, source.path)
     return core
 

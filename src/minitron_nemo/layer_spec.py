@@ -1,7 +1,10 @@
-"""A shape's layers on Megatron-core: their sizes, how many a pipeline stage has, and of what they are made on a machine
-without transformer-engine.
+"""A shape's layers on Megatron-core: their sizes, how many a pipeline stage has, and of what they are made.
 
-The last is Megatron-core's local spec with a norm that fits every model. Megatron-core's own stand-in for the fused
+    with transformer-engine     NeMo's own spec, which makes every layer alike; where only some have experts,
+                                `FUSED_BLOCK_SPEC`
+    without                     `plain_block_spec`
+
+The latter is Megatron-core's local spec with a norm that fits every model. Megatron-core's own stand-in for the fused
 norms refuses sequence parallelism and LayerNorm1p (gamma stored minus one); `PlainNorm` takes both, under the same
 parameter names.
 
@@ -13,11 +16,12 @@ Communication: none; Megatron-core sums the norms' gradients over tp where they 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -41,8 +45,12 @@ def squared_relu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 
 
-def transformer_fields(shape: ModelShape) -> dict[str, Any]:
-    """Fields of Megatron's TransformerConfig that the shape decides; nothing is dropped out."""
+def transformer_fields(shape: ModelShape, *, plain: bool = False) -> dict[str, Any]:
+    """Fields of Megatron's TransformerConfig that the shape decides; nothing is dropped out.
+
+    Args:
+        plain: for plain torch modules, also on a machine with transformer-engine.
+    """
     fields = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -62,12 +70,12 @@ def transformer_fields(shape: ModelShape) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }
-    return fields if shape.num_moe_experts is None else fields | _expert_fields(shape)
+    return fields if shape.num_moe_experts is None else fields | _expert_fields(shape, plain=plain)
 
 
-def _expert_fields(shape: ModelShape) -> dict[str, Any]:
+def _expert_fields(shape: ModelShape, *, plain: bool) -> dict[str, Any]:
     """Those of a mixture that routes as the family does in transformers: softmax, top k, no token dropped."""
-    fused = platform.has_transformer_engine()
+    fused = platform.has_transformer_engine() and not plain
     return {
         "num_moe_experts": shape.num_moe_experts,
         "moe_ffn_hidden_size": shape.moe_ffn_hidden_size,
@@ -128,6 +136,11 @@ def layers_of_stages(num_layers: int, stages: int) -> set[int]:
     ends = list(uneven_stages(num_layers, stages).values())
     between = stages - len(ends)
     return {*ends, *([(num_layers - sum(ends)) // between] if between else [])}
+
+
+FUSED_BLOCK_SPEC = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)
+"""This pipeline stage's layers in transformer-engine's modules, with experts where the config's moe_layer_freq says; a
+`partial` of a function that every installation has, so that a NeMo context can name it."""
 
 
 def plain_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -1,6 +1,6 @@
 """Told to stop? What every loop that takes long asks after a micro-batch, and all ranks hear the same answer.
 
-    SIGTERM or SIGUSR1 to any rank                while a door is open (`listening`); a second one ends it as ever
+    SIGTERM or SIGUSR1 to any rank                while a door is open (`listening`); one 10 s later ends it as ever
     the file that $MINITRON_STOP_FILE names       signals do not reach ranks on other nodes, or reach torchrun first,
                                                   which gives its ranks 30 seconds; a file on a shared disk does
 
@@ -38,6 +38,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_FILE = "MINITRON_STOP_FILE"
 """Environment variable that names a file; when it appears, the run stops as after a signal."""
 _SECONDS_BETWEEN = 1.0
+_ONE_TELLING = 10.0  # seconds: a launcher and a job's own script may both send a signal, and each more than once
 
 
 class _Ear:
@@ -45,6 +46,8 @@ class _Ear:
 
     listening = False
     heard = False
+    since = 0.0
+    """When it was, of `time.monotonic`."""
 
 
 @contextmanager
@@ -57,10 +60,12 @@ def listening() -> Iterator[None]:
     before = {each: signal.getsignal(each) for each in STOP_SIGNALS}
 
     def hear(number: int, frame: FrameType | None) -> None:
-        if _Ear.heard or os.getpid() != process:  # asked twice, or a process that was forked from this one
+        again = _Ear.heard and time.monotonic() - _Ear.since > _ONE_TELLING
+        if again or os.getpid() != process:  # or a process that was forked from this one
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        _Ear.heard = True
+        if not _Ear.heard:
+            _Ear.heard, _Ear.since = True, time.monotonic()
 
     _Ear.listening, _Ear.heard = True, False
     for each in STOP_SIGNALS:

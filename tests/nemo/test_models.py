@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from nemo.collections import llm
 
+from minitron_nemo import platform
+from minitron_nemo.attention import FusedCausalAttention
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.config.trainer import Layout
+from minitron_nemo.layer_spec import PlainNorm
+from minitron_nemo.nemo.context import shape_from_context, write_context
 from minitron_nemo.nemo.models import (
     CrossEntropyGPTModel,
     build_core,
@@ -25,8 +33,10 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.runtime.forward import estimate_importance
+from minitron_nemo.runtime.model_artifact import CONTEXT, TOKENIZER
 from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.text.tokenizer import train_tokenizer
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone
 
@@ -143,6 +153,65 @@ def test_nemos_config_of_the_family_computes_what_the_shape_says(name: str) -> N
 )
 def test_a_checkpoint_names_nemos_own_class(family: str, model_class: type) -> None:
     assert type(plain_nemo_model(SHAPES[family], tokenizer=None)) is model_class
+
+
+class StandIns(LocalSpecProvider):
+    """Megatron-core's own modules where transformer-engine has those that it asks for by name."""
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False) -> type:
+        return PlainNorm
+
+
+@pytest.fixture
+def as_with_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of a machine with transformer-engine."""
+    from megatron.core.models.gpt import gpt_layer_specs
+    from nemo.collections.llm.gpt.model import base
+
+    monkeypatch.setattr(platform, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(base, "HAVE_TE", True)
+    monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", StandIns, raising=False)
+    monkeypatch.setattr(gpt_layer_specs, "TENorm", PlainNorm, raising=False)
+
+
+@pytest.mark.usefixtures("as_with_transformer_engine")
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "llama"])
+def test_transformer_engines_experts_stand_in_the_layers_that_have_them(name: str) -> None:
+    shape, unfused = SHAPES[name], platform.transformer_config_overrides(plain=True)
+    if shape.num_moe_experts is not None:
+        unfused |= {"moe_grouped_gemm": False, "moe_permute_fusion": False}
+    core = nemo_config(shape, init_model_with_meta_device=True, **unfused).configure_model(None)
+    found = [isinstance(layer.mlp, MoELayer) for layer in core.decoder.layers]
+    assert found == [shape.has_experts(layer) for layer in range(shape.num_layers)]
+
+
+@pytest.mark.usefixtures("as_with_transformer_engine")
+def test_a_plain_core_has_torchs_modules_whatever_is_installed() -> None:
+    shape = SHAPES["qwen3_moe"]
+    core = new_core(shape, Layout(), torch.float32, plain=True)
+    config = core.config
+    assert not config.moe_grouped_gemm and not config.moe_permute_fusion and not config.gradient_accumulation_fusion
+    assert config.moe_router_dtype == "fp64"  # else Megatron-core's router asks transformer-engine for its products
+    norms = [module for name, module in core.named_modules() if name.endswith("norm")]
+    norms = [norm for norm in norms if not isinstance(norm, IdentityOp)]
+    assert len(norms) == 1 + 4 * shape.num_layers and all(isinstance(norm, PlainNorm) for norm in norms)
+    attentions = [module for name, module in core.named_modules() if name.endswith("core_attention")]
+    assert len(attentions) == shape.num_layers
+    assert all(isinstance(attention, FusedCausalAttention) for attention in attentions)
+
+
+def test_a_checkpoint_of_experts_beside_dense_layers_names_a_spec_that_knows_which(tmp_path: Path) -> None:
+    train_tokenizer(
+        ["def read(path):\n    return open(path).read()\n"] * 9, vocab_size=281, output=tmp_path / TOKENIZER
+    )
+    shape = smaller(SHAPES["qwen3_moe"], padded_vocab_size=281)
+    write_context(shape, tmp_path)
+    written = tmp_path / CONTEXT / "model.yaml"
+    assert "get_gpt_decoder_block_spec" in written.read_text()
+    assert shape_from_context(written) == shape
 
 
 def test_a_checkpoint_of_a_scaled_mistral_names_the_class_that_scales() -> None:

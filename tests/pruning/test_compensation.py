@@ -21,6 +21,7 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.compensation import Compensation, compensate
+from minitron_nemo.pruning.second_moments import DenseInput, ExpertInputs
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.weights import stream_full_parameters
 from support.gathering_attention import build_context_parallel_gpt
@@ -411,3 +412,37 @@ def test_an_expert_that_few_tokens_reached_is_cut_and_not_refitted(ranks: Ranks)
         expected[:, kept] = before[name][:, kept]
         assert torch.equal(after[name], expected)
         assert torch.equal(found.plan.expert_ffn[linear.layer, linear.expert], kept)  # not by an error of few tokens
+
+
+def chosen_of_twins(cut: str) -> PruningPlan:
+    """What stays where inputs are alike, neuron by neuron, and each rank's second moments differ in their last bits."""
+    plan = plan_of(cut)
+    model = build_gpt(plan.source)
+    for name, parameter in model.named_parameters():
+        if "linear_fc2.weight" in name:
+            parameter.data[:, 1::2] = parameter.data[:, 0::2]
+        elif "linear_fc1.weight" in name:
+            parameter.data[1::2] = parameter.data[0::2]
+    rounding = torch.Generator().manual_seed(torch.distributed.get_rank())
+    merges = [(kind, kind.merge_over_ranks) for kind in (DenseInput, ExpertInputs)]
+    for kind, merge in merges:
+
+        def nearly(self: Any, *expert: int, merge: Any = merge) -> Tensor:
+            moment = merge(self, *expert)
+            noise = torch.rand(moment.shape, generator=rounding, dtype=torch.float64)
+            noise = (noise + noise.t()) / 2
+            return moment * (1 + 2**-50 * noise)
+
+        kind.merge_over_ranks = nearly
+    try:
+        run, config = calibration(model), CompensationConfig(ridge=RIDGE, layers_at_once=0)
+        return compensate(model, plan, Groups.from_megatron(), run, config).plan
+    finally:
+        for kind, merge in merges:
+            kind.merge_over_ranks = merge
+
+
+@pytest.mark.parametrize(("cut", "layout"), [("llama", "dp2"), ("experts", "tp2"), ("experts", "dp2-ep2")])
+def test_ranks_whose_rounding_differs_keep_the_same(ranks: Ranks, cut: str, layout: str) -> None:
+    first, second = ranks(layout).run(chosen_of_twins, cut)
+    assert_same_choice(second, first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +322,29 @@ def test_surgeries_that_cannot_work_are_refused(door: Door, scored: list[str], v
     done = door("prune", *scored, "prune.surgery.method=calibrated", *CALIBRATED[1:], *unscored)
     assert message in done.mistake
     assert not (run_dir(scored) / "refused").exists()
+
+
+def test_a_plan_is_followed_by_calibrated_surgery_which_refits_what_it_keeps(
+    door: Door, scored: list[str], tmp_path: Path
+) -> None:
+    plain = ["+prune.target.ffn_hidden_size=48", "+prune.target.num_attention_heads=4"]
+    done = door("prune", *scored, *plain, f"prune.output={tmp_path / 'plain'}")
+    assert done.code == 0, done.err
+    first = PruningPlan.load(tmp_path / "plain")
+    unlikely = replace(first, ffn=first.ffn.max() + 0 * first.ffn - torch.arange(48).flip(0))  # the last neurons
+    (tmp_path / "plan").mkdir()
+    unlikely.save(tmp_path / "plan")
+    followed = [f"prune.plan={tmp_path / 'plan'}", "prune.surgery.method=calibrated"]
+    done = door("prune", *scored, *followed, f"prune.output={tmp_path / 'followed'}")
+    assert done.code == 0, done.err
+    kept = PruningPlan.load(tmp_path / "followed")
+    assert kept.ffn.equal(unlikely.ffn) and kept.head.equal(unlikely.head)
+    refitted = open_artifact(tmp_path / "followed").facts["compensation"]
+    assert {each["axis"] for each in refitted} == {"ffn", "head"}
+    assert all(each["error"] < each["plain_error"] for each in refitted)
+    anew = "prune.surgery.compensation.selection=compensated_error"
+    done = door("prune", *scored, *followed, anew, f"prune.output={tmp_path / 'refused'}")
+    assert "says which neurons and heads stay, and prune.surgery.compensation.selection=compensated_error" in (
+        done.mistake
+    )
+    assert not (tmp_path / "refused").exists()

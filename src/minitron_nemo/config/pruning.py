@@ -97,16 +97,22 @@ class CompensationConfig(Ranged):
     selection. 0 needs more calibration tokens than inputs. 1e-2 is GPTQ's (arXiv:2210.17323)."""
     num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples of a pass, over all data-parallel ranks."""
-    selection: str = "compensated_error"
+    selection: str | None = None
     """Which neurons and heads stay: those of the plan (scores), or in the same numbers those whose loss the refitted
-    weight makes up for worst, found by dropping one at a time (compensated_error)."""
+    weight makes up for worst, found by dropping one at a time (compensated_error). Null: compensated_error, and scores
+    where prune.plan names the plan to follow."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.selection in SELECTIONS,
-            f"{self.KEY}.selection={self.selection} is not known; {did_you_mean(self.selection, SELECTIONS)}",
+            self.selection is None or self.selection in SELECTIONS,
+            f"{self.KEY}.selection={self.selection} is not known; {did_you_mean(str(self.selection), SELECTIONS)}",
         )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether neurons and heads are chosen by what refitting could least make up for."""
+        return self.selection != "scores"
 
 
 @dataclass

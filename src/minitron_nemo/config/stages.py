@@ -139,7 +139,8 @@ class PruneConfig(Ranged):
     importance: str = ""
     """estimate-importance artifact of a model of the same shape."""
     plan: str | None = None
-    """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target."""
+    """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target. With
+    surgery.compensate its neurons and heads stay, and what reads them is refitted."""
     target: dict[str, int] = ranged(of=dict, at_least=1)
     """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, and of
     experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out stay as they
@@ -185,6 +186,12 @@ class PruneConfig(Ranged):
         for hindrance, stands in hindrances.items():
             works = self.rounds == 1 or not stands
             require(works, f"prune.rounds={self.rounds}, but {hindrance}. Give up one of them.")
+        require(
+            self.plan is None or self.surgery.compensation.selection != "compensated_error",
+            f"prune.plan={self.plan} says which neurons and heads stay, and prune.surgery.compensation.selection="
+            "compensated_error chooses them anew. Leave selection out (or set it to scores) to refit what the plan "
+            "keeps, or prune by importance and target (prune.plan=null).",
+        )
         require(
             not (self.merge_heads and self.surgery.chosen("compensate")),
             "prune.surgery compensates for dropped heads, which prune.merge_heads=true merges into others. Set "

@@ -26,7 +26,7 @@ from minitron_nemo import platform
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.divergence.cross_entropy import leave_out_padding
-from minitron_nemo.layer_spec import plain_block_spec, transformer_fields, uneven_stages
+from minitron_nemo.layer_spec import FUSED_BLOCK_SPEC, plain_block_spec, transformer_fields, uneven_stages
 from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
 from minitron_nemo.runtime.distributed_checkpoint import load_weights
 from minitron_nemo.runtime.step import data_step, forward_step
@@ -52,14 +52,19 @@ ROPE_SCALING_FIELDS = {
 """Field of NeMo's Llama31Config -> key of HF `rope_scaling` of type llama3."""
 
 
-def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
-    """The family's NeMo config with this shape, fused where the machine can."""
+def nemo_config(shape: ModelShape, *, plain: bool = False, **overrides: Any) -> GPTConfig:
+    """The family's NeMo config with this shape, fused where the machine can.
+
+    Args:
+        plain: nothing is fused, and every module is torch's or Megatron-core's own, on any machine.
+        overrides: fields of the config.
+    """
     require(
         shape.family in FAMILIES,
         f"family={shape.family} has no NeMo model class here; supported: {', '.join(sorted(FAMILIES))}.",
     )
     _, config_class = FAMILIES[shape.family]
-    values = transformer_fields(shape) | {
+    values = transformer_fields(shape, plain=plain) | {
         "vocab_size": shape.padded_vocab_size,
         "seq_length": shape.seq_length,
         "share_embeddings_and_output_weights": shape.share_embeddings_and_output_weights,
@@ -73,15 +78,25 @@ def nemo_config(shape: ModelShape, **overrides: Any) -> GPTConfig:
         values["activation_func"] = squared_relu  # NeMo's own, whose name a context can tell plain NeMo
     if shape.num_moe_experts is not None:
         values["bf16"] = False  # MixtralConfig says True; the trainer's precision or `overrides` say it
-    if not platform.has_transformer_engine():
+    if plain or not platform.has_transformer_engine():
         values["transformer_layer_spec"] = plain_block_spec
+    elif _has_layers_of_both_kinds(shape):
+        values["transformer_layer_spec"] = FUSED_BLOCK_SPEC
+    if plain and shape.num_moe_experts is not None:
+        # where transformer-engine is there, Megatron-core's router takes its products from it, and those are TF32
+        values["moe_router_dtype"] = "fp64"
     require_known_scaling(shape.rope_scaling)
     if shape.rope_scaling is not None and config_class is llm.LlamaConfig:
         config_class = Llama31Config  # NeMo's only class with fields for it, so that a context says it too
         values |= {field: shape.rope_scaling[key] for field, key in ROPE_SCALING_FIELDS.items()}
     if config_class is MistralConfig7B:
         values["window_size"] = None  # full attention: sliding windows need transformer-engine and change no weight
-    return config_class(**values | platform.transformer_config_overrides() | overrides)
+    return config_class(**values | platform.transformer_config_overrides(plain=plain) | overrides)
+
+
+def _has_layers_of_both_kinds(shape: ModelShape) -> bool:
+    """Layers with experts and dense ones: NeMo's own layer spec would put experts into all of them."""
+    return shape.num_moe_experts is not None and shape.has_dense_layers
 
 
 class CountedTokens(MaskedTokenLossReduction):
@@ -172,14 +187,14 @@ def plain_nemo_model(shape: ModelShape, tokenizer: Any) -> llm.GPTModel:
     if shape.rope_scaling is not None and shape.family == "mistral":
         shape = dataclasses.replace(shape, family="llama")  # the same model; NeMo has fields for scaling there alone
     model_class, _ = FAMILIES[shape.family]
-    return model_class(nemo_config(shape, transformer_layer_spec=default_layer_spec), tokenizer=tokenizer)
+    spec = FUSED_BLOCK_SPEC if _has_layers_of_both_kinds(shape) else default_layer_spec
+    return model_class(nemo_config(shape, transformer_layer_spec=spec), tokenizer=tokenizer)
 
 
-def new_core(shape: ModelShape, layout: Layout, dtype: torch.dtype) -> MCoreGPTModel:
+def new_core(shape: ModelShape, layout: Layout, dtype: torch.dtype, *, plain: bool = False) -> MCoreGPTModel:
     """This rank's part of a model of `shape` on `layout`: random weights, ready for forward passes."""
-    config = nemo_config(
-        shape, **layout.of_model, pipeline_dtype=dtype, params_dtype=dtype, bf16=dtype == torch.bfloat16
-    )
+    precision = {"pipeline_dtype": dtype, "params_dtype": dtype, "bf16": dtype == torch.bfloat16}
+    config = nemo_config(shape, plain=plain, **layout.of_model, **precision)
     return build_core(config, shape).to(device=platform.device(), dtype=dtype).eval()
 
 

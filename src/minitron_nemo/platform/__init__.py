@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from minitron_nemo.platform import cpu
+from minitron_nemo.platform.precision import true_float32
 
 __all__ = [
     "activate",
@@ -21,6 +22,7 @@ __all__ = [
     "has_transformer_engine",
     "supports_distributed_optimizer",
     "transformer_config_overrides",
+    "true_float32",
 ]
 
 
@@ -71,9 +73,13 @@ def dtype_of(precision: str) -> torch.dtype:
     return torch.bfloat16 if named == "bf16" else torch.float32
 
 
-def transformer_config_overrides() -> dict[str, bool]:
-    """Fields of Megatron's TransformerConfig this machine needs: fused kernels are off where they are not installed."""
-    if has_transformer_engine():
+def transformer_config_overrides(*, plain: bool = False) -> dict[str, bool]:
+    """Fields of Megatron's TransformerConfig this machine needs: fused kernels are off where they are not installed.
+
+    Args:
+        plain: they are off here too.
+    """
+    if has_transformer_engine() and not plain:
         return {}
     unfused = {
         "persist_layer_norm": False,

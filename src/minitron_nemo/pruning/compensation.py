@@ -12,7 +12,8 @@ columns, so that plain surgery of those axes loses nothing more. Layers are done
 the stream that the layers before it, already cut, really send; or all from one pass (`layers_at_once`).
 
 Communication: while measuring and to merge C see second_moments.py; then every rank solves the same equations. ep and
-pp exchange the outcome of each turn as small objects. The result is the same on every layout, up to float rounding.
+pp exchange the outcome of each turn as small objects. The result is the same on every layout, up to float rounding; of
+neurons or heads that rounding parts, all ranks take the choice of the first one (tp, cp and dp, a gather of indices).
 
 Memory per rank, of each linear of the layers in turn: C's rows [f/tp, f] float64 while measuring (of experts [e/ep,
 f/etp, f]); for one linear at a time the whole C, and what `least_squares` needs.
@@ -35,7 +36,7 @@ from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig
-from minitron_nemo.parallel import Groups, gather_objects
+from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan, axes_of
 from minitron_nemo.pruning.least_squares import eliminate, refit
@@ -175,12 +176,13 @@ def _compensate_layers(
     while inputs:  # a linear's moment is freed when it is refitted
         axis, index, seen = inputs.pop(0)
         if isinstance(seen, DenseInput):
-            weight, moment = seen.gather_weight(), seen.merge_over_ranks()
-            outcome, full = _refit(axis, index, None, seen.name, weight, moment, plan, config)
+            whole, moment = _Linear(axis, index, None, seen.name, seen.gather_weight()), seen.merge_over_ranks()
+            kept, problem = _choose(whole, moment, plan, config)
+            outcome, full = _refit(whole, moment, _gather_first_choice(kept, groups), problem, plan, config)
             seen.set_weight(full)
             local.append(outcome)
         else:
-            local += _refit_experts(seen, plan, config)
+            local += _refit_experts(seen, plan, groups, config)
     everyone: dict[tuple[int, int, int], _Outcome] = {}
     of_stage = [outcome for outcomes in gather_objects(local, group=groups.ep) for outcome in outcomes]
     for outcomes in gather_objects(of_stage, group=groups.pp):
@@ -189,6 +191,8 @@ def _compensate_layers(
             everyone[linear.layer, _AXES.index(linear.axis), linear.expert or 0] = outcome
     ordered = [everyone[key] for key in sorted(everyone)]
     problem = next((outcome.problem for outcome in ordered if outcome.problem is not None), None)
+    for group in (groups.tp, groups.cp, groups.dp):
+        problem = next((each for each in gather_objects(problem, group=group) if each is not None), None)
     require(problem is None, problem or "")
     return ordered
 
@@ -219,18 +223,24 @@ def _watch(
     return found
 
 
-def _refit_experts(seen: ExpertInputs, plan: PruningPlan, config: CompensationConfig) -> list[_Outcome]:
+def _refit_experts(seen: ExpertInputs, plan: PruningPlan, groups: Groups, config: CompensationConfig) -> list[_Outcome]:
     """Refit the kept experts of one layer that are on this rank."""
     assert plan.expert is not None
     outcomes, tokens = [], seen.tokens_over_ranks()
     for expert in range(plan.source.num_moe_experts or 0):
         moment = seen.merge_over_ranks(expert)  # every rank takes part, whoever holds the expert
-        if expert not in seen.experts or expert not in plan.expert[seen.index]:
+        if expert not in plan.expert[seen.index]:
+            continue
+        few = tokens[expert] < TOKENS_PER_INPUT * len(moment)
+        fit = dataclasses.replace(config, selection="scores", ridge=1.0) if few else config  # one that always works
+        if expert not in seen.experts:
+            nothing = torch.full((plan.target.moe_ffn_hidden_size or 0,), -1, device=moment.device)
+            _gather_first_choice(nothing, groups)
             continue
         name, weight = f"{seen.place}.experts.{expert}.linear_fc2", seen.gather_weight(expert)
-        few = tokens[expert] < TOKENS_PER_INPUT * weight.shape[1]
-        fit = dataclasses.replace(config, selection="scores", ridge=1.0) if few else config  # one that always works
-        outcome, full = _refit("expert_ffn", seen.index, expert, name, weight, moment, plan, fit)
+        linear = _Linear("expert_ffn", seen.index, expert, name, weight)
+        kept, problem = _choose(linear, moment, plan, fit)
+        outcome, full = _refit(linear, moment, _gather_first_choice(kept, groups), problem, plan, fit)
         if few and outcome.problem is None:
             outcome, full = _only_cut(outcome, weight)
         seen.set_weight(expert, full)
@@ -238,36 +248,67 @@ def _refit_experts(seen: ExpertInputs, plan: PruningPlan, config: CompensationCo
     return outcomes
 
 
+@dataclass(frozen=True)
+class _Linear:
+    """One that reads a cut axis, whole."""
+
+    axis: str
+    layer: int
+    expert: int | None
+    name: str
+    weight: Tensor
+    """[h, f] in the model's dtype."""
+
+
+def _choose(
+    linear: _Linear, moment: Tensor, plan: PruningPlan, config: CompensationConfig
+) -> tuple[Tensor, str | None]:
+    """What stays of the cut axis, [k] int64 on the device, and what stands in the way of refitting."""
+    row = linear.layer if linear.expert is None else (linear.layer, linear.expert)
+    kept = getattr(plan, linear.axis)[row]
+    problem = None
+    if not bool(moment.isfinite().all()):
+        problem = (
+            f"Inputs of {linear.name} are not finite (NaN or infinity) on the calibration samples; no weight can be "
+            "fitted to them. Check the checkpoint and its dtype with the evaluate stage."
+        )
+    elif config.chooses and bool(moment.diagonal().sum() > 0):
+        try:
+            kept = eliminate(linear.weight, moment, *_pools(linear.axis, linear.layer, plan), config.ridge)
+        except ValueError as error:
+            problem = f"{linear.name}: {error}"
+    return kept.to(moment.device), problem
+
+
+def _gather_first_choice(local_kept: Tensor, groups: Groups) -> Tensor:
+    """[k] on the host: what the first of this stage's ranks that hold the linear keeps; one that does not, passes -1.
+
+    Equal matrices need not be equal to the last bit on two ranks, and of nearly equal inputs they would drop others.
+    Communicates: tp, cp and dp, a gather of [k].
+    """
+    kept = local_kept
+    for group in (groups.tp, groups.cp, groups.dp):
+        choices = all_gather_shards(kept, group=group)
+        kept = next((choice for choice in choices if int(choice[0]) >= 0), kept)  # waits for the device
+    return kept.cpu()
+
+
 def _refit(
-    axis: str,
-    layer: int,
-    expert: int | None,
-    name: str,
-    weight: Tensor,
-    moment: Tensor,
-    plan: PruningPlan,
-    config: CompensationConfig,
+    linear: _Linear, moment: Tensor, kept: Tensor, problem: str | None, plan: PruningPlan, config: CompensationConfig
 ) -> tuple[_Outcome, Tensor]:
     """One linear's outcome and its new full weight; where something stands in the way, it says so and `weight` stays.
 
-    The same on every rank that holds the linear: equal matrices, the same arithmetic.
+    Up to rounding the same on every rank that holds the linear.
     """
-    kept = getattr(plan, axis)[layer] if expert is None else getattr(plan, axis)[layer, expert]
-    nothing = RefittedLinear(axis, layer, expert, 0.0, 0.0)
-    if not bool(moment.isfinite().all()):
-        problem = (
-            f"Inputs of {name} are not finite (NaN or infinity) on the calibration samples; no weight can be fitted "
-            "to them. Check the checkpoint and its dtype with the evaluate stage."
-        )
-        return _Outcome(nothing, (), problem), weight
-    try:
-        if config.selection == "compensated_error" and bool(moment.diagonal().sum() > 0):
-            kept = eliminate(weight, moment, *_pools(axis, layer, plan), config.ridge)
-        result = refit(weight, moment, _columns(axis, kept, plan), config.ridge)
-    except ValueError as error:
-        return _Outcome(nothing, (), f"{name}: {error}"), weight
-    linear = RefittedLinear(axis, layer, expert, result.plain_error, result.error)
-    return _Outcome(linear, tuple(kept.tolist())), result.weight
+    place = (linear.axis, linear.layer, linear.expert)
+    if problem is None:
+        try:
+            result = refit(linear.weight, moment, _columns(linear.axis, kept, plan), config.ridge)
+        except ValueError as error:
+            problem = f"{linear.name}: {error}"
+    if problem is not None:
+        return _Outcome(RefittedLinear(*place, 0.0, 0.0), (), problem), linear.weight
+    return _Outcome(RefittedLinear(*place, result.plain_error, result.error), tuple(kept.tolist())), result.weight
 
 
 def _only_cut(outcome: _Outcome, weight: Tensor) -> tuple[_Outcome, Tensor]:

@@ -24,6 +24,7 @@ def plan_in_rounds(
     targets: Sequence[ModelShape],
     score: Callable[[PruningPlan], Importance],
     *,
+    agreed: Callable[[PruningPlan], PruningPlan] = lambda plan: plan,
     layers: Sequence[int],
     batch_aggregation: str = "l2",
     sequence_aggregation: str = "mean",
@@ -34,6 +35,7 @@ def plan_in_rounds(
         importance: scores of the model to prune.
         targets: of `targets_of_rounds`.
         score: from a plan to the importance of the student it makes.
+        agreed: each round's plan as all ranks follow it.
         layers: kept layers, from 0; the others go in the last round.
     """
     plan = None
@@ -46,7 +48,7 @@ def plan_in_rounds(
             batch_aggregation=batch_aggregation,
             sequence_aggregation=sequence_aggregation,
         )
-        plan = step if plan is None else compose(plan, step)
+        plan = agreed(step if plan is None else compose(plan, step))
     assert plan is not None, "a plan has at least one round"
     return replace(plan, origin={**plan.origin, "rounds": len(targets)})
 

@@ -20,7 +20,15 @@ from minitron_nemo.config.importance import ACCURACY, DepthConfig, GreedyConfig
 from minitron_nemo.divergence.cross_entropy import token_losses
 from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_depth_fits
 from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
-from minitron_nemo.parallel import Groups, all_reduce_sum, broadcast_from, group_rank, group_size, is_rank_zero
+from minitron_nemo.parallel import (
+    Groups,
+    all_reduce_sum,
+    broadcast_from,
+    group_rank,
+    group_size,
+    is_rank_zero,
+    rank_zero_says,
+)
 from minitron_nemo.progress import Reporter
 from minitron_nemo.resuming import OnePass, Unfinished
 from minitron_nemo.runtime.step import forward_step, on_this_rank
@@ -205,7 +213,7 @@ def greedy_layers(
     dropped: list[int] = []
     while len(dropped) < greedy.drop:
         scores = estimate_depth(core, shape, batches, once, dropped=dropped, **options)[greedy.metric][1]
-        least = min(remaining, key=lambda layer: float(scores[layer]))
+        least = rank_zero_says(min(remaining, key=lambda layer: float(scores[layer])))
         remaining.remove(least)
         dropped.append(least)
     return dropped

@@ -21,6 +21,7 @@ from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
+from minitron_nemo.pruning.basis import principal_basis
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
@@ -36,7 +37,7 @@ from minitron_nemo.runtime.own_process import in_own_process
 from minitron_nemo.runtimes import as_family, require_opens, suits
 from minitron_nemo.scores import STREAM, Importance
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.stages.rounds import Rounds, cut
+from minitron_nemo.stages.rounds import Rounds, cut, plan_of_rank_zero
 from minitron_nemo.stages.scoring import Calibration
 from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
@@ -152,7 +153,7 @@ class Job:
             _ = self._calibration.drawn
 
     def plan_for(self, teacher: MCoreGPTModel) -> PruningPlan:
-        """Communicates: where the plan takes passes over models, as those; a basis, from rank 0 to all."""
+        """Communicates: where the plan takes passes over models, as those; the plan, from rank 0 to all."""
         if self._rounds is not None:
             return self._rounds.plan(teacher)
         if self.plan is None:
@@ -160,7 +161,7 @@ class Job:
             moments = self._calibration.stream_moments(teacher, self._source.shape)
             self._importance = replace(self._importance, moments={**self._importance.moments, **moments})
             self.plan = self._plan_of_importance()
-        return _of_rank_zero(self.plan)
+        return plan_of_rank_zero(self.plan)
 
     def cut(self, teacher: MCoreGPTModel, plan: PruningPlan) -> tuple[MCoreGPTModel, PruningPlan, dict[str, Any]]:
         """This rank's part of the student, the plan it follows, and what fitting its weights came to.
@@ -179,8 +180,10 @@ class Job:
             return cut(teacher, plan, trainer), plan, facts
         of_stream, of_blocks = split(plan)
         between = cut(teacher, of_stream, trainer)
-        run = self._passes(between, surgery.compensation.num_samples, "compensation")
-        refitted = compensate(between, of_blocks, groups, run, surgery.compensation)
+        run, fit = self._passes(between, surgery.compensation.num_samples, "compensation"), surgery.compensation
+        if self._config.plan is not None:
+            fit = replace(fit, selection="scores")  # a plan that is given is followed
+        refitted = compensate(between, of_blocks, groups, run, fit)
         facts["compensation"] = [asdict(each) for each in refitted.linears]
         return cut(between, refitted.plan, trainer), joined(plan, refitted.plan), facts
 
@@ -195,6 +198,7 @@ class Job:
         return run
 
     def _plan_of_importance(self) -> PruningPlan:
+        """Communicates: a basis, from rank 0 to all."""
         config = self._config
         assert self._importance is not None
         return plan_from_importance(
@@ -207,6 +211,7 @@ class Job:
             depth=config.depth,
             merge_heads=config.merge_heads,
             surgery=config.surgery,
+            basis=_basis_of_rank_zero,
         )
 
 
@@ -242,11 +247,14 @@ def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -
     return target, layers
 
 
-def _of_rank_zero(plan: PruningPlan) -> PruningPlan:
-    """The plan with rank 0's basis: of nearly equal axes another processor may find others."""
-    if not plan.has_basis:
-        return plan
-    return replace(plan, hidden=agree(plan.hidden.to(platform.device())).cpu())
+def _basis_of_rank_zero(second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
+    """`principal_basis`, made once: it takes minutes of every core, and of nearly equal axes another processor may find
+    others. Communicates: all ranks."""
+    made: list[Tensor] = []
+    rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
+    basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
+    # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
+    return agree(basis.contiguous().to(platform.device())).cpu()
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:

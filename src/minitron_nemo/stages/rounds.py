@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from torch import Tensor
 
-from minitron_nemo import engine
+from minitron_nemo import engine, platform
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.config.trainer import Loading
-from minitron_nemo.parallel import Groups
+from minitron_nemo.parallel import Groups, agree
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
 from minitron_nemo.pruning.iterative import plan_in_rounds, targets_of_rounds
@@ -65,11 +67,23 @@ class Rounds:
             self._importance,
             self.targets,
             score,
+            agreed=plan_of_rank_zero,
             layers=self._one_shot.layer.tolist(),
             batch_aggregation=config.batch_aggregation,
             sequence_aggregation=config.sequence_aggregation,
         )
         return replace(plan, origin={**plan.origin, "depth": origin["depth"]})
+
+
+def plan_of_rank_zero(plan: PruningPlan) -> PruningPlan:
+    """The plan with rank 0's choices and basis: of nearly equal scores or axes another processor may take others.
+
+    Communicates: all ranks.
+    """
+    entries: dict[str, Any] = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    chosen = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
+    agreed: dict[str, Any] = {name: agree(entry.to(platform.device())).cpu() for name, entry in chosen.items()}
+    return replace(plan, **agreed)
 
 
 def cut(teacher: MCoreGPTModel, plan: PruningPlan, trainer: Loading) -> MCoreGPTModel:
