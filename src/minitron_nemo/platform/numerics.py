@@ -6,7 +6,8 @@
     softmax, divergences, cross-entropy, aggregates of a score  float32; log-sums and sums over tokens float64
     sums over samples and ranks                                 float64
     second moments of the residual stream                       on a GPU products in TF32, of values that came as bf16
-    second moments for refitted weights, and solves             products of 4096 tokens float32, the rest float64
+    second moments for refitted weights, and solves             products of 4096 tokens float32, of bf16 on a GPU TF32,
+                                                                which is the same; the rest float64
 
 Each manifest says how the process that made it stood to this (`numerics`).
 """
