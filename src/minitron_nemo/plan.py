@@ -22,7 +22,7 @@ On disk: `plan.json` (shapes, kept layers, where scores came from) beside `plan.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from minitron_nemo.checks import require, require_files
 from minitron_nemo.runtimes import as_family
@@ -38,6 +39,8 @@ from minitron_nemo.shape import DIM_OF_AXIS, PRUNABLE_AXES, ModelShape
 _BESIDE_AXES = ("head_partner", "norm_scale")
 OF_A_LAYER = ("ffn", "head", "group", "expert", "shared_expert_ffn")
 """Axes of which every layer keeps its own, one row a layer."""
+_ORTHONORMAL: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+"""Bases that were checked, which takes h k^2 products in float64, and the version of their values."""
 INDICES, DESCRIPTION = "plan.safetensors", "plan.json"
 
 
@@ -124,12 +127,15 @@ class PruningPlan:
             f"plan.hidden is a basis of shape {list(basis.shape)}, but hidden_size {have} to {keep} needs "
             f"{[have, keep]}. Make the plan again for this target.",
         )
+        if _ORTHONORMAL.get(basis) == basis._version:
+            return  # this very tensor, of a plan that was taken over into this one
         off = (basis.double().t() @ basis.double() - torch.eye(keep, dtype=torch.float64)).abs().max().item()
         require(
             off < 1e-3,
             f"plan.hidden is a basis whose columns are not orthonormal: their products differ from the identity by "
             f"{off:.1e}, more than 1e-3. Orthonormalise it (torch.linalg.qr).",
         )
+        _ORTHONORMAL[basis] = basis._version
 
     def _check_heads(self) -> None:
         per_group, keep = self.source.heads_per_group, self.target.heads_per_group

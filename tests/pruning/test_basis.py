@@ -18,6 +18,7 @@ from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.pruning.basis import norm_scales, principal_basis
 from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.stages import prune
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, run_gpt
 from support.plans import random_plan, random_scores
@@ -251,3 +252,30 @@ def test_unknown_ways_are_refused() -> None:
         SurgeryConfig(basis="rotated")
     with pytest.raises(ValueError, match=r"surgery.norm_scale=sizes is not known"):
         SurgeryConfig(norm_scale="sizes")
+
+
+def basis_on_rank() -> tuple[int, Tensor]:
+    """How many decompositions this rank made, and the basis it has."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        eigh = torch.linalg.eigh
+        patch.setattr(torch.linalg, "eigh", lambda matrix: (made.append(1), eigh(matrix))[1])
+        basis = prune._basis_of_rank_zero(torch.eye(7).cumsum(0) @ torch.eye(7).cumsum(0).t(), 3, keeps_mean=False)
+    return len(made), basis
+
+
+def test_ranks_share_one_decomposition(ranks: Ranks) -> None:
+    (first, basis), (second, other) = ranks("dp2").run(basis_on_rank)
+    assert (first, second) == (1, 0)
+    assert torch.equal(basis, other) and basis.dtype == torch.float64
+
+
+def test_a_basis_is_checked_once_until_its_values_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, products = turned(TINY), []
+    double = Tensor.double
+    monkeypatch.setattr(Tensor, "double", lambda tensor: (products.append(1), double(tensor))[1])
+    again = dataclasses.replace(dataclasses.replace(plan, origin={"a": 1}), origin={})
+    assert not products
+    again.hidden[0] += 1
+    with pytest.raises(ValueError, match="columns are not orthonormal"):
+        dataclasses.replace(again, origin={"a": 1})

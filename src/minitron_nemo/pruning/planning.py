@@ -39,6 +39,7 @@ def plan_from_importance(
     depth: DepthChoice | None = None,
     merge_heads: bool = False,
     surgery: SurgeryConfig | None = None,
+    basis: Callable[..., Tensor] = principal_basis,
 ) -> PruningPlan:
     """The plan that keeps the highest scores; the default aggregations are the paper's.
 
@@ -46,7 +47,7 @@ def plan_from_importance(
         importance: scores of a model of shape `source`.
         layers, depth: see `kept_layers`.
         merge_heads: merge dropped heads into kept ones of their group, see `ranking.head_partners`.
-        surgery: how the residual stream is cut; None: the paper's way.
+        surgery, basis: how the residual stream is cut; None: the paper's way; and who makes its principal axes.
     Raises: ValueError: scores of another model, a target that does not fit, or depth without a way to choose it.
     """
     require_same_model(importance, source)
@@ -62,7 +63,7 @@ def plan_from_importance(
     if surgery.turns and target.hidden_size < source.hidden_size:
         stream, _ = stream_moments(importance)
         keeps_mean = source.normalization != "RMSNorm"
-        hidden = principal_basis(stream, target.hidden_size, keeps_mean=keeps_mean)
+        hidden = basis(stream, target.hidden_size, keeps_mean=keeps_mean)
     else:
         hidden = top_k(scores("hidden"), target.hidden_size)
     group = top_k(scores("group"), target.num_query_groups)

@@ -18,9 +18,10 @@ from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
-from minitron_nemo.parallel import Groups, is_rank_zero, rank_zero_works, world_size
+from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import kept_layers, plan_from_importance
+from minitron_nemo.pruning.basis import principal_basis
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
@@ -197,6 +198,7 @@ class Job:
         return run
 
     def _plan_of_importance(self) -> PruningPlan:
+        """Communicates: a basis, from rank 0 to all."""
         config = self._config
         assert self._importance is not None
         return plan_from_importance(
@@ -209,6 +211,7 @@ class Job:
             depth=config.depth,
             merge_heads=config.merge_heads,
             surgery=config.surgery,
+            basis=_basis_of_rank_zero,
         )
 
 
@@ -242,6 +245,16 @@ def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -
             f"{target.padded_vocab_size * target.hidden_size:,}",
         )
     return target, layers
+
+
+def _basis_of_rank_zero(second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
+    """`principal_basis`, made once: it takes minutes of every core, and of nearly equal axes another processor may find
+    others. Communicates: all ranks."""
+    made: list[Tensor] = []
+    rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
+    basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
+    # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
+    return agree(basis.contiguous().to(platform.device())).cpu()
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:
