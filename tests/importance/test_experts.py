@@ -11,6 +11,7 @@ from importance_by_hand import PAIRS
 from torch import Tensor
 
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
+from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.importance.experts import expert_moments, watch_experts
 from minitron_nemo.parallel import Groups, group_rank, group_size
@@ -25,11 +26,13 @@ MASKS = [(torch.rand(2, 8, generator=GENERATOR) > 0.3).float() for _ in range(4)
 MASKS[2][1] = 0  # a sample of which nothing counts
 
 
-def estimate(batches: list[Tensor], masks: list[Tensor], **overrides: Any) -> dict[str, Tensor]:
+def estimate(
+    batches: list[Tensor], masks: list[Tensor], metric: str = "activations", **overrides: Any
+) -> dict[str, Tensor]:
     """Moments of this rank's share of the batches, merged over all ranks."""
     model, groups = build_gpt(SHAPE, **overrides), Groups.from_megatron()
     current, handles = AnnouncedBatch(call="Call announce", give="Announce"), []
-    watches = watch_experts(model, SHAPE, groups, current, handles)
+    watches = watch_experts(model, SHAPE, groups, current, handles, ImportanceConfig(metric=metric))
     mine = slice(group_rank(groups.dp), None, group_size(groups.dp))
     with torch.no_grad():
         for tokens, mask in zip(batches[mine], masks[mine], strict=True):
@@ -41,7 +44,7 @@ def estimate(batches: list[Tensor], masks: list[Tensor], **overrides: Any) -> di
     return {axis: moments_of_sequence(tensor) for axis, tensor in sums.items()}
 
 
-def by_hand(batches: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
+def by_hand(batches: list[Tensor], masks: list[Tensor], metric: str = "activations") -> dict[str, Tensor]:
     """[l, 2, 3, e] and [l, e, 2, 3, f] in float64: every token that counts, through each of its experts, one by one."""
     model, entering = build_gpt(SHAPE), {layer: [] for layer in range(SHAPE.num_layers)}
     for layer, module in enumerate(model.decoder.layers):
@@ -65,8 +68,10 @@ def by_hand(batches: list[Tensor], masks: list[Tensor]) -> dict[str, Tensor]:
                     name = prefix + f"experts.local_experts.{expert}.linear_fc"
                     gate, up = (random_parameter(name + "1.weight", SHAPE).double() @ token).chunk(2)
                     act = F.silu(gate) * up * weight
-                    acts[expert].append(act)
-                    norms[expert].append((random_parameter(name + "2.weight", SHAPE).double() @ act).norm())
+                    down = random_parameter(name + "2.weight", SHAPE).double()  # [h, f]
+                    written = (down * act).norm(dim=0)  # of what each neuron alone adds to the stream
+                    acts[expert].append(act if metric == "activations" else written * act.sign())
+                    norms[expert].append((down @ act).norm())
         for expert in range(experts):
             norm, act = torch.stack(norms[expert]), torch.stack(acts[expert])
             outputs[layer, expert] = torch.stack([norm.mean(), norm.norm(), norm.var(correction=0)])
@@ -95,6 +100,13 @@ def test_experts_score_the_same_on_every_layout(ranks: Ranks, layout: str) -> No
     expected = by_hand(BATCHES, MASKS)
     for rank, found in enumerate(ranks(layout).run(estimate, BATCHES, MASKS)):
         assert_same(found, expected, f"rank {rank} of {layout}")
+
+
+def test_contributions_of_an_experts_neurons_are_what_they_write_to_the_stream(ranks: Ranks) -> None:
+    expected = by_hand(BATCHES, MASKS, "contributions")
+    for layout in ("single", "tp2", "dp2-ep2"):
+        for rank, found in enumerate(ranks(layout).run(estimate, BATCHES, MASKS, "contributions")):
+            assert_same(found, expected, f"rank {rank} of {layout}")
 
 
 def test_masked_tokens_contribute_nothing_and_the_micro_batch_size_changes_nothing() -> None:

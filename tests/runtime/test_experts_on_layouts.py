@@ -13,7 +13,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
 from minitron_nemo.runtime.layout import prepare_layout
-from minitron_nemo.stages import export_hf, import_hf, pretrain
+from minitron_nemo.stages import distill, export_hf, import_hf, pretrain
 from support.hf import load_with_transformers
 from support.megatron import TINY_EXPERTS
 from support.ranks import Ranks, current_layout
@@ -75,13 +75,14 @@ def import_train_export(hf: Path, data: str, output: Path) -> None:
 
 
 def test_a_mixture_trains_with_its_experts_spread_over_ranks(ranks: Ranks, tiny_run: TinyRun, tmp_path: Path) -> None:
-    """Exporting compares Megatron's logits with those of transformers. The balancing loss is each rank's own."""
+    """Exporting compares Megatron's logits with those of transformers. The balancing loss is each micro-batch's own."""
     hf = write_mixture(tiny_run.hf, tmp_path / "hf")
-    losses = {}
+    losses, balances = {}, {}
     for layout in ("dp2-ep2", "pp2"):  # experts on two ranks; all experts of two layers on one, of the third on another
         ranks(layout).run(import_train_export, hf, tiny_run.data, tmp_path / layout)
         lines = (tmp_path / layout / "trained" / "history.jsonl").read_text().splitlines()
         losses[layout] = [json.loads(line)["loss"] for line in lines]
+        balances[layout] = [json.loads(line)["parts"]["load_balancing_loss"] for line in lines]
         [before], [after] = (
             ranks("single").run(read_weights, str(tmp_path / layout / stage)) for stage in ("teacher", "trained")
         )
@@ -89,6 +90,36 @@ def test_a_mixture_trains_with_its_experts_spread_over_ranks(ranks: Ranks, tiny_
             assert not torch.equal(tensor, before[name]), f"{layout} left {name} as it was"
         assert load_with_transformers(tmp_path / layout / "exported").config.mlp_only_layers == [1]
     torch.testing.assert_close(losses["dp2-ep2"], losses["pp2"], rtol=0, atol=1e-3)
+    torch.testing.assert_close(balances["dp2-ep2"], balances["pp2"], rtol=0, atol=1e-3)
+    assert all(0.9 < value < 4 for value in balances["pp2"])  # 1 where each expert gets as much, 4 where one gets all
+    ranks("single").run(distil_both_ways, tiny_run.data, tmp_path / "pp2")
+
+
+def distil_both_ways(data: str, made: Path) -> None:
+    """Without a word, what a student minimises is its teacher's distance alone."""
+    for coefficient, balanced in ((None, False), (0.5, True)):
+        output = made / f"distilled-{coefficient}"
+        distill.run(
+            distill.DistillConfig(
+                teacher=str(made / "teacher"),
+                student=str(made / "trained"),
+                trainer=TrainerConfig(**trainer_values()),
+                training=TrainingConfig(
+                    steps=1,
+                    checkpoint_every=0,
+                    moe_aux_loss_coeff=coefficient,
+                    optim=OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=1),
+                ),
+                data=DataConfig(prepared=data),
+                output=str(output),
+            )
+        )
+        [line] = (output / "history.jsonl").read_text().splitlines()
+        parts = json.loads(line)["parts"]
+        assert ("load_balancing_loss" in parts) == balanced and "divergence" in parts
+    plain, pulled = (read_weights(str(made / f"distilled-{each}")) for each in (None, 0.5))
+    routers = [name for name in plain if name.endswith("router.weight")]
+    assert routers and all(not torch.equal(plain[name], pulled[name]) for name in routers)
 
 
 def test_experts_on_tensor_parallel_ranks_need_the_tokens_split_too() -> None:

@@ -67,6 +67,15 @@ class Routing:
         )
         handles.append(experts.linear_fc2.register_forward_hook(_on_grouped_experts(see)))
 
+    def written_by(self, expert: int) -> Tensor:
+        """Weight [h, f/etp] through which the neurons of local expert `expert` write to the stream."""
+        experts = self._mlp.experts
+        if hasattr(experts, "local_experts"):
+            weight: Tensor = experts.local_experts[expert].linear_fc2.weight
+            return weight
+        grouped: Tensor = getattr(experts.linear_fc2, f"weight{expert}")  # transformer-engine's name
+        return grouped
+
     @torch.no_grad()
     def route(self, routed: Tensor) -> None:
         """A micro-batch's routing on this rank, [s*b, e] bool. Communicates: one all-gather a group that exchanges."""

@@ -109,6 +109,9 @@ class TrainingConfig(Ranged):
     """Leave the optimizer's state in the artifact, for a later phase."""
     max_skipped_steps: int = ranged(10, at_least=1)
     """Steps in a row with a gradient that is not finite, which change nothing, before the run ends."""
+    moe_aux_loss_coeff: float | None = ranged(None, at_least=0)
+    """Of a mixture of experts: weight of its routers' load-balancing loss, which is minimised beside the run's own and
+    logged without this weight; 0: none. Null: 0 where a teacher is learned from, else the family's own."""
     downstream: DownstreamConfig = field(default_factory=DownstreamConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 

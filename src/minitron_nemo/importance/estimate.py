@@ -79,7 +79,7 @@ class ImportanceEstimator:
             handles = stack.enter_context(hooks_until_the_end())
             where = (self._model, self.shape, self.groups, self._current, handles)
             self._axes = watch_layers(*where, self.config)
-            self._experts = watch_experts(*where)
+            self._experts = watch_experts(*where, self.config)
             if self.config.stream != "none":
                 self._stream = StreamMoments(*where, kind=self.config.stream)
             stack.enter_context(evaluating(self._model))

@@ -2,7 +2,8 @@
 
     axis        what is read of each token routed to the expert                        shape
     expert      L2 norm of the expert's output, which carries the router's weight      [t]
-    expert_ffn  input of the expert's linear_fc2, which carries the router's weight    [t, f/etp]
+    expert_ffn  input of the expert's linear_fc2, which carries the router's weight;   [t, f/etp]
+                for metric=contributions times the norm of its column of linear_fc2
 
 An expert's tokens, of the whole calibration set, make one sequence: its score is by default their mean, over routed
 tokens only, as in the published reference implementation (the papers prune dense models). An expert that no token was
@@ -26,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, TokenMask
 from minitron_nemo.checks import Mistake
+from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance.statistics import partial_sums
 from minitron_nemo.parallel import Groups, all_reduce_sum, group_rank, group_size
 from minitron_nemo.shape import ModelShape
@@ -34,13 +36,14 @@ from minitron_nemo.shape import ModelShape
 class ExpertWatch:
     """The routed experts of one layer on this rank: sums over the tokens that counted."""
 
-    def __init__(self, routing: Routing, shape: ModelShape, groups: Groups) -> None:
+    def __init__(self, routing: Routing, shape: ModelShape, groups: Groups, config: ImportanceConfig) -> None:
         self.index, self.experts = routing.index, routing.experts
         count, neurons = len(self.experts), (shape.moe_ffn_hidden_size or 0) // group_size(groups.etp)
         self.num_tokens = torch.zeros(count, dtype=torch.float64, device=routing.device)
         self.output_sums = torch.zeros(3, count, dtype=torch.float64, device=routing.device)
         self.neuron_sums = torch.zeros(3, count, neurons, dtype=torch.float64, device=routing.device)
         self._routing, self._etp = routing, groups.etp
+        self._contributions = config.metric == "contributions"
 
     @torch.no_grad()
     def see(self, expert: int, neurons: Tensor, outputs: Tensor) -> None:
@@ -59,6 +62,16 @@ class ExpertWatch:
         everything = TokenMask(torch.ones(1, rows, dtype=torch.bool), self.num_tokens, None)
         self.neuron_sums[:, expert] += partial_sums(counted, everything)[:, 0]
 
+    def neurons(self) -> Tensor:
+        """Sum |a|, sum a and sum a^2 of each neuron over its tokens [3, e/ep, f/etp]."""
+        if not self._contributions:
+            return self.neuron_sums
+        columns = [
+            self._routing.written_by(expert).detach().double().norm(dim=0) for expert in range(len(self.experts))
+        ]
+        norms = torch.stack(columns)  # [e/ep, f/etp], over all of h: row-parallel keeps it whole
+        return self.neuron_sums * torch.stack([norms, norms, norms.square()])
+
     def running(self) -> dict[str, Tensor]:
         """By name, every tensor that is added to."""
         return {"num_tokens": self.num_tokens, "output_sums": self.output_sums, "neuron_sums": self.neuron_sums}
@@ -70,7 +83,12 @@ class ExpertWatch:
 
 
 def watch_experts(
-    model: Any, shape: ModelShape, groups: Groups, current: AnnouncedBatch, handles: list[RemovableHandle]
+    model: Any,
+    shape: ModelShape,
+    groups: Groups,
+    current: AnnouncedBatch,
+    handles: list[RemovableHandle],
+    config: ImportanceConfig,
 ) -> list[ExpertWatch]:
     """Hook every expert layer of this rank's pipeline stage.
 
@@ -84,7 +102,7 @@ def watch_experts(
         if not shape.has_experts(index):
             continue
         routing = Routing(index, layer.mlp, groups, current, sequence_parallel=model.config.sequence_parallel)
-        watches.append(ExpertWatch(routing, shape, groups))
+        watches.append(ExpertWatch(routing, shape, groups, config))
         routing.show(watches[-1].see, handles)
     return watches
 
@@ -105,7 +123,7 @@ def expert_moments(
     for watch in watches:
         here, width = slice(watch.experts[0], watch.experts[-1] + 1), watch.neuron_sums.shape[-1]
         mine = inside[watch.index, here, :, part * width : (part + 1) * width]
-        mine[:, 0], mine[:, 1:] = watch.num_tokens.unsqueeze(-1), watch.neuron_sums.movedim(0, 1)
+        mine[:, 0], mine[:, 1:] = watch.num_tokens.unsqueeze(-1), watch.neurons().movedim(0, 1)
         if part == 0:  # the ranks one expert is split over saw the same tokens and the same whole outputs
             outputs[watch.index, :, here] = torch.cat([watch.num_tokens.unsqueeze(0), watch.output_sums])
     for group in (groups.tp, groups.cp, groups.dp, groups.pp):

@@ -2,8 +2,9 @@
 
 `history.jsonl` holds one object a line, losses in nats per token:
 
-    a training step          step, tokens, loss, lr, grad_norm; of a distillation the parts of its loss
-                             (`TeacherStudent.step_losses`)
+    a training step          step, tokens, loss, lr, grad_norm; parts: of a distillation those of its loss
+                             (`TeacherStudent.step_losses`), of a mixture whose routers are balanced
+                             load_balancing_loss (`LoadBalancing`), which is minimised beside the loss
     one that was skipped     step, tokens, skipped: true
     either of them           seconds, tokens_per_second, tflops_per_device (of the model's arithmetic, `ModelShape`),
                              mfu (its share of the device's peak, where that is known)
@@ -27,6 +28,7 @@ import lightning.pytorch as pl
 
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.teacher_student import teacher_student_in
+from minitron_nemo.nemo.load_balancing import LOAD_BALANCING, LoadBalancing
 from minitron_nemo.progress import Reporter
 
 
@@ -42,14 +44,16 @@ class History(pl.Callback):
         tokens_per_step: int,
         flops_per_step: int,
         peak_tflops: float | None = None,
+        balancing: LoadBalancing | None = None,
     ) -> None:
         """
         Args:
             flops_per_step: over all devices.
             peak_tflops: of one device; None: not known.
+            balancing: comes before this one among the callbacks; None: there are no routers to balance.
         """
         self.path, self.label, self.steps, self.tokens_per_step = path, label, steps, tokens_per_step
-        self.flops_per_step, self.peak_tflops = flops_per_step, peak_tflops
+        self.flops_per_step, self.peak_tflops, self.balancing = flops_per_step, peak_tflops, balancing
         self.records: list[dict[str, Any]] = []
         self.reporter: Reporter | None = None
         self.step_started = 0.0
@@ -97,9 +101,13 @@ class History(pl.Callback):
             loss, grad_norm = float(metrics["reduced_train_loss"]), metrics.get("grad_norm")
             record |= {"loss": loss, "lr": self.lr, "grad_norm": None if grad_norm is None else float(grad_norm)}
             note = f"loss {loss:.4f}"
+            parts = {}
             if distillation := teacher_student_in(pl_module.module):
-                record["parts"] = {name: float(value) for name, value in distillation.step_losses().items()}
-                note += f"  agreement {record['parts']['agreement']:.1%}"
+                parts = {name: float(value) for name, value in distillation.step_losses().items()}
+                note += f"  agreement {parts['agreement']:.1%}"
+            if self.balancing is not None:
+                parts[LOAD_BALANCING] = self.balancing.of_last_step
+            record |= {"parts": parts} if parts else {}
         speed = self._speed(time.monotonic() - self.step_started, trainer.world_size)  # reading the loss has waited
         self._write(trainer, record | speed)
         note += f"  {speed['tokens_per_second']:,.0f} tokens/s  {speed['tflops_per_device']:g} TFLOP/s"

@@ -52,6 +52,10 @@ def _model(run: TrainingRun) -> EngineModel:
     trainee, dtype = run.trainee, platform.dtype_of(run.trainer.precision)
     options: dict[str, Any] = run.trainer.recomputation
     config, teacher = trainee.distillation, trainee.teacher
+    if trainee.shape.num_moe_experts is not None:
+        coefficient = run.training.moe_aux_loss_coeff
+        if coefficient is not None or teacher is not None:
+            options["moe_aux_loss_coeff"] = coefficient or 0.0
     options["optim"] = build_optimizer(
         run.training.optim,
         steps=run.training.steps,

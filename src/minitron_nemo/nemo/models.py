@@ -228,6 +228,8 @@ def build_beside(
     """This rank's part of a second model, laid out and in the precision as the one of `config`; on the device, or in
     host memory."""
     values = {name: getattr(config, name) for name in _LAYOUT_FIELDS}
+    if shape.num_moe_experts is not None:
+        values["moe_aux_loss_coeff"] = 0.0  # a teacher's own balance is nobody's goal here
     if on_host:
         values["use_cpu_initialization"] = True
     return build_core(nemo_config(shape, **values), shape, vp_stage=vp_stage)

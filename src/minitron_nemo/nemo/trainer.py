@@ -32,6 +32,7 @@ from minitron_nemo.config.training import TrainingConfig
 from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
 from minitron_nemo.nemo.downstream import Downstream
 from minitron_nemo.nemo.history import History
+from minitron_nemo.nemo.load_balancing import LoadBalancing
 from minitron_nemo.nemo.models import EngineModel
 from minitron_nemo.nemo.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
 from minitron_nemo.parallel import is_rank_zero, local_rank, rank, ranks_per_node, world_size
@@ -240,7 +241,8 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
         config.micro_batch_size * (world_size() // config.model_parallel_size),
     )
     directory.mkdir(parents=True, exist_ok=True)
-    history = _history(model, run)
+    balancing = _balancing(model, run)
+    history = _history(model, run, balancing)
     checkpoints = ResumableCheckpoints(
         directory / CHECKPOINTS, training.checkpoint_every, also_the_last=training.keep_optimizer
     )
@@ -248,6 +250,8 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
     stop = StopWhenAsked(checkpoints)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
     callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
+    if balancing is not None:
+        callbacks.insert(0, balancing)
     if run.questions:
         rows = config.micro_batch_size
         callbacks.append(Downstream(training.downstream, run.questions, history, directory, rows=rows))
@@ -267,7 +271,17 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
     return history.records
 
 
-def _history(model: EngineModel, run: TrainingRun) -> History:
+def _balancing(model: EngineModel, run: TrainingRun) -> LoadBalancing | None:
+    """What reads the routers' loss; None where the model has none, or none that is minimised."""
+    config = run.trainer
+    if model.shape.num_moe_experts is None or not model.config.moe_aux_loss_coeff:
+        return None
+    data_parallel = world_size() // config.model_parallel_size
+    micro_batches = config.global_batch_size // (config.micro_batch_size * data_parallel)
+    return LoadBalancing(model.shape, micro_batches=micro_batches, model_parallel_size=config.model_parallel_size)
+
+
+def _history(model: EngineModel, run: TrainingRun, balancing: LoadBalancing | None) -> History:
     config = run.trainer
     peak = peak_tflops_here() if platform.dtype_of(config.precision) == torch.bfloat16 else None
     return History(
@@ -277,4 +291,5 @@ def _history(model: EngineModel, run: TrainingRun) -> History:
         tokens_per_step=config.tokens_per_step,
         flops_per_step=model.training_flops_per_token(config.seq_length) * config.tokens_per_step,
         peak_tflops=config.peak_tflops or peak,
+        balancing=balancing,
     )

@@ -77,6 +77,11 @@ def run_training(
     """
     require_tokens_split(trainee.shape, trainer)
     require_recomputed_layers(trainee.shape, trainer)
+    require(
+        trainee.shape.num_moe_experts is not None or not training.moe_aux_loss_coeff,
+        f"training.moe_aux_loss_coeff={training.moe_aux_loss_coeff} balances experts, and this model has none. Leave "
+        "it out.",
+    )
     if data.reset_at_documents and trainer.context_parallel_size > 1:
         chunks = 2 * trainer.context_parallel_size
         require_divisible("data.pad_documents_to", data.pad_documents_to, "2 x trainer.context_parallel_size", chunks)
