@@ -46,6 +46,10 @@ MISTYPED = {
         ["distill", "recipe=quickstart", "trainer.num_nodes=2"],
         "trainer.num_nodes is no key any more: the launcher says how many nodes there are",
     ),
+    "another key of an earlier version": (
+        ["import-hf", "recipe=quickstart", "import_hf.trust_checkpoint=true"],
+        "trust_checkpoint is no key any more: nothing in a checkpoint is run, whoever made it.",
+    ),
     "an unknown key forced in": (
         ["compress", "recipe=quickstart", "+distill.training.extra=3"],
         "distill.training.extra is not a key of this recipe",

@@ -21,10 +21,10 @@ from minitron_nemo.conf_tree import WIRING, conf_dir, recipes
 MISTAKES = (Mistake, HydraException, OmegaConfBaseException)
 """Errors that are a user's to mend; any other keeps its traceback."""
 
-
 _FORMER_KEYS = {
     "trainer.num_nodes": "trainer.num_nodes is no key any more: the launcher says how many nodes there are "
     "(torchrun --nnodes, slurm.nodes). Leave it out.",
+    "trust_checkpoint": "trust_checkpoint is no key any more: nothing in a checkpoint is run, whoever made it. Leave it out.",
 }
 
 

@@ -16,7 +16,7 @@ HOW = {"how": True}
 """Metadata of a field whose value changes nothing of what is made."""
 
 
-_FORMER = {"trainer.num_nodes"}
+_FORMER = {"trainer.num_nodes", "trust_checkpoint"}
 """Such fields of earlier versions, which their artifacts still name."""
 
 
