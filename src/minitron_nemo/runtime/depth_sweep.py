@@ -70,7 +70,7 @@ def estimate_depth(
     if config.greedy.metric is not None:
         batches = list(batches)  # read once per drop
     scores: DepthScores = {}
-    of = f" {config.block_sizes}" + "".join(f" without {layer}" for layer in dropped)  # an order of dropping has its own
+    of = "".join([f" {config.block_sizes}", *(f" without {layer}" for layer in dropped)])
     if set(config.metrics) - {ACCURACY}:
         groups = Groups.from_megatron()
         estimator = DepthEstimator(core, shape, groups, config, forward_step, vocab_size=vocab_size, dropped=dropped)
