@@ -28,6 +28,7 @@ from minitron_nemo.nemo.models import (
     nemo_config,
     new_core,
     plain_nemo_model,
+    to_be_loaded,
 )
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
@@ -39,6 +40,7 @@ from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.tokenizer import train_tokenizer
 from minitron_nemo.weights import load_full_parameters, stream_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone
+from support.ranks import Ranks
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [5, 8, 9, 7, 9, 3, 2, 3, 8, 4]])
 SHAPES = {
@@ -272,3 +274,21 @@ def test_weights_of_an_artifact_are_there_after_configuring(tmp_path: Path) -> N
     ):
         assert torch.equal(parameter, expected), name
     assert build_core(nemo_config(TINY), TINY).state_dict().keys() == source.core.state_dict().keys()
+
+
+def test_a_model_that_is_to_be_loaded_knows_which_weights_are_split_as_one_that_is_drawn(ranks: Ranks) -> None:
+    """Else the norm of its gradient counts the first tensor-parallel rank's part alone."""
+    for drawn, loaded in ranks("tp2").run(marks_of_split_weights):
+        assert loaded == drawn and True in drawn.values() and False in drawn.values()
+
+
+def marks_of_split_weights() -> list[dict[str, bool]]:
+    """Of a mixture drawn at random, and of one to be loaded: parameter -> whether it says that it is split."""
+    marks = []
+    for loaded in (False, True):
+        config = nemo_config(SHAPES["qwen3_moe"], tensor_model_parallel_size=2, sequence_parallel=True)
+        if loaded:
+            to_be_loaded(config)
+        core = build_core(config, SHAPES["qwen3_moe"])
+        marks.append({name: getattr(each, "tensor_model_parallel", False) for name, each in core.named_parameters()})
+    return marks

@@ -12,10 +12,11 @@ arithmetic as that of whole logits. There are two ways to a gradient:
                           pass, while the chunk's logits are there: 4 matrix products in all.
     not given             values per token, with any gradient to come; the backward pass forms the logits again: 6.
 
-Memory beyond inputs and returned gradients: the logits of a chunk (LOGITS_BYTES), 4 bytes x v/tp x h where the weight's
-gradient is summed up over chunks in more precision than it is returned in, and with sequence parallelism the gathered
-hidden states. Where the weight's gradient goes to a float32 `main_grad`, the second way sums it up there and needs
-nothing of its size; in the first it waits from the forward to the backward pass for its factor.
+Memory beyond inputs and returned gradients: the logits of a chunk (LOGITS_BYTES), what `row_losses` takes of them at a
+time in float32 (token_rows.py; forward KL has three such pieces at once, others up to seven), 4 bytes x v/tp x h where
+the weight's gradient is summed up over chunks in more precision than it is returned in, and with sequence parallelism
+the gathered hidden states. Where the weight's gradient goes to a float32 `main_grad`, the second way sums it up there
+and needs nothing of its size; in the first it waits from the forward to the backward pass for its factor.
 
 Communication: tp; forward that of `row_losses` per chunk and with sequence parallelism a gather of the hidden states;
 backward a sum of the student hidden's gradient, which the ranks' vocabularies share (all-reduce, or reduce-scatter).

@@ -13,6 +13,12 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from nemo.collections import llm
 from nemo.collections.llm.fn.activation import squared_relu
 from nemo.collections.llm.gpt.model.base import GPTConfig, default_layer_spec
@@ -211,8 +217,27 @@ def build_core(config: GPTConfig, shape: ModelShape, *, vp_stage: int | None = N
     for field, layers in uneven_stages(shape.num_layers, config.pipeline_model_parallel_size).items():
         setattr(config, field, layers)
     core = config.configure_model(None, vp_stage=vp_stage)
+    if not config.perform_initialization:
+        _mark_what_is_split(core)
     apply_rope_scaling(core, shape)
     return core
+
+
+def _mark_what_is_split(core: MCoreGPTModel) -> None:
+    """Say of each weight that tensor parallelism splits that it is.
+
+    Megatron-core 0.15.3 says so where it draws a weight, and what is not said to be split counts in the norm of the
+    gradient on the first tensor-parallel rank alone.
+    """
+    for module in core.modules():
+        axis = next((axis for kind, axis in _SPLIT_AXES.items() if isinstance(module, kind)), None)
+        weight = getattr(module, "weight", None)
+        if axis is not None and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(weight, True, axis, 1)
+
+
+_SPLIT_AXES = {VocabParallelEmbedding: 0, ColumnParallelLinear: 0, RowParallelLinear: 1}
+"""Megatron-core's own modules; transformer-engine's mark their weights themselves."""
 
 
 def to_be_loaded(config: GPTConfig) -> None:
