@@ -56,14 +56,15 @@ def run_dir(common: list[str]) -> Path:
 
 
 def test_a_budget_becomes_a_student_that_costs_no_more(door: Door, scored: list[str]) -> None:
+    output = run_dir(scored) / "of_budget"
     done = door("prune", *scored, "prune.budget.parameters=40k", "prune.budget.tolerance=0")
     assert "budget.parameters=40k is not a number above 0" in done.mistake
-    done = door("prune", *scored, "prune.budget.parameters=40K", "prune.budget.tolerance=0")
+    done = door("prune", *scored, "prune.budget.parameters=40K", "prune.budget.tolerance=0", f"prune.output={output}")
     assert done.code == 0, done.err
-    plan = PruningPlan.load(run_dir(scored) / "student_pruned")
+    plan = PruningPlan.load(output)
     assert 36_000 < plan.target.num_parameters <= 40_000
     assert plan.target.hidden_size < plan.source.hidden_size
-    said = open_artifact(run_dir(scored) / "student_pruned").facts["suits"]
+    said = open_artifact(output).facts["suits"]
     assert said == suits(plan.target)
     assert f"student's dims and tensor cores: {said['tensor cores']}" in done.err
 
@@ -88,7 +89,7 @@ def test_layers_that_were_dropped_one_after_another_go(door: Door, scored: list[
     places = Importance.load(run_dir(scored) / "importance").layer_scores("greedy")
     assert PruningPlan.load(output).layer.tolist() == [layer for layer in range(4) if places[layer] == 2]
     assert PruningPlan.load(output).origin["depth"] == "greedy"
-    done = door("prune", *common, "+prune.target.num_layers=1")
+    done = door("prune", *common, "+prune.target.num_layers=1", "prune.output=" + str(run_dir(scored) / "refused"))
     assert "the greedy order holds only 2. Keep at least 2 layers" in done.mistake
 
 

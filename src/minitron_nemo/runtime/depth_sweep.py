@@ -70,15 +70,15 @@ def estimate_depth(
     if config.greedy.metric is not None:
         batches = list(batches)  # read once per drop
     scores: DepthScores = {}
-    without = "".join(f" without {layer}" for layer in dropped)  # a pass more of an order of dropping
+    of = "".join([f" {config.block_sizes}", *(f" without {layer}" for layer in dropped)])
     if set(config.metrics) - {ACCURACY}:
         groups = Groups.from_megatron()
         estimator = DepthEstimator(core, shape, groups, config, forward_step, vocab_size=vocab_size, dropped=dropped)
-        one_pass = None if unfinished is None else unfinished.one_pass(f"depth{without}")
+        one_pass = None if unfinished is None else unfinished.one_pass(f"depth {config.metrics}{of}")
         scores = _scores_of(estimator, batches, total, one_pass)
     if ACCURACY in config.metrics:
         sweep = Sweep(shape.num_layers, config.block_sizes, dropped)
-        task_pass = None if unfinished is None else unfinished.one_pass(f"depth task{without}")
+        task_pass = None if unfinished is None else unfinished.one_pass(f"depth task{of}")
         likelihoods = option_likelihoods(
             core, sweep.passes, questions, micro_batch_size, vocab_size=vocab_size, one_pass=task_pass
         )
