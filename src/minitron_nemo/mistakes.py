@@ -24,8 +24,8 @@ MISTAKES = (Mistake, HydraException, OmegaConfBaseException)
 _FORMER_KEYS = {
     "trainer.num_nodes": "trainer.num_nodes is no key any more: the launcher says how many nodes there are "
     "(torchrun --nnodes, slurm.nodes). Leave it out.",
-    "trust_checkpoint": "trust_checkpoint is no key any more: nothing in a checkpoint is run, whoever made it. Leave it "
-    "out.",
+    "trust_checkpoint": "trust_checkpoint is no key any more: nothing in a checkpoint is run, whoever made it. "
+    "Leave it out.",
 }
 
 
