@@ -5,7 +5,7 @@
                                               run in it, and how many (make gpu-branches)
 
 Found in the source, not by name: a function that names `torch.cuda`, asks the platform or a tensor whether there is an
-accelerator or transformer-engine, compares a device's type with "cuda", or imports triton or transformer-engine. The
+accelerator or transformer-engine, asks for a device's type, or imports triton or transformer-engine. The
 stand-ins of platform/cpu.py are the CPU's and left out.
 """
 
@@ -30,7 +30,8 @@ def asks(node: ast.AST) -> bool:
     """Whether a piece of syntax by itself is a question about the accelerator, or a use of it."""
     if isinstance(node, ast.Attribute):
         of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr == "cuda"
-        return of_torch or node.attr in QUESTIONS
+        of_device = getattr(node.value, "attr", getattr(node.value, "id", None)) == "device"
+        return of_torch or node.attr in QUESTIONS or (node.attr == "type" and of_device)
     if isinstance(node, ast.Name):
         return node.id in QUESTIONS
     if isinstance(node, ast.Compare):

@@ -30,11 +30,12 @@ def test_a_question_for_the_accelerator_is_found_however_it_is_asked() -> None:
         "torch.cuda.is_available()",
         "x.is_cuda",
         "device.type == 'cuda'",
+        "x.device.type != 'cpu'",
         "platform.has_transformer_engine()",
         "import triton.language as tl",
         "from transformer_engine.pytorch import Linear",
         "from minitron_nemo.divergence import triton_kernels",
     ):
         assert any(asks(node) for node in ast.walk(ast.parse(asking))), asking
-    for silent in ("x.cpu()", "device.type == 'cpu'", "import torch", "torch.device('meta')"):
+    for silent in ("x.cpu()", "shape.type", "import torch", "torch.device('meta')"):
         assert not any(asks(node) for node in ast.walk(ast.parse(silent))), silent
