@@ -16,7 +16,7 @@ from minitron_nemo import engine, platform
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import prune_into
-from support.artifacts import contents
+from support.artifacts import change_manifest, contents
 from support.hf import DIMS, hf_model
 from support.plans import any_plan, turned
 from support.ranks import Ranks
@@ -115,6 +115,7 @@ def save_with_numbered_layers(path: str, copy: Path) -> None:
     shutil.copytree(path, copy, ignore=shutil.ignore_patterns(WEIGHTS))
     (copy / WEIGHTS).mkdir()
     dist_checkpointing.save(core.sharded_state_dict(prefix=PREFIX, metadata=content), str(copy / WEIGHTS))
+    change_manifest(copy, lambda manifest: manifest.update(files={}))
 
 
 def prune_artifact(path: Path, plan: PruningPlan, output: Path, dtype: torch.dtype | None = None) -> None:

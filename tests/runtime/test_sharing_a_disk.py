@@ -25,7 +25,7 @@ from minitron_nemo.parallel import rank, world_size
 from support.ranks import Ranks
 from support.tiny_run import TARGET, TinyRun, trainer_values
 
-SHORT = 5 / 60
+SHORT = 12 / 60
 """Minutes that a collective waits here."""
 
 
@@ -48,7 +48,7 @@ def what_is_there(parent: Path) -> dict[str, Any]:
     with own_directory(parent):
         name = "made" if rank() == 0 else "elsewhere"
         Path(name).mkdir()
-        manifest = '{"stage": "prune", "metrics": {"rank": %d}, "facts": {}, "digest": "d"}'
+        manifest = '{"stage": "prune", "metrics": {"rank": %d}, "facts": {}, "digest": "d", "files": {}}'
         Path(name, "manifest.json").write_text(manifest % rank())
         with pytest.raises(FileNotFoundError, match="model=elsewhere does not exist"):
             open_artifact("elsewhere", key="model")
@@ -103,7 +103,7 @@ def test_stages_of_one_process_are_rank_zeros_under_several(ranks: Ranks, tiny_r
 
 
 def with_short_groups() -> None:
-    """A process group, and Megatron's, whose collectives wait 5 seconds."""
+    """A process group, and Megatron's, whose collectives wait 12 seconds."""
     store, own, size = dist.distributed_c10d._get_default_store(), rank(), world_size()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -189,7 +189,7 @@ def test_a_full_disk_leaves_the_older_model_as_it_was(door: Door, tiny_chain: Ti
         prune = ["prune", *tiny_chain.overrides, f"prune.output={disk / 'student'}"]
         assert door(*prune).code == 0
         before = contents(disk)
-        refused = door(*prune, "prune.target.ffn_hidden_size=40")
+        refused = door(*prune, "prune.target.ffn_hidden_size=40", "overwrite=true")
         assert f"No space left while writing {disk / 'student'}; what stood there before is intact." in refused.mistake
         assert contents(disk) == before
 
