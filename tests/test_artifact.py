@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, saying_when_full, writing
+from minitron_nemo.checks import CannotWrite
 from minitron_nemo.config.identity import how
+from minitron_nemo.mistakes import explain
 from support.artifacts import contents, full_disk
 from support.door import environment
 from support.tiny_run import TinyRun, make_artifacts
@@ -114,6 +116,24 @@ def test_a_kill_at_any_moment_of_the_change_leaves_the_older_or_the_newer_artifa
             assert (open_artifact(output, verify=True).path / "weights").read_text() == text, output
         assert write(output, "newest").manifest["files"].keys() == {"folder/weights"}
         assert os.listdir(output.parent) == ["it"]
+
+
+def test_what_a_person_put_aside_is_theirs(tmp_path: Path) -> None:
+    write(tmp_path / "student", "mine").path.rename(tmp_path / "student.old")
+    for text in ("new", "newer"):
+        write(tmp_path / "student", text)
+    assert (tmp_path / "student.old" / "folder" / "weights").read_text() == "mine"
+
+
+def test_a_text_that_is_no_path_is_no_artifact() -> None:
+    assert not is_artifact("x" * 5000)
+
+
+def test_an_artifact_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match="run_dir") as raised:
+        write(tmp_path / "file" / "student")
+    assert explain(raised.value, "prune", []).startswith(f"{tmp_path / 'file' / 'student'} cannot be made there (")
 
 
 @pytest.mark.parametrize("error", [ValueError("does not fit"), KeyboardInterrupt(), OSError("unplugged")])

@@ -11,6 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from minitron_nemo import doors
+from minitron_nemo.checks import Interrupted, NothingKept
+from minitron_nemo.recipe import Step
+from minitron_nemo.stopping import STOP_FILE
 from support.artifacts import listing
 from support.door import ROOT, Door, environment
 from support.patience import run_patiently
@@ -49,6 +53,18 @@ MISTYPED = {
     "another key of an earlier version": (
         ["import-hf", "recipe=quickstart", "import_hf.trust_checkpoint=true"],
         "trust_checkpoint is no key any more: nothing in a checkpoint is run, whoever made it.",
+    ),
+    "one that moved": (
+        ["compress", "recipe=quickstart", "compress.overwrite=true"],
+        "compress.overwrite is no key any more: overwrite=true replaces what differs, at every door.",
+    ),
+    "a path that reads like such a key": (
+        ["import-hf", "recipe=quickstart", "import_hf.model=/nowhere/trust_checkpoint"],
+        "import_hf.model=/nowhere/trust_checkpoint",
+    ),
+    "two keys that do not fit": (
+        ["distill", "recipe=quickstart", "distill.training.optim.min_lr=1"],
+        "distill.training.optim.min_lr=1.0 must be at most distill.training.optim.lr=0.001.",
     ),
     "an unknown key forced in": (
         ["compress", "recipe=quickstart", "+distill.training.extra=3"],
@@ -220,3 +236,20 @@ def test_one_rank_that_cannot_go_on_ends_all_with_its_word(tmp_path: Path, how: 
     else:
         assert said.strip().endswith("RuntimeError: a fault of ours")
     assert "minitron" not in silent and "Traceback" not in silent, silent
+
+
+def test_a_job_whose_time_ran_out_queues_itself_again_only_where_something_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """slurm/stage.sbatch asks whether the file is still there; one that begins anew would run out of time for ever."""
+    file = tmp_path / "01-prepare_data.stop"
+    file.touch()
+    monkeypatch.setenv(STOP_FILE, str(file))
+    assert not doors._time_is_up(Interrupted("saved")) and file.exists()
+    assert doors._time_is_up(NothingKept("begins anew")) and not file.exists()
+
+
+def test_a_job_has_its_own_section_before_hydras_options() -> None:
+    step = Step("again", "distill", "distill")
+    job = doors._job(step, None, ["recipe=mine", "section=distill", "slurm.nodes=4", "--config-dir", "here"])
+    assert job.overrides == ("section=again", "recipe=mine", "--config-dir", "here")

@@ -92,7 +92,7 @@ class Artifact:
 @by_rank_zero
 def is_artifact(path: Path | str) -> bool:
     """Whether rank 0 sees a finished artifact there. Every rank calls."""
-    return (Path(path) / MANIFEST).is_file()
+    return os.path.isfile(Path(path) / MANIFEST)  # also of what is no path at all, such as a long prompt
 
 
 @by_rank_zero
@@ -338,7 +338,7 @@ def finish_what_was_cut_off(output: Path) -> None:
         return
     for whole in (_draft(output), _aside(output)):
         if is_artifact(whole):
-            with suppress(FileNotFoundError):  # another one was faster
+            with suppress(OSError):  # another one was faster: it is gone, or its place is taken
                 whole.rename(output)
             return
 
@@ -348,7 +348,7 @@ def _draft(output: Path) -> Path:
 
 
 def _aside(output: Path) -> Path:
-    return output.with_name(output.name + ".old")
+    return output.with_name(output.name + ".replaced")  # no name that a person gives to what they keep
 
 
 def _versions() -> dict[str, str]:

@@ -16,12 +16,16 @@ class NothingThere(Mistake, FileNotFoundError):
     """A `Mistake` about a path where nothing, or something unfinished, stands."""
 
 
-class CannotWrite(Mistake, OSError):
+class CannotWrite(OSError, Mistake):  # in this order, for `strerror` is set by OSError.__new__
     """A `Mistake` about a place that cannot be written to, or that is full."""
 
 
 class Interrupted(Exception):
     """A run was told to stop and has saved what it did; the same command continues it."""
+
+
+class NothingKept(Interrupted):
+    """A run was told to stop and has kept nothing; the same command begins anew, and needs as long again."""
 
 
 def require(condition: bool, message: str, error: type[Exception] = Mistake) -> None:

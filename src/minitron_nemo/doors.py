@@ -16,7 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from minitron_nemo import ending
-from minitron_nemo.checks import Interrupted, Mistake, require
+from minitron_nemo.checks import Interrupted, Mistake, NothingKept, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.config.stages import runs_in_one_process
 from minitron_nemo.mistakes import MISTAKES, explain
@@ -68,7 +68,10 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
         if mistakes:
             raise mistakes[0]
     except Interrupted as stopped:
-        ending.say_once(f"minitron {door}: {stopped}")
+        again = (
+            " A job whose time ran out does not queue itself again: raise slurm.time." if _time_is_up(stopped) else ""
+        )
+        ending.say_once(f"minitron {door}: {stopped}{again}")
         return INTERRUPTED
     except MISTAKES as error:
         if isinstance(error, _Left):
@@ -85,6 +88,20 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     finally:
         ending.stop_listening()
     return 0
+
+
+def _time_is_up(stopped: Interrupted) -> bool:
+    """Whether a job's time ran out (slurm/stage.sbatch) on a run that kept nothing. Such a job would begin anew and run
+    out again, for ever: it queues itself again only where the file is still there."""
+    if not isinstance(stopped, NothingKept) or int(os.environ.get("RANK", 0)) > 0:
+        return False
+    from minitron_nemo.stopping import STOP_FILE
+
+    file = os.environ.get(STOP_FILE)
+    if file is None or not os.path.exists(file):
+        return False
+    os.remove(file)
+    return True
 
 
 class _Left(Mistake):
@@ -130,8 +147,9 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
 
 
 def _job(step: Step, values: Any, overrides: Sequence[str]) -> Any:
-    """The job of one step: its stage, told which section of the recipe to read where that is not its namesake."""
+    """The job of one step: its stage, told which section of the recipe to read where that is not its namesake; before
+    the rest, as Hydra takes no override behind its options (--config-dir)."""
     from minitron_nemo.cluster import StageJob, stage_overrides
 
     section = () if step.name in OWN_STEPS else (f"section={step.name}",)
-    return StageJob(step.stage, (*stage_overrides(overrides), *section), step.name, runs_in_one_process(values))
+    return StageJob(step.stage, (*section, *stage_overrides(overrides)), step.name, runs_in_one_process(values))

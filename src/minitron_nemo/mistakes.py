@@ -26,6 +26,7 @@ _FORMER_KEYS = {
     "(torchrun --nnodes, slurm.nodes). Leave it out.",
     "trust_checkpoint": "trust_checkpoint is no key any more: nothing in a checkpoint is run, whoever made it. "
     "Leave it out.",
+    "compress.overwrite": "compress.overwrite is no key any more: overwrite=true replaces what differs, at every door.",
 }
 
 
@@ -33,7 +34,8 @@ def explain(error: Exception, door: str, overrides: Sequence[str]) -> str:
     """One message a tired person can use."""
     text = str(error).strip()
     for key, mend in _FORMER_KEYS.items():
-        if key in text or getattr(error, "full_key", None) == key:
+        named = re.search(rf"(?<![\w/-]){re.escape(key)}(?![\w/-])", text)  # and not a part of a path
+        if named or getattr(error, "full_key", None) == key:
             return mend
     if "You must specify 'recipe'" in text:
         return f"say which recipe: recipe=<name>. Known: {', '.join(recipes())}."

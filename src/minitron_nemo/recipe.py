@@ -311,10 +311,9 @@ def config_of(step: Step, config: DictConfig) -> Any:
             raise Mistake(f"{key} is not a key of this recipe, and a plus (+{key}=...) cannot make it one.") from error
         raise Mistake(f"{key}: {str(error).splitlines()[0]}.") from error
     except Mistake as error:  # so do those of the dataclasses' own checks
-        first = re.split(r"\W", str(error), maxsplit=1)[0]
-        if first not in hints or first in shared:
-            raise
-        raise Mistake(f"{step.name}.{error}") from error
+        own = "|".join(set(hints) - set(shared))
+        begins = rf"\A({own})\b|(?<![\w./=-])({own})(?=(\.[a-z]\w*)+)|(?<![\w./=-])({own})(?==)"
+        raise Mistake(re.sub(begins, rf"{step.name}.\g<0>", str(error))) from error
 
 
 def _part(values: Any, whole: type, narrow: type) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minitron_nemo.artifact import Artifact, saying_when_full
-from minitron_nemo.checks import Interrupted
+from minitron_nemo.checks import Interrupted, NothingKept
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.parallel import barrier, rank, rank_zero_works, world_size
 from minitron_nemo.stopping import Stop
@@ -163,7 +163,7 @@ class OnePass:
             message = f"stopped after {done} of {total} micro-batches ({self.name}), as it was asked to"
             if self._unfinished is not None:
                 self._unfinished.leave(message)
-            raise Interrupted(f"{message}. What it had done is not kept: the same command begins anew.")
+            raise NothingKept(f"{message}. What it had done is not kept: the same command begins anew.")
 
     def _keep(self, done: int) -> None:
         if self._unfinished is not None:

@@ -9,6 +9,7 @@ a report, which shows what is there              made again where something else
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -71,18 +72,45 @@ def serves(step: Step, config: Any, *, overwrite: bool = False) -> bool:
     output = Path(config.output)
     finish_what_was_cut_off(output)
     if not is_artifact(output):
-        require(
-            not output.exists() or (output.is_dir() and not any(output.iterdir())),
-            f"{output} is there and is no artifact: {step.stage} would take its place. Set {step.name}.output to "
-            "another place, or remove it.",
-        )
+        _require_empty(output, step, "output")
+        _require_room_for_teacher(step, config, overwrite)
         return False
     reason = _damage(output, step) or _difference(open_artifact(output), step, config)
     require(
         reason is None or overwrite or step.stage == "report",
         f"{output} is complete but {reason}. Remove it, choose another run_dir, or set overwrite=true.",
     )
+    if reason is not None:
+        _require_room_for_teacher(step, config, overwrite)
     return reason is None
+
+
+def _require_empty(place: Path, step: Step, key: str) -> None:
+    require(
+        not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())),
+        f"{place} is there and is no artifact: {step.stage} would take its place. Set {step.name}.{key} to "
+        "another place, or remove it.",
+    )
+
+
+def _require_room_for_teacher(step: Step, config: Any, overwrite: bool) -> None:
+    """The same rule where `distill` writes a second artifact, hours later.
+
+    Raises: Mistake: something stands there that this config did not make.
+    """
+    if getattr(config, "corrected_teacher", None) is None:
+        return
+    place = Path(config.corrected_teacher)
+    finish_what_was_cut_off(place)
+    if not is_artifact(place):
+        _require_empty(place, step, "corrected_teacher")
+        return
+    made = open_artifact(place, key=f"{step.name}.corrected_teacher").manifest
+    require(
+        overwrite or (made["stage"] == "correct-teacher" and not any(differences(made["config"], config))),
+        f"{step.name}.corrected_teacher={place} is complete and was not made by this step with these values. Set it to "
+        "another place, remove it, or set overwrite=true.",
+    )
 
 
 def _damage(output: Path, step: Step) -> str | None:

@@ -52,8 +52,9 @@ def run(config: DictConfig, jobs: Sequence[StageJob]) -> None:
 
 
 def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The overrides of a command line that a stage understands: all but those of the submission itself."""
-    own = re.compile(r"[+~]*(slurm|submit)([.=@].*)?")
+    """The overrides of a command line that a stage understands: all but those of the submission itself and the
+    section, which each job has its own of."""
+    own = re.compile(r"[+~]*(section|slurm|submit)([.=@].*)?")
     return tuple(override for override in overrides if not own.fullmatch(override))
 
 

@@ -25,7 +25,12 @@ IMPORTANCE, EXPORT = "estimate-importance", "export-hf"
 SHAPE = "shape.json"  # every model artifact holds one, and no other does
 
 _TRAINING = ".training"
-_UNFINISHED = (".partial", ".old", ".unfinished", _TRAINING)  # what stages leave beside their output until it is whole
+_UNFINISHED = (
+    ".partial",
+    ".replaced",
+    ".unfinished",
+    _TRAINING,
+)  # what stages leave beside their output until it is whole
 
 
 @dataclass(frozen=True)

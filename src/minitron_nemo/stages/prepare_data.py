@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from minitron_nemo.artifact import Artifact, Draft, open_artifact, writing
-from minitron_nemo.checks import Interrupted, require
+from minitron_nemo.checks import NothingKept, require
 from minitron_nemo.config.data import STDLIB
 from minitron_nemo.config.stages import PrepareDataConfig
 from minitron_nemo.parallel import by_rank_zero
@@ -201,7 +201,7 @@ def _noting_split(documents: Iterator[Document], splitter: Splitter, where: dequ
 def _counted(items: Iterable[Item], reporter: Reporter, *, before: int = 0) -> Iterator[Item]:
     """The items as they come, their number shown; every hundredth, as showing takes longer than a short document.
 
-    Raises: Interrupted: told to stop.
+    Raises: NothingKept: told to stop.
     """
     stop = Stop()
     for done, item in enumerate(items, start=before + 1):
@@ -212,9 +212,9 @@ def _counted(items: Iterable[Item], reporter: Reporter, *, before: int = 0) -> I
 
 
 def _leave_if_asked(stop: Stop, doing: str) -> None:
-    """Raises: Interrupted."""
+    """Raises: NothingKept."""
     if stop.asked():
-        raise Interrupted(f"stopped {doing}, as it was asked to. Nothing is kept: the same command begins anew.")
+        raise NothingKept(f"stopped {doing}, as it was asked to. Nothing is kept: the same command begins anew.")
 
 
 def _is_stdlib(sources: list[Source]) -> bool:
