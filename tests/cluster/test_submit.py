@@ -149,7 +149,7 @@ def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(doo
     first, second, third = (path.read_text() for path in sorted((tmp_path / "slurm").glob("*.sbatch")))
     of_both = f"recipe=quickstart run_dir={tmp_path} seed=7 'compress.steps=[prune,from_scratch,report]'"
     assert f"-m minitron_nemo.cli prune {of_both} &\n" in first
-    assert f"-m minitron_nemo.cli pretrain {of_both} section=from_scratch &\n" in second
+    assert f"-m minitron_nemo.cli pretrain section=from_scratch {of_both} &\n" in second
     assert "#SBATCH --nodes=2\n" in first
     assert "#SBATCH --nodes=1\n" in third  # one process makes the report
     assert "Nothing was submitted" in done.out

@@ -25,12 +25,8 @@ IMPORTANCE, EXPORT = "estimate-importance", "export-hf"
 SHAPE = "shape.json"  # every model artifact holds one, and no other does
 
 _TRAINING = ".training"
-_UNFINISHED = (
-    ".partial",
-    ".replaced",
-    ".unfinished",
-    _TRAINING,
-)  # what stages leave beside their output until it is whole
+_UNFINISHED = (".partial", ".replaced", ".unfinished", _TRAINING)
+"""What stages leave beside their output until it is whole."""
 
 
 @dataclass(frozen=True)
