@@ -6,11 +6,8 @@
 
     unfinished = Unfinished(output, config, inputs)
     one_pass = unfinished.one_pass("importance")
-    begun = one_pass.begin(estimator)                    # gives the estimator back the sums of those before
-    for done, batch in enumerate(batches, start=1):
-        if done > begun:
-            ...
-            one_pass.after(done, total)                  # raises Interrupted where the run was told to stop
+    for done, batch in left_of(one_pass, batches, total, estimator):   # the estimator has the sums of those before
+        ...                                              # after it: Interrupted where the run was told to stop
 
 Sums are kept as they are, in float64 where they are added so, so that a pass that goes on ends to the bit where an
 undisturbed one does. A pass that is over is kept with the others, for a later pass of the same stage may be stopped.
@@ -23,9 +20,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -37,6 +34,8 @@ from minitron_nemo.checks import Interrupted, NothingKept
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.parallel import barrier, rank, rank_zero_works, world_size
 from minitron_nemo.stopping import Stop
+
+T = TypeVar("T")
 
 _MADE_BY = "made_by.json"
 
@@ -139,7 +138,7 @@ class OnePass:
         self._sums: Sequence[Sums] = ()
         self._stop = Stop()
 
-    def begin(self, *sums: Sums) -> int:
+    def begin(self, sums: Sequence[Sums]) -> int:
         """Micro-batches that are done already; `sums` are as they were then."""
         self._sums = sums
         if self._unfinished is None or self.name not in self._unfinished.passes:
@@ -171,6 +170,22 @@ class OnePass:
                 f"{place}.{key}": t.cpu() for place, each in enumerate(self._sums) for key, t in each.sums().items()
             }
             self._unfinished.passes[self.name] = done, kept
+
+
+def left_of(one_pass: OnePass | None, batches: Iterable[T], total: int, *sums: Sums) -> Iterator[tuple[int, T]]:
+    """The micro-batches that are not done already, each with its number from 1; `sums` are as they were before them.
+
+    Args:
+        one_pass: lets the run be stopped after any of them; None: it goes to its end.
+        total: number of all.
+    Communicates: as `OnePass.after`. Raises: Interrupted, on every rank: the run was told to stop.
+    """
+    begun = 0 if one_pass is None else one_pass.begin(sums)
+    for done, batch in enumerate(batches, start=1):
+        if done > begun:
+            yield done, batch
+            if one_pass is not None:
+                one_pass.after(done, total)
 
 
 def _file_of_rank() -> str:

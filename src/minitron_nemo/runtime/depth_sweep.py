@@ -30,7 +30,7 @@ from minitron_nemo.parallel import (
     rank_zero_says,
 )
 from minitron_nemo.progress import Reporter
-from minitron_nemo.resuming import OnePass, Unfinished
+from minitron_nemo.resuming import OnePass, Unfinished, left_of
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.scores import GREEDY
 from minitron_nemo.shape import ModelShape
@@ -99,14 +99,9 @@ def _scores_of(
     estimator: DepthEstimator, batches: Iterable[dict[str, Tensor]], total: int, one_pass: OnePass | None
 ) -> DepthScores:
     with estimator, Reporter("depth", total, show=is_rank_zero()) as reporter:
-        begun = 0 if one_pass is None else one_pass.begin(estimator)
-        for done, batch in enumerate(batches, start=1):
-            if done <= begun:
-                continue
+        for done, batch in left_of(one_pass, batches, total, estimator):
             estimator.add(on_this_rank(batch))
             reporter.update(done)
-            if one_pass is not None:
-                one_pass.after(done, total)
         return estimator.finish()
 
 
@@ -144,10 +139,7 @@ def option_likelihoods(
     total = -(-len(continuations) // (rows * dp_size))
     shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
     with LayerSwitches(core) as layers, Reporter(label, total, show=is_rank_zero()) as reporter:
-        begun = 0 if one_pass is None else one_pass.begin(_Found(found))
-        for done, (places, batch) in enumerate(shares, start=1):
-            if done <= begun:
-                continue
+        for done, (places, batch) in left_of(one_pass, shares, total, _Found(found)):
             local = on_this_rank(batch)
             where = torch.tensor(places, dtype=torch.int64, device=device)
 
@@ -158,8 +150,6 @@ def option_likelihoods(
 
             layers.run(passes, local, forward_step, see)
             reporter.update(done)
-            if one_pass is not None:
-                one_pass.after(done, total)
     for group in (groups.cp, groups.dp):
         found = all_reduce_sum(found, group=group)
     found = broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)

@@ -25,7 +25,7 @@ from minitron_nemo.parallel import (
     is_rank_zero,
 )
 from minitron_nemo.progress import Reporter
-from minitron_nemo.resuming import OnePass, Sums
+from minitron_nemo.resuming import OnePass, Sums, left_of
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.schedule import forward_only
 from minitron_nemo.scores import Importance
@@ -66,17 +66,12 @@ def run_forward(
         return forward_step(model, local)
 
     results: list[R] = []
-    begun = 0 if one_pass is None else one_pass.begin(*sums)
     with Reporter(label, total, show=is_rank_zero()) as reporter, without_logits(core):
-        for done, batch in enumerate(batches, start=1):
-            if done <= begun:
-                continue
+        for done, batch in left_of(one_pass, batches, total, *sums):
             rows, seq_length = batch["tokens"].shape
             passes = map(on_this_rank, [batch])
             results += forward_only(core, passes, forward, see, count=1, rows=rows, seq_length=seq_length)
             reporter.update(done)
-            if one_pass is not None:
-                one_pass.after(done, total)
     return results
 
 
