@@ -13,7 +13,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, get_moe_layer_wise_logging_tracker
 
 from minitron_nemo import platform
-from minitron_nemo.parallel import all_reduce_sum, world, world_size
+from minitron_nemo.parallel import all_reduce_sum, world
 from minitron_nemo.shape import ModelShape
 
 LOAD_BALANCING = "load_balancing_loss"
@@ -24,14 +24,12 @@ class LoadBalancing(pl.Callback):
     """Holds the last step's load-balancing loss, 1 where every expert gets as many tokens: without its coefficient, the
     mean over layers of experts, micro-batches and data-parallel ranks, as in Megatron-LM's own logs."""
 
-    def __init__(self, shape: ModelShape, *, micro_batches: int, model_parallel_size: int) -> None:
+    def __init__(self, shape: ModelShape, *, micro_batches: int) -> None:
         """
         Args:
-            micro_batches: of a step and a data-parallel rank.
+            micro_batches: of a step, of all data-parallel ranks.
         """
-        layers = sum(shape.has_experts(layer) for layer in range(shape.num_layers))
-        data_parallel = world_size() // model_parallel_size
-        self._terms = layers * micro_batches * data_parallel
+        self._terms = micro_batches * sum(shape.has_experts(layer) for layer in range(shape.num_layers))
         self.of_last_step = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -273,12 +273,10 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
 
 def _balancing(model: EngineModel, run: TrainingRun) -> LoadBalancing | None:
     """What reads the routers' loss; None where the model has none, or none that is minimised."""
-    config = run.trainer
     if model.shape.num_moe_experts is None or not model.config.moe_aux_loss_coeff:
         return None
-    data_parallel = world_size() // config.model_parallel_size
-    micro_batches = config.global_batch_size // (config.micro_batch_size * data_parallel)
-    return LoadBalancing(model.shape, micro_batches=micro_batches, model_parallel_size=config.model_parallel_size)
+    micro_batches = run.trainer.global_batch_size // run.trainer.micro_batch_size
+    return LoadBalancing(model.shape, micro_batches=micro_batches)
 
 
 def _history(model: EngineModel, run: TrainingRun, balancing: LoadBalancing | None) -> History:
