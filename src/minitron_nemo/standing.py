@@ -75,7 +75,13 @@ def serves(step: Step, config: Any, *, overwrite: bool = False) -> bool:
         _require_empty(output, step, "output")
         _require_room_for_teacher(step, config, overwrite)
         return False
-    reason = _damage(output, step) or _difference(open_artifact(output), step, config)
+    reason: str | None
+    try:
+        artifact = open_artifact(output, key=f"{step.name}.output")
+    except Mistake as error:
+        reason = f"damaged: {str(error).rstrip('.')}"
+    else:
+        reason = _difference(artifact, step, config)
     require(
         reason is None or overwrite or step.stage == "report",
         f"{output} is complete but {reason}. Remove it, choose another run_dir, or set overwrite=true.",
@@ -111,14 +117,6 @@ def _require_room_for_teacher(step: Step, config: Any, overwrite: bool) -> None:
         f"{step.name}.corrected_teacher={place} is complete and was not made by this step with these values. Set it to "
         "another place, remove it, or set overwrite=true.",
     )
-
-
-def _damage(output: Path, step: Step) -> str | None:
-    try:
-        open_artifact(output, key=f"{step.name}.output")
-    except Mistake as error:
-        return f"damaged: {str(error).rstrip('.')}"
-    return None
 
 
 def _difference(artifact: Artifact, step: Step, config: Any) -> str | None:
