@@ -50,10 +50,12 @@ class _MatricesOnHost:
             if parameter.dim() < 2:
                 continue
             values = parameter.detach()
-            # one at a time: what the matrix was made in is let go before the next one is copied
-            on_host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=device.type == "cuda")
+            on_host = values.cpu()  # as it is, where it is there already
+            if device.type == "cuda" and not on_host.is_pinned():
+                # one at a time: what the matrix was made in is let go before the next one is copied
+                on_host = on_host.pin_memory()
             parameter.data = torch.empty(0, dtype=values.dtype, device=device)
-            self.places.append((parameter, on_host.copy_(values), self.nbytes))
+            self.places.append((parameter, on_host, self.nbytes))
             del values
             self.nbytes += -(-on_host.nbytes // _ALIGNMENT) * _ALIGNMENT
         layer.to(device)
