@@ -153,27 +153,31 @@ def test_the_sample_index_may_take_longer_than_a_collective_waits(
     assert first == second >= 8
 
 
-def time_outs(directory: Path) -> list[float]:
+def time_outs(directory: Path, launched: bool) -> list[float]:
     """Seconds that collectives of a run wait: its own group's, Megatron's, and what NeMo's strategy has been told."""
     from minitron_nemo.config.training import TrainingConfig
     from minitron_nemo.nemo.trainer import build_trainer
     from minitron_nemo.runtime.layout import stop, use_layout
 
     stop()
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # the store stands, as torchrun's does
+    before = {name: os.environ.pop(name, None) for name in ("RANK", "WORLD_SIZE")}
+    if launched:  # by torchrun, whose store stands. Lightning takes WORLD_SIZE away where it has trained in a process
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     config = TrainerConfig(**trainer_values(), distributed_timeout_minutes=SHORT)
     try:
         use_layout(config, seed=0)
     finally:
-        del os.environ["TORCHELASTIC_USE_AGENT_STORE"]
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+        os.environ |= {name: value for name, value in before.items() if value is not None}
     groups = [dist.group.WORLD, parallel_state.get_data_parallel_group()]
     waits = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
     trainer = build_trainer(config, TrainingConfig(), directory=directory, callbacks=[])
     return [wait.total_seconds() for wait in [*waits, trainer.strategy._timeout]]
 
 
-def test_how_long_a_collective_waits_is_a_key(ranks: Ranks, tmp_path: Path) -> None:
-    assert ranks("single").run(time_outs, tmp_path) == [[pytest.approx(60 * SHORT)] * 3]
+@pytest.mark.parametrize("launched", [True, False])
+def test_how_long_a_collective_waits_is_a_key(ranks: Ranks, tmp_path: Path, launched: bool) -> None:
+    assert ranks("single").run(time_outs, tmp_path, launched) == [[pytest.approx(60 * SHORT)] * 3]
 
 
 # ---- nodes -----------------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def start(layout: Layout) -> None:
         torch.cuda.set_device(local_rank())
         dist.init_process_group(platform.backend(), timeout=layout.distributed_timeout)
     else:
-        dist.init_process_group(platform.backend(), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            platform.backend(), timeout=layout.distributed_timeout, store=dist.HashStore(), rank=0, world_size=1
+        )
 
 
 def stop() -> None:
