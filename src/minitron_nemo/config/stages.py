@@ -304,7 +304,20 @@ class EvaluateConfig(Ranged):
     model: str = ""
     """Model artifact to measure."""
     num_samples: int | None = ranged(None, at_least=1)
-    """Samples over all data-parallel ranks; null takes all of the held-out text."""
+    """Samples over all data-parallel ranks, of every source in proportion; null takes all of the held-out text."""
+    teacher: str | None = None
+    """Model artifact whose distance (forward KL) is measured too; null: none is."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues, greedily and sampled, for a look."""
+    new_tokens: int = ranged(64, at_least=1)
+    """Tokens it adds to each, at most."""
+    temperature: float = ranged(0.8, above=0)
+    """Of the sampled continuation, as the two that follow."""
+    top_p: float = ranged(0.95, above=0, at_most=1)
+    """Share of the probability that the likeliest tokens, which alone are drawn, make up together."""
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
+    chat_template: bool = False
+    """Whether a prompt is what a user says, and the tokenizer's chat template writes it."""
     trainer: Passing = field(default_factory=Passing)
     data: Prepared = field(default_factory=Prepared)
     output: str = how("runs/evaluation")
