@@ -52,6 +52,7 @@ STAGES: dict[str, type] = {
     "estimate-importance": stages.EstimateImportanceConfig,
     "prune": stages.PruneConfig,
     "prune-hf": stages.PruneHfConfig,
+    "search": stages.SearchConfig,
     "teacher-logits": stages.TeacherLogitsConfig,
     "distill": stages.DistillConfig,
     "evaluate": stages.EvaluateConfig,

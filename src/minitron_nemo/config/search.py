@@ -1,4 +1,4 @@
-"""Which shapes a search looks at, and what they may cost: conf's `search` group."""
+"""Which shapes a search looks at, what they may cost, and what finding the best one may: conf's `search` groups."""
 
 from __future__ import annotations
 
@@ -54,3 +54,36 @@ class ConstraintsConfig(Ranged):
                 value is None or (pair and len(value) == 2) or isinstance(value, str | int | float),
                 f"constraints.{name}={value} must be one value, such as 4.5B or 0.6 of the model's, or [from, to].",
             )
+
+
+@dataclass
+class PricingConfig(Ranged):
+    """What a candidate is expected to lose, before anything is trained."""
+
+    KEY: ClassVar[str] = "pricing"
+
+    points: int = ranged(3, at_least=1)
+    """Sizes of each dim that are cut and measured alone; between them the loss is interpolated."""
+    num_samples: int = ranged(16, at_least=1)
+    """Held-out samples of each measurement, over all data-parallel ranks; of every candidate the same."""
+    measured: int = ranged(24, at_least=1)
+    """Candidates of the lowest price that are cut as they are, and measured."""
+
+
+@dataclass
+class HalvingConfig(Ranged):
+    """Few tokens for many candidates, more for few (arXiv:2502.07780)."""
+
+    KEY: ClassVar[str] = "halving"
+
+    survivors: int = ranged(8, at_least=1)
+    """Measured candidates that are distilled, those of the lowest loss after the cut."""
+    rungs: list[int] = ranged(of=list, at_least=1)
+    """Steps after which candidates are compared; the last is training.steps. Empty: an eighth, a quarter, a half and
+    all of the steps."""
+    keep: float = ranged(0.34, above=0, at_most=1)
+    """Share of a rung's candidates that goes on."""
+    never_before: int = ranged(0, at_least=0)
+    """Step before which nobody is left out; in arXiv:2407.14679, figure 9, ranks settle near step 300 of 400."""
+    max_tokens: str | None = None
+    """What all candidates together may be distilled on, such as 50M; null: what rungs and survivors come to."""

@@ -71,6 +71,7 @@ class StopWhenAsked(pl.Callback):
         self.checkpoints, self.pause_at = checkpoints, pause_at
         self.stopped_after: int | None = None
         """Steps done when the run was stopped; None while it was not."""
+        self.asked = False
         self._closing = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -80,13 +81,20 @@ class StopWhenAsked(pl.Callback):
         """Communicates: every rank, a maximum of one number."""
         asked = told_to_stop()
         anyone = all_reduce_max(torch.tensor(float(asked), device=pl_module.device), group=world())
-        pauses = trainer.global_step == self.pause_at
-        if (bool(anyone) or pauses) and trainer.global_step < trainer.max_steps:
+        if trainer.global_step == trainer.max_steps:
+            return
+        if bool(anyone):
             self.checkpoints.save(trainer)
+            trainer.limit_val_batches = 0  # else Lightning validates on the way out
+        if bool(anyone) or trainer.global_step == self.pause_at:
             self.stopped_after = trainer.global_step
-            if not pauses:
-                trainer.limit_val_batches = 0  # else Lightning validates on the way out
+            self.asked = bool(anyone)
             trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A pause is saved with its validation behind it, so that one killed in between comes there again."""
+        if trainer.global_step == self.pause_at and self.stopped_after is not None:
+            self.checkpoints.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._closing.close()
@@ -96,7 +104,7 @@ class StopWhenAsked(pl.Callback):
 
     def require_finished(self, steps: int) -> None:
         """Raises: Paused, Interrupted: the run was stopped."""
-        if self.stopped_after is not None and self.stopped_after == self.pause_at:
+        if self.stopped_after is not None and not self.asked:
             raise Paused(f"paused after step {self.stopped_after} of {steps}.")
         if self.stopped_after is not None:
             raise Interrupted(

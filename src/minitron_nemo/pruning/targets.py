@@ -115,7 +115,7 @@ def _fraction(source: ModelShape, dim: str, share: float, *, groups: int) -> int
     return min(most, max(step, round(getattr(source, dim) * share / step) * step))
 
 
-def _step(shape: ModelShape, dim: str, multiple_of: Mapping[str, int]) -> int:
+def step_of(shape: ModelShape, dim: str, multiple_of: Mapping[str, int] = {}) -> int:
     """By how much a budget changes a dim at a time; wide dims go in powers of two near a sixteenth, at most 256."""
     if dim == "num_attention_heads":
         return shape.num_query_groups
@@ -198,7 +198,7 @@ def _fit(
     if fits(shape):
         return shape
     full = {dim: getattr(shape, dim) for dim in policy}
-    steps = {dim: _step(shape, dim, multiple_of) for dim in policy}
+    steps = {dim: step_of(shape, dim, multiple_of) for dim in policy}
 
     def at(ratio: float) -> dict[str, int]:
         return {

@@ -7,6 +7,7 @@ is left out before a step of the user's choosing. After arXiv:2502.07780, which 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -23,7 +24,7 @@ def rungs_of(steps: int, rungs: Sequence[int]) -> list[int]:
     if not rungs:
         return sorted({max(1, steps // part) for part in (8, 4, 2, 1)})
     require(
-        all(0 < before < after for before, after in zip(rungs, rungs[1:], strict=False)) and rungs[-1] == steps,
+        all(0 < before < after for before, after in itertools.pairwise(rungs)) and rungs[-1] == steps,
         f"search.halving.rungs={list(rungs)} must rise to training.steps={steps}, the length of the whole run.",
     )
     return list(rungs)
