@@ -1,19 +1,19 @@
 """What each of many candidates will lose, from a few measurements that they share.
 
-A table holds the loss of cuts of one dim alone, at a few of its sizes. A candidate's price is the teacher's loss and the
-growth its dims have in the table, added up; between two sizes of the table a straight line. Where cuts add up worse or
-better than that, the measurement of the best candidates themselves says so.
+A table holds the loss of cuts of one dim alone, at a few of its sizes. A candidate's price is the teacher's loss and
+the growth its dims have in the table, added up; between two sizes of the table a straight line. Where cuts add up worse
+or better than that, the measurement of the best candidates themselves says so.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minitron_nemo.pruning.targets import step_of
-from minitron_nemo.runtimes import WIDE_DIMS
+from minitron_nemo.runtimes import WIDE_DIMS, opening_problem
 from minitron_nemo.search.space import Columns
 from minitron_nemo.shape import ModelShape
 
@@ -45,12 +45,15 @@ def name_of(dims: Mapping[str, int]) -> str:
     return "-".join(f"{_LETTERS[dim]}{size}" for dim, size in dims.items())
 
 
-def points_of(sizes: Sequence[int], size_of_source: int, points: int) -> list[int]:
-    """Sizes of a dim that are measured alone: the smallest, and others at equal distances up to the source's own."""
-    smaller = sorted({size for size in sizes if size < size_of_source})
+def points_of(source: ModelShape, dim: str, sizes: Iterable[int], points: int) -> list[int]:
+    """Sizes of a dim that are measured alone: the smallest, and others at equal distances up to the source's own; of
+    those with which the source still opens, where it does."""
+    whole, opens = getattr(source, dim), opening_problem(source) is None
+    smaller = sorted({size for size in sizes if size < whole})
+    smaller = [size for size in smaller if not opens or opening_problem(source.pruned_to(**{dim: size})) is None]
     if len(smaller) <= points:
         return smaller
-    wanted = np.linspace(smaller[0], size_of_source, points + 1)[:-1]
+    wanted = np.linspace(smaller[0], whole, points + 1)[:-1]
     return sorted({min(smaller, key=lambda size: abs(size - place)) for place in wanted})
 
 
@@ -74,4 +77,4 @@ def prices(
 def on_front(costs: Sequence[float], losses: Sequence[float]) -> list[bool]:
     """Whether nobody else costs and loses at most as much, and less of one."""
     pairs = list(zip(costs, losses, strict=True))
-    return [not any(c <= cost and l <= loss and (c < cost or l < loss) for c, l in pairs) for cost, loss in pairs]
+    return [not any(o != pair and o[0] <= pair[0] and o[1] <= pair[1] for o in pairs) for pair in pairs]

@@ -1,4 +1,4 @@
-"""search: importance and a size in; every shape of that size priced, the best distilled a little, the winner's recipe out.
+"""search: importance and a size in; every shape of that size priced, the best distilled a little; the winner out.
 
     priced      every shape of the space that meets the constraints, from a table of single cuts   (search/pricing.py)
     measured    the best of them cut out of the teacher, without training                          (search/measuring.py)
@@ -7,7 +7,7 @@
 <output>.search/                     kept until the search is over, so that one that was killed goes on
     measured.json                    see search/ledger.py
     candidates/<name>/pruned         a prune artifact
-    candidates/<name>/distilled      a distill artifact, or while it is none `distilled.training`, see stages/training.py
+    candidates/<name>/distilled      a distill artifact, and while it is none `distilled.training` (stages/training.py)
 
 The method of arXiv:2407.14679, sections 2.3 and 4.3, which distils every candidate alike, made cheaper.
 """
@@ -20,6 +20,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -164,7 +165,8 @@ class _Search:
         return (
             f"{len(self.feasible.space):,} shapes, {self.feasible.count:,} of them within the constraints. "
             f"{min(self.feasible.count, config.pricing.measured)} will be cut and measured, {number} distilled on "
-            f"{tokens:,} tokens in all (each in full: {every:,}), compared after steps {', '.join(map(str, self.rungs))}."
+            f"{tokens:,} tokens in all (each in full: {every:,}); compared after steps "
+            f"{', '.join(map(str, self.rungs))}."
         )
 
     # ---- before any training ---------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ class _Search:
         columns = found.space.columns(found.numbers)
         table: dict[str, dict[int, float]] = {}
         for dim, values in columns.dims.items():
-            sizes = points_of(values.tolist(), getattr(source, dim), self.config.pricing.points)
+            sizes = points_of(source, dim, values.tolist(), self.config.pricing.points)
             table[dim] = {size: self._measuring.of(f"{dim}={size}", {dim: size})["loss"] for size in sizes}
         self.teacher_loss = self._measuring.teacher_loss()
         total = prices(columns, source, table, self.teacher_loss)
@@ -278,10 +280,8 @@ class _Search:
             say(f"    complete: {pruned.output}")
         else:
             prune.run(pruned)
-        try:
+        with suppress(Paused):
             distill.run(config, pause_at=step)
-        except Paused:
-            pass
         gc.collect()
         loss = loss_at(Path(config.output), step)
         assert loss is not None, f"{config.output} has not validated at step {step}"
@@ -397,10 +397,8 @@ def loss_at(output: Path, step: int) -> float | None:
         for file in (output / HISTORY, directory_of_run(output) / HISTORY):
             if file.is_file():
                 records = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-                found = [
-                    each["validation_loss"] for each in records if each["step"] == step and "validation_loss" in each
-                ]
-                return found[-1] if found else None
+                found = {each["step"]: each["validation_loss"] for each in records if "validation_loss" in each}
+                return found.get(step)
         return None
 
     return rank_zero_works(look)
