@@ -352,36 +352,42 @@ class _Search:
         return "the constraints" if self.config.parameters is None else f"parameters={self.config.parameters}"
 
     def recipe_of(self, winner: Candidate) -> str:
-        config = self.config
-        distil = self._distill_config(Path())
+        config, training = self.config, self._distill_config(Path()).training
+        rows = [
+            {"model": config.model, "label": "teacher", "teacher": True},
+            {"model": "${distill.output}", "label": "distilled"},
+            {"model": "${prune.output}", "label": "pruned only", "optional": True},
+        ]
         return winners_recipe(
             f"{Path(config.output).name}_winner",
             {
-                "trainer": as_dict(config.trainer),
-                "data": as_dict(config.data),
+                "trainer": said(config.trainer),
+                "data": said(config.data),
                 "seed": config.seed,
                 "prune": {
                     "model": config.model,
                     "importance": config.importance,
                     "target": self._smaller(winner.dims),
-                    "depth": as_dict(config.depth),
-                    "surgery": as_dict(config.surgery),
+                    "depth": said(config.depth),
+                    "surgery": said(config.surgery),
                 },
-                "distill": {
-                    "teacher": config.model,
-                    "distillation": as_dict(config.distillation),
-                    "training": as_dict(distil.training),
-                },
+                "distill": {"distillation": said(config.distillation), "training": said(training)},
                 "evaluate_teacher": {"model": config.model, "output": "${run_dir}/evaluation_teacher"},
-                "report": {
-                    "rows": [
-                        {"model": config.model, "label": "teacher", "teacher": True},
-                        {"model": "${distill.output}", "label": "distilled"},
-                        {"model": "${prune.output}", "label": "pruned only", "optional": True},
-                    ]
-                },
+                "report": {"rows": rows},
             },
         )
+
+
+def said(config: Any) -> dict[str, Any]:
+    """What a config says beside its defaults, in groups as it has them."""
+    plain, defaults = as_dict(config), as_dict(type(config)())
+
+    def differing(of: dict[str, Any], usual: dict[str, Any]) -> dict[str, Any]:
+        changed = {key: value for key, value in of.items() if value != usual[key]}
+        inner = {key: isinstance(value, dict) and isinstance(usual[key], dict) for key, value in changed.items()}
+        return {key: differing(value, usual[key]) if inner[key] else value for key, value in changed.items()}
+
+    return differing(plain, defaults)
 
 
 def narrowed(wide: Any, kind: type[T]) -> T:
