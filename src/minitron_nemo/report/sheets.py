@@ -90,7 +90,8 @@ def _throughput(run: Run) -> list[Sheet]:
     for number, measured in enumerate(_read_throughput(run)):
         rows = [
             [
-                labels.get(str(row["model"]), str(row["model"])), count(row["parameters"]), f"{row['engine']}, {row['dtype']}",
+                labels.get(str(row["model"]), str(row["model"])), count(row["parameters"]),
+                f"{row['engine']}, {row['dtype']}",
                 f"{row['batch_size']}" + (" (largest)" if row.get("largest") else ""),
                 f"{row['prompt_tokens']} + {row['new_tokens']}", _number(row["prefill_tokens_per_s"], "{:,.0f}"),
                 _number(row["decode_tokens_per_s"], "{:,.1f}"), _number(row["time_to_first_token_s"]),
