@@ -191,8 +191,10 @@ _SEED = 1234  # lm_eval's own for torch
 class HuggingFace(HFLM):
     """lm_eval's own, where whole texts begin with one beginning-of-text token; see the module's text."""
 
+    add_bos_token: bool | None
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        before: bool | None = self.add_bos_token
+        before = self.add_bos_token
         self.add_bos_token = False
         try:
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
