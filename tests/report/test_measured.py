@@ -44,7 +44,7 @@ def test_what_stages_measured_is_in_tables(page: Page) -> None:
     rows = {tuple(row[:2]): row for row in page.rows if len(row) > 1}
 
     share = f"{STUDENT.num_parameters / TEACHER.num_parameters:.0%}"
-    kept = f"keeps 90% of the teacher at {share} of its parameters"
+    kept = f"keeps 90% of the teacher at {share} of its parameters (mean over 2 tasks; chance is not taken off)"
     assert ["distilled", "0.450 ± 0.010", "0.675 ± 0.010", kept] in page.rows
     assert ["distilled", "+3.320", "+0.170", "95%", "41.0k", f"{3.15e6 / TOKENS:.3g}"] in page.rows
     assert ["distilled", "3.350", "0.550", "2.950", "0.150"] in page.rows  # sources by name: a<b|c, stdlib

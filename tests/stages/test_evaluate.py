@@ -139,7 +139,7 @@ def test_greedy_samples_are_those_of_transformers_on_every_layout(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"chat_template": True}, "has no chat template. Set it to false."),
+        ({"chat_template": "default"}, "has no chat template. Set it to null."),
         ({"new_tokens": 500}, f"longer than trainer.seq_length={SEQ_LENGTH}. Shorten the prompt, or lower new_tokens."),
         ({"prompts": [""]}, "evaluate.prompts: '' is no token to this tokenizer. Leave it out."),
         ({"prompts": [], "teacher": "nowhere"}, "evaluate.teacher=nowhere"),

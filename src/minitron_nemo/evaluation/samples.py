@@ -32,9 +32,9 @@ def require_can_sample(config: EvaluateConfig, tokenizer: Tokenizer) -> None:
         "and trainer.context_parallel_size=1, or leave the prompts out.",
     )
     require(
-        not config.chat_template or bool(tokenizer.chat_template),
-        f"evaluate.chat_template=true, and the tokenizer of evaluate.model={config.model} has no chat template. Set it "
-        "to false.",
+        config.chat_template is None or bool(tokenizer.chat_template),
+        f"evaluate.chat_template={config.chat_template}, and the tokenizer of evaluate.model={config.model} has no "
+        "chat template. Set it to null.",
     )
     for prompt in config.prompts:
         tokens = len(_ids_of(prompt, config, tokenizer))
@@ -75,10 +75,11 @@ def write_samples(
 
 
 def _ids_of(prompt: str, config: EvaluateConfig, tokenizer: Tokenizer) -> list[int]:
-    if not config.chat_template:
+    if config.chat_template is None:
         ids: list[int] = tokenizer(prompt).input_ids
         return ids
     said = [{"role": "user", "content": prompt}]
-    text: Any = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    name = None if config.chat_template == "default" else config.chat_template
+    text: Any = tokenizer.apply_chat_template(said, chat_template=name, tokenize=False, add_generation_prompt=True)
     templated: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return templated

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import reading
+from minitron_nemo.evaluation.comparison import compare
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheet import Sheet
 from minitron_nemo.report.table import UNKNOWN, count
@@ -47,12 +48,17 @@ def _tasks(run: Run, values: dict[str, Any]) -> Sheet:
         said = keeps(run, row["name"], values["reference_teacher"]) if row["name"] in run.students else None
         rows.append([row["label"], *cells, said or ""])
     first = {name: next(tasks[name] for _, tasks in found if name in tasks) for name in names}
-    heads = [f"{name} ({each['metric']}, {each.get('num_fewshot', 0)}-shot)" for name, each in first.items()]
+    heads = [f"{name} ({each['metric']}, {_shots(each)})" for name, each in first.items()]
     remark = (
-        "Scores of lm-evaluation-harness, ± one standard error. What a student keeps is the mean of its scores over "
-        "the mean of the teacher's, on the tasks of both where higher is better."
+        "Scores of lm-evaluation-harness, ± one standard error. What a student keeps is the mean over the "
+        "tasks that both were asked alike."
     )
     return Sheet("tasks", "Tasks", ["model", *heads, ""], rows, [remark])
+
+
+def _shots(task: dict[str, Any]) -> str:
+    shots = task.get("num_fewshot")
+    return "as the task says" if shots is None else f"{shots}-shot"
 
 
 def _score(task: dict[str, Any]) -> str:
@@ -65,13 +71,11 @@ def keeps(run: Run, student: str, teacher: str | None) -> str | None:
     if teacher is None or student not in run.evaluations or teacher not in run.evaluations:
         return None
     of_student, of_teacher = (run.evaluations[name].metrics.get("tasks") or {} for name in (student, teacher))
-    both = [name for name in of_teacher if name in of_student and of_teacher[name].get("higher_is_better", True)]
-    total = sum(of_teacher[name]["value"] for name in both)
     small, large = run.shape(student), run.shape(teacher)
-    if not both or total <= 0 or small is None or large is None:
+    if not of_student or not of_teacher or small is None or large is None:
         return None
-    kept = sum(of_student[name]["value"] for name in both) / total
-    return f"keeps {kept:.0%} of the teacher at {small.num_parameters / large.num_parameters:.0%} of its parameters"
+    said = compare(of_student, small.num_parameters, of_teacher, large.num_parameters).verdict
+    return next((each[0].lower() + each[1:].rstrip(".") for each in said if each.startswith("Keeps")), None)
 
 
 # ---- speed -----------------------------------------------------------------------------------------------------------
