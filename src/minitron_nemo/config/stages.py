@@ -360,7 +360,8 @@ class EvaluateConfig(Ranged):
             "evaluate.num_samples=0 leaves the held-out loss out, and there is no task. Name evaluate.tasks or a "
             "preset, or set num_samples=null.",
         )
-        lonely = next((name for name in ("against", "chat_template", "limit") if getattr(self, name) is not None), None)
+        of_tasks = ("against", "limit", *(() if self.prompts else ("chat_template",)))
+        lonely = next((name for name in of_tasks if getattr(self, name) is not None), None)
         require(
             lonely is None or self.has_tasks,
             f"evaluate.{lonely} is about tasks, and none is named. Set evaluate.tasks or evaluate.preset.",
