@@ -7,8 +7,9 @@
 The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
 be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
 stage made it, from which config and inputs (with digests), with which versions and in which numbers, what it measured,
-what it cost, and of every file its size and sha256; and it holds a sha256 of itself. Opening an artifact compares the manifest, all
-sizes and the contents of small files, which is where numbers and names stand; the contents of all with `verify`.
+what it cost, and of every file its size and sha256; and it holds a sha256 of itself. Opening an artifact compares the
+manifest, all sizes and the contents of small files, which is where numbers and names stand; the contents of all with
+`verify`.
 
 The digest is the identity of what was made: stage, what in the config decides it, identities of the inputs, and the
 files. Where something lies does not count (an input's path stands for its identity, and one beside the output for its

@@ -3,8 +3,8 @@
     loss        cross-entropy, mean over the tokens that count         nats per token
     kl          KL(teacher || model) of the next token, the same mean  nats per token
 
-Text is read source by source, in order, in the same windows on every layout. A teacher runs ahead of the model over each
-micro-batch, on the same ranks; the logits of neither are formed whole (`divergence/fused_linear.py`).
+Text is read source by source, in order, in the same windows on every layout. A teacher runs ahead of the model over
+each micro-batch, on the same ranks; the logits of neither are formed whole (`divergence/fused_linear.py`).
 
 Communication: what both models do; all ranks, for the sums of a source.
 """

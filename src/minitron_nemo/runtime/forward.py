@@ -52,7 +52,7 @@ def run_forward(
     Args:
         batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s]; one is held
             at a time.
-        ahead: called with each whole micro-batch before it enters the pipeline, on every rank; it may run another model.
+        ahead: called with each whole micro-batch before it enters the pipeline, on every rank; may run another model.
         before: called with each micro-batch (sliced over cp) before its forward, on every stage.
         see: called on the last stage with it and with what the output layer would read, [s/cp, b, h], with sequence
             parallelism [s/(cp*tp), b, h].

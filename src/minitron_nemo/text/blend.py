@@ -74,8 +74,8 @@ def split_prefixes(artifact: Artifact, split: str, seq_length: int = 0) -> list[
 def held_out_sources(blend: list[tuple[Artifact, float]], seq_length: int) -> dict[str, str]:
     """Name of each source with a sample of held-out text -> path of its .bin/.idx pair without its ending.
 
-    A source is called as its file or folder is (`stdlib`), or where its artifact has no other, as the artifact's folder;
-    of sources with one name the later ones are numbered.
+    A source is called as its file or folder is (`stdlib`), or in a blend where its artifact has no other, as the
+    artifact's folder; of sources with one name the later ones are numbered.
     """
     found: dict[str, str] = {}
     for artifact, _ in blend:
