@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from minitron_nemo.artifact import open_artifact
 from support.artifacts import listing
-from support.door import Door, environment
-from support.patience import Patience, end
+from support.door import Door, kill_once_there
 from support.tiny import STEPS, TinyChain, quickstart_overrides
 
 CHAIN = {

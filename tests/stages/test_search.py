@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from minitron_nemo.artifact import open_artifact
-from minitron_nemo.config.stages import SearchConfig
+from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.trainer import TrainerConfig
-from support.artifacts import listing
 from support.door import Done, Door, kill_once_there
 from support.ranks import Ranks, current_layout
 from support.tiny import TinyChain
@@ -49,6 +48,11 @@ def overrides(chain: TinyChain, output: Path) -> list[str]:
 def found_in(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "search.json").read_text())
     return found
+
+
+def files(of: Artifact) -> dict[str, Any]:
+    """Sizes and sums of its files, but for what says of a run when and where it was."""
+    return {name: file for name, file in of.manifest["files"].items() if "sha256" in file and ".metadata" not in name}
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +92,10 @@ def test_the_best_of_a_size_is_found_and_its_recipe_runs(
         "compress", "--config-dir", str(output), "recipe=winner", f"run_dir={run_dir}", "evaluate.num_samples=8"
     )
     assert full.code == 0, full.err
-    assert open_artifact(run_dir / "student_pruned").manifest["files"] == cut.manifest["files"]
-    again = open_artifact(f"{output}.search/candidates/{found['winner']}/distilled")
-    assert open_artifact(run_dir / "distilled").metrics["steps"] == again.metrics["steps"] == RUNGS[-1]
-    assert listing(run_dir / "distilled").keys() == listing(again.path).keys()
+    again = open_artifact(run_dir / "student_pruned")
+    assert again.metrics["parameters"] == cut.metrics["parameters"] and files(again) == files(cut)
+    paused = open_artifact(f"{output}.search/candidates/{found['winner']}/distilled")
+    assert files(open_artifact(run_dir / "distilled")) == files(paused), "a rung's pause changes nothing"
 
 
 @pytest.mark.parametrize("file", ["measured.json", "candidates/*/distilled.training/checkpoints/step-1"])
@@ -113,6 +117,15 @@ def test_a_search_that_was_killed_goes_on_to_the_same_table(
     assert found["tokens_spent"] == expected["tokens_spent"]
 
 
+def test_losses_of_another_training_are_refused(door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path]) -> None:
+    command = [*overrides(tiny_chain, searched[1]), "overwrite=true"]
+    said = door(*command, "search.training.optim.lr=0.05").mistake
+    assert re.search(r"candidates that were made with distill.training.optim.lr=\S+, not 0.05.*or remove \S+", said), (
+        said
+    )
+    assert found_in(searched[1])["candidates"]
+
+
 def test_what_was_measured_under_other_values_is_measured_again(
     door: Door, tiny_chain: TinyChain, tmp_path: Path
 ) -> None:
@@ -129,7 +142,7 @@ def test_what_was_measured_under_other_values_is_measured_again(
         (["search.parameters=0.05"], r"constraints.parameters=.*is met by none of the 18 .*nearest have [\d,]+ \("),
         (["search.parameters=null"], "search has no target.*search.parameters=0.6"),
         (["search.constraints.parameters=4.5B"], "Leave one of them out"),
-        (["search.halving.max_tokens=100"], r"3 candidates on \d+ tokens.*search.halving.max_tokens=100"),
+        (["search.halving.max_tokens=100"], r"3 candidates on [\d,]+ tokens.*search.halving.max_tokens=100"),
         (["search.halving.rungs=[3,2]"], "must rise to training.steps=4"),
         (["+search.space.num_layers=[3,4]"], "search.depth.metric"),
         (["search.importance=nowhere"], "search.importance=nowhere does not exist"),

@@ -14,7 +14,6 @@ from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
 from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.ranges import SEEDS, Ranged, ranged
-from minitron_nemo.config.search import BANDS, ConstraintsConfig, HalvingConfig, PricingConfig
 from minitron_nemo.config.trainer import Calibrating, Layout, Loading, Passing, TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 
@@ -371,46 +370,6 @@ class EvaluateConfig(Ranged):
     @property
     def has_tasks(self) -> bool:
         return bool(self.tasks) or self.preset is not None
-
-
-@dataclass
-class SearchConfig(Ranged):
-    model: str = ""
-    """Model artifact to cut; the corrected teacher, which teaches the candidates too."""
-    importance: str = ""
-    """estimate-importance artifact of a model of the same shape."""
-    parameters: Any = None
-    """Size of the student, 4.5B or a share of the model's such as 0.6; the same as constraints.parameters with
-    tolerance on either side."""
-    tolerance: float = ranged(0.05, at_least=0, below=1)
-    space: dict[str, Any] = field(default_factory=dict)
-    """Dim -> its sizes: a list, or {from, to, step} or {from, to, multiple_of}; ffn_expansion stands for
-    ffn_hidden_size as so many times hidden_size. Empty: hidden and ffn sizes from half the model's on, and heads."""
-    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
-    pricing: PricingConfig = field(default_factory=PricingConfig)
-    halving: HalvingConfig = field(default_factory=HalvingConfig)
-    depth: DepthChoice = field(default_factory=DepthChoice)
-    """Which layers go, where space has num_layers."""
-    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
-    """How every candidate is cut, as prune.surgery."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    output: str = how("runs/search")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.parameters is None or self.constraints.parameters is None,
-            "search.parameters and search.constraints.parameters both limit the parameters. Leave one of them out.",
-        )
-        require(
-            bool(self.space) or self.parameters is not None or any(getattr(self.constraints, name) for name in BANDS),
-            "search has no target: nothing says how small the student shall be. Set search.parameters=0.6 (a share of "
-            "the model's) or 4.5B, or one of search.constraints.",
-        )
 
 
 @dataclass

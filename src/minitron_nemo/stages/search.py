@@ -4,8 +4,9 @@
     measured    the best of them cut out of the teacher, without training                          (search/measuring.py)
     distilled   the best of those, few tokens for many and more for few                            (search/halving.py)
 
-<output>.search/                     kept until the search is over, so that one that was killed goes on
+<output>.search/                     so that a search that was killed goes on; nothing reads it afterwards
     measured.json                    see search/ledger.py
+    candidates/made_by.json          all that decides the losses below
     candidates/<name>/pruned         a prune artifact
     candidates/<name>/distilled      a distill artifact, and while it is none `distilled.training` (stages/training.py)
 
@@ -31,9 +32,10 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, writing
-from minitron_nemo.checks import Paused, require
-from minitron_nemo.config.identity import as_dict, differences
-from minitron_nemo.config.stages import DistillConfig, PruneConfig, SearchConfig
+from minitron_nemo.checks import Paused, reading, require
+from minitron_nemo.config.identity import as_dict, decisive, differences
+from minitron_nemo.config.search import SearchConfig
+from minitron_nemo.config.stages import DistillConfig, PruneConfig
 from minitron_nemo.config.trainer import Calibrating
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.pruning.targets import memory_bytes, parse_count
@@ -75,7 +77,7 @@ class Candidate:
         """What ranks it: how far it came, then its loss there; before any training after the cut, and by its price."""
         steps, loss = self.curve[-1] if self.curve else (0, math.inf)
         cut = math.inf if self.loss_cut is None else self.loss_cut
-        return (-steps, loss, cut, self.price)
+        return (-steps, math.inf if math.isnan(loss) else loss, cut, self.price)
 
 
 def run(config: SearchConfig) -> Artifact:
@@ -186,15 +188,16 @@ class _Search:
         for place in best.tolist():
             shape = found.space.shape(int(found.numbers[place]))
             dims = {dim: getattr(shape, dim) for dim in columns.dims}
-            candidates.append(Candidate(name_of(dims), dims, shape, float(total[place])))
+            if self._smaller(dims):  # the model itself is no student
+                candidates.append(Candidate(name_of(dims), dims, shape, float(total[place])))
+        require(bool(candidates), "search: the one shape within the constraints is the model's own. Lower them.")
         return candidates
 
     def measure(self, candidates: list[Candidate]) -> list[Candidate]:
         """Each with what its cut comes to; lowest loss first. Communicates: all ranks."""
         for each in candidates:
-            if smaller := self._smaller(each.dims):
-                entry = self._measuring.of(each.name, smaller)
-                each.loss_cut, each.kl_cut = entry["loss"], entry["kl"]
+            entry = self._measuring.of(each.name, self._smaller(each.dims))
+            each.loss_cut, each.kl_cut = entry["loss"], entry["kl"]
         costs = [each.shape.num_parameters for each in candidates]
         for each, front in zip(candidates, on_front(costs, [each.loss_cut or 0.0 for each in candidates]), strict=True):
             each.on_front = front
@@ -261,6 +264,7 @@ class _Search:
     def distil(self, candidates: Sequence[Candidate]) -> None:
         """Few tokens for many, more for few; writes each one's curve. Communicates: all ranks."""
         halving, running = self.config.halving, {each.name: each for each in candidates}
+        rank_zero_works(self._require_trained_alike)
         for step in self.rungs:
             for number, each in enumerate(running.values(), start=1):
                 say(f"    to step {step}: {each.name} ({number} of {len(running)})")
@@ -268,6 +272,26 @@ class _Search:
             losses = {name: each.curve[-1][1] for name, each in running.items()}
             left = survivors(losses, keep=halving.keep, step=step, never_before=halving.never_before)
             running = {name: running[name] for name in left}
+
+    def _require_trained_alike(self) -> None:
+        """Curves that stand were made with this config and from these inputs. Raises: Mistake: they were not."""
+        folder = self.directory / "candidates"
+        kept = folder / "made_by.json"
+        decides = self._decides_measurements() | {
+            "rungs": self.rungs,
+            "distill": decisive(self._distill_config(Path())),
+        }
+        if kept.is_file():
+            with reading(kept, f"Remove {folder} to start over."):
+                then = json.loads(kept.read_text())
+            for key, before, now in differences(then, decides):
+                require(
+                    False,
+                    f"{folder} holds candidates that were made with {key}={before}, not {now}. Go on with "
+                    f"{key}={before}, or remove {folder} to start over.",
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(decides))
 
     def _train_to(self, candidate: Candidate, step: int) -> float:
         """Held-out loss after so many steps; trains them where that is not known yet."""
