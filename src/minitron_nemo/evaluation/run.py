@@ -48,7 +48,14 @@ def evaluate_core(config: EvaluateConfig, source: Any, core: Any, tokenizer: Any
                     f"{unfinished.directory}. The same command goes on after them."
                 )
 
-        take_part = partial(
+        def between(over: str) -> None:
+            if Stop().asked():
+                raise Interrupted(
+                    f"stopped after {over}, as it was asked to; it is kept in {unfinished.directory}. The same command "
+                    "goes on there."
+                )
+
+        answer = partial(
             models.take_part,
             core=core,
             tokenizer=tokenizer,
@@ -57,9 +64,12 @@ def evaluate_core(config: EvaluateConfig, source: Any, core: Any, tokenizer: Any
             after=after,
         )
 
+        def take_part(task: Any) -> Any:
+            return between(task) if isinstance(task, str) else answer(task)
+
         def lead(together: Callable[[Any], Any]) -> Results:
             lm = models.MegatronLM(together, tokenizer, source.shape.seq_length)
-            return _each_task(config, lm, unfinished)
+            return _each_task(config, lm, unfinished, together)
 
         return rank_zero_leads(lead, take_part)
 
@@ -83,8 +93,10 @@ def evaluate_hf(config: EvaluateConfig, unfinished: Unfinished) -> Results:
     return rank_zero_works(work)
 
 
-def _each_task(config: EvaluateConfig, lm: Any, unfinished: Unfinished) -> Results:
-    """In one process."""
+def _each_task(
+    config: EvaluateConfig, lm: Any, unfinished: Unfinished, between: Callable[[str], Any] = lambda over: None
+) -> Results:
+    """In one process; `between` is called with what is over, before the next task begins."""
     from lm_eval.evaluator import evaluate
 
     from minitron_nemo.evaluation import tasks as of
@@ -97,6 +109,8 @@ def _each_task(config: EvaluateConfig, lm: Any, unfinished: Unfinished) -> Resul
         if each.name in unfinished.records:
             results[each.name] = unfinished.records[each.name]
             continue
+        if results:
+            between(next(reversed(results)))
         random.seed(0)  # as lm_eval's own command, for tasks that draw their documents
         np.random.seed(1234)
         built = of.build(each, manager)
