@@ -277,10 +277,9 @@ class _Search:
         """Curves that stand were made with this config and from these inputs. Raises: Mistake: they were not."""
         folder = self.directory / "candidates"
         kept = folder / "made_by.json"
-        decides = self._decides_measurements() | {
-            "rungs": self.rungs,
-            "distill": decisive(self._distill_config(Path())),
-        }
+        measured = self._decides_measurements()
+        decides = {key: measured[key] for key in ("surgery", "depth", "inputs")}
+        decides |= {"rungs": self.rungs, "distill": decisive(self._distill_config(Path()))}
         if kept.is_file():
             with reading(kept, f"Remove {folder} to start over."):
                 then = json.loads(kept.read_text())
