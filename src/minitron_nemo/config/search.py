@@ -128,8 +128,9 @@ class SearchConfig(Ranged):
             self.parameters is None or self.constraints.parameters is None,
             "search.parameters and search.constraints.parameters both limit the parameters. Leave one of them out.",
         )
-        require(
-            bool(self.space) or self.parameters is not None or any(getattr(self.constraints, name) for name in BANDS),
-            "search has no target: nothing says how small the student shall be. Set search.parameters=0.6 (a share of "
-            "the model's) or 4.5B, or one of search.constraints.",
-        )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether it says how small the student shall be."""
+        limits = any(getattr(self.constraints, name) is not None for name in BANDS)
+        return bool(self.space) or self.parameters is not None or limits

@@ -120,6 +120,11 @@ class _Search:
 
     def __init__(self, config: SearchConfig) -> None:
         self.config = config
+        require(
+            config.has_target,
+            "search has no target: nothing says how small the student shall be. Set search.parameters=0.6 (a share of "
+            "the model's) or 4.5B, or one of search.constraints.",
+        )
         self.source = engine.open_model(config.model, key="search.model")
         scores = open_artifact(config.importance, made_by=["estimate-importance"], key="search.importance")
         self.blend = open_blend(config.data)
