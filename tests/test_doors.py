@@ -84,7 +84,10 @@ MISTYPED = {
     ),
     "half a list": (["prune", "recipe=quickstart", "prune.layers=[0"], "prune.layers=[0 cannot be read as key=value"),
     "an unknown recipe": (["prune", "recipe=quickstrat"], "recipe=quickstrat is not a file under"),
-    "no recipe": (["prune"], "say which recipe: recipe=<name>. Known: embedded_teacher, prune, quickstart, real."),
+    "no recipe": (
+        ["prune"],
+        "say which recipe: recipe=<name>. Known: embedded_teacher, prune, quickstart, real, search.",
+    ),
     "an unknown stage": (["prone", "recipe=quickstart"], "prone is not a stage; did you mean prune?"),
     "an unknown section": (["prune", "recipe=quickstart", "section=prun"], "did you mean prune?"),
     "a section of another stage": (

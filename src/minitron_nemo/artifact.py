@@ -7,8 +7,9 @@
 The files go to `<output>.partial` and the directory is renamed when the block ends, so a half-written artifact cannot
 be mistaken for a finished one and an older one stays intact until its successor is whole. `manifest.json` says which
 stage made it, from which config and inputs (with digests), with which versions and in which numbers, what it measured,
-and of every file its size and sha256; and it holds a sha256 of itself. Opening an artifact compares the manifest, all
-sizes and the contents of small files, which is where numbers and names stand; the contents of all with `verify`.
+what it cost, and of every file its size and sha256; and it holds a sha256 of itself. Opening an artifact compares the
+manifest, all sizes and the contents of small files, which is where numbers and names stand; the contents of all with
+`verify`.
 
 The digest is the identity of what was made: stage, what in the config decides it, identities of the inputs, and the
 files. Where something lies does not count (an input's path stands for its identity, and one beside the output for its
@@ -40,9 +41,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from minitron_nemo import platform
 from minitron_nemo.checks import CannotWrite, NothingThere, reading, require
 from minitron_nemo.config.identity import as_dict, decisive
-from minitron_nemo.parallel import barrier, by_rank_zero, is_rank_zero, rank_zero_works
+from minitron_nemo.parallel import barrier, by_rank_zero, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.platform.numerics import numerics
 
 MANIFEST = "manifest.json"
@@ -164,6 +168,23 @@ def _not_as_written(artifact: Artifact, key: str, name: str, problem: str) -> st
     return f"{key}={artifact.path} is not as {artifact.stage} made it: {name} {problem}. {_MEND}"
 
 
+_began: list[float] = []
+"""When the stage that runs now began; empty where nobody said it."""
+
+
+def stage_begins() -> None:
+    """From here on counts what the next artifact cost. Every rank may call."""
+    _began[:] = [time.time()]
+
+
+def _cost(started: float) -> dict[str, Any]:
+    """Wall time of the stage in the process that ended it, and on how many processes and what."""
+    device = platform.device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    seconds = time.time() - (_began.pop() if _began else started)
+    return {"seconds": round(seconds, 3), "processes": world_size(), "device": name}
+
+
 @contextmanager
 def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Artifact] = ()) -> Iterator[Draft]:
     """Write an artifact; see the module's text. Any error (disk full: OSError) leaves the older artifact untouched.
@@ -188,6 +209,7 @@ def writing(output: Path | str, *, stage: str, config: Any, inputs: Sequence[Art
             "metrics": draft.metrics,
             "facts": draft.facts,
             "seconds": round(time.time() - started, 3),
+            "cost": _cost(started),
             "files": files,
         }
         as_plain = json.loads(json.dumps(manifest))  # numbers and keys as they will be read

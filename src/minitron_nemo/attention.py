@@ -7,6 +7,8 @@ backward pass; on a CPU that is half of a training step. This is the same functi
     key, value       [s, b, g/tp, d]
     context          [s, b, (n/tp) * d]
 
+While text is generated the query is one token, and keys and values are those of all before it too, from a cache.
+
 Of several documents in one sample (`PackedSeqParams`, layout thd) the b is missing, and each attends to itself alone.
 
 Communication: none; heads are split over tp and every rank holds the whole sequence.
@@ -43,8 +45,10 @@ class FusedCausalAttention(DotProductAttention):
         return self._attend(query, key, value)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        is_causal = len(query) == len(key)
+        assert is_causal or len(query) == 1, "a cache is read a token at a time"
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
         context = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, is_causal=is_causal, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
         )
         return context.permute(2, 0, 1, 3).flatten(2)

@@ -28,6 +28,10 @@ class NothingKept(Interrupted):
     """A run was told to stop and has kept nothing; the same command begins anew, and needs as long again."""
 
 
+class Paused(Interrupted):
+    """A run has come as far as it was asked to for now."""
+
+
 def require(condition: bool, message: str, error: type[Exception] = Mistake) -> None:
     """Raise `error(message)` unless `condition` holds; for what a person typed, never for our own invariants.
 

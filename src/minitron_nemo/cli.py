@@ -22,6 +22,7 @@ DOORS = (
     "correct-teacher",
     "estimate-importance",
     "prune",
+    "search",
     "prune-hf",
     "teacher-logits",
     "distill",

@@ -126,6 +126,60 @@ def rank_zero_works(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
+def rank_zero_leads(lead: Callable[[Callable[[Any], Any]], T], take_part: Callable[[Any], Any]) -> T:
+    """What `lead(together)` returns on rank 0, which alone runs it; a small picklable value, on every rank.
+
+    Each `together(task)` within runs `take_part(task)` on every rank and returns what it returned on rank 0; `task` is
+    picklable. Between two of them the others ask the run's store now and then, as in `rank_zero_works`. But for
+    `together`, what all ranks do must not be done within `lead`.
+    Communicates: all ranks, at every task and at the end.
+    Raises: on every rank, what `lead` raises on rank 0, or `take_part` on every rank.
+    """
+    if world_size() == 1:
+        return lead(take_part)
+    store = default_store()
+    assert store is not None
+    turn = store.add(f"{_WORK}/{rank()}", 1)
+    calls, taking_part = 0, False
+
+    def say(more: bool, said: Any) -> tuple[bool, Any]:
+        nonlocal calls
+        calls += 1
+        key = f"{_WORK}/led/{turn}/{calls}"
+        if is_rank_zero():
+            store.set(key, "")
+        else:
+            _wait_for(store, key)
+        return rank_zero_says((more, said))
+
+    def together(task: Any) -> Any:
+        nonlocal taking_part
+        say(True, task)
+        taking_part = True
+        found = take_part(task)
+        taking_part = False
+        return found
+
+    if not is_rank_zero():
+        more, said = say(True, None)
+        while more:
+            take_part(said)
+            more, said = say(True, None)
+        result, error = said
+    else:
+        result, error = None, None
+        try:
+            result = lead(together)
+        except BaseException as raised:  # whatever ended it, the others must not wait for ever
+            if taking_part:
+                raise  # so do they
+            error = raised
+        say(False, (result, _that_travels(error)))
+    if error is not None:
+        raise error
+    return result
+
+
 def by_rank_zero(work: Callable[P, T]) -> Callable[P, T]:
     """A function that rank 0 does for all, as `rank_zero_works`. Every rank calls."""
 

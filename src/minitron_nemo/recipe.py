@@ -40,6 +40,7 @@ from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.config import stages
 from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.quiet import imports_held_back
@@ -52,6 +53,7 @@ STAGES: dict[str, type] = {
     "estimate-importance": stages.EstimateImportanceConfig,
     "prune": stages.PruneConfig,
     "prune-hf": stages.PruneHfConfig,
+    "search": SearchConfig,
     "teacher-logits": stages.TeacherLogitsConfig,
     "distill": stages.DistillConfig,
     "evaluate": stages.EvaluateConfig,

@@ -3,6 +3,7 @@
     <output>.unfinished/
         made_by.json              config, inputs and number of ranks: another run does not go on there, but begins anew
         rank-00003.safetensors    the sums of each pass on this rank, and of how many micro-batches they are
+        records.json              what parts of the stage that are over have found, kept at once, against a kill too
 
     unfinished = Unfinished(output, config, inputs)
     one_pass = unfinished.one_pass("importance")
@@ -37,7 +38,7 @@ from minitron_nemo.stopping import Stop
 
 T = TypeVar("T")
 
-_MADE_BY = "made_by.json"
+_MADE_BY, _RECORDS = "made_by.json", "records.json"
 
 
 class Sums(Protocol):
@@ -68,6 +69,8 @@ class Unfinished:
         }
         self.passes: dict[str, tuple[int, dict[str, Tensor]]] = {}
         """By name of a pass, micro-batches done and their sums, on the host."""
+        self.records: dict[str, Any] = {}
+        """By name, plain data that a finished part of the stage has found; see `keep`."""
         if rank_zero_works(self._goes_on):
             self._read()
 
@@ -84,6 +87,7 @@ class Unfinished:
 
         def put_in_place() -> None:
             (partial / _MADE_BY).write_text(json.dumps(self._made_by))
+            self._write_records(partial)
             shutil.rmtree(self.directory, ignore_errors=True)
             partial.rename(self.directory)
 
@@ -99,6 +103,19 @@ class Unfinished:
             barrier()
             rank_zero_works(put_in_place)
         raise Interrupted(f"{message}; it is kept in {self.directory}. The same command goes on there.")
+
+    def keep(self, name: str, record: Any) -> None:
+        """Keep plain data of a part of the stage that is over; a kill does not lose it. Rank 0 alone calls."""
+        self.records[name] = record
+        with saying_when_full(self.output):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._write_records(self.directory)
+            (self.directory / _MADE_BY).write_text(json.dumps(self._made_by))
+
+    def _write_records(self, directory: Path) -> None:
+        partial = directory / f"{_RECORDS}.partial"
+        partial.write_text(json.dumps(self.records))
+        partial.rename(directory / _RECORDS)
 
     def clear(self) -> None:
         """The output is whole. Communicates: all ranks."""
@@ -117,6 +134,10 @@ class Unfinished:
         return True
 
     def _read(self) -> None:
+        if (self.directory / _RECORDS).is_file():
+            self.records = json.loads((self.directory / _RECORDS).read_text())
+        if not (self.directory / _file_of_rank()).is_file():
+            return  # it was killed, and kept records alone
         with safe_open(self.directory / _file_of_rank(), framework="pt") as file:
             done = json.loads(file.metadata()["done"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (it is no dict)

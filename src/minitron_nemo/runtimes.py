@@ -25,12 +25,17 @@ _SAME_MATHEMATICS = {"llama": ("mistral",)}
 """Family -> families whose model computes the same from the same weights, where there are no biases of linears."""
 
 
+def wants_whole_heads(family: str) -> bool:
+    """Whether a model of this family opens only where hidden_size is a multiple of num_attention_heads."""
+    return family in _HIDDEN_IN_HEADS
+
+
 def opening_problem(shape: ModelShape) -> str | None:
     """Who does not open a model of this shape and family, and why; None where nobody is known to refuse it."""
-    refusing = _HIDDEN_IN_HEADS.get(shape.family)
     hidden, heads = shape.hidden_size, shape.num_attention_heads
-    if refusing is None or hidden % heads == 0:
+    if not wants_whole_heads(shape.family) or hidden % heads == 0:
         return None
+    refusing = _HIDDEN_IN_HEADS[shape.family]
     return (
         f"a {shape.family} of hidden_size={hidden} and num_attention_heads={heads} is not opened by {refusing}: its "
         "config class wants the first to be a multiple of the second"

@@ -1,4 +1,4 @@
-"""The dimensions of a model: those pruning can change and those it cannot, and what they cost.
+"""The dimensions of a model: those pruning can change and those it cannot. What they cost is in `counts`.
 
 Pure arithmetic. Names are Megatron-core's. `padded_vocab_size` is what the embedding table really holds; the
 tokenizer may know fewer tokens.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minitron_nemo.checks import did_you_mean, nearest_multiples, require, require_divisible
+from minitron_nemo.counts import Counts
 
 PRUNABLE_DIMS = (
     "num_layers",
@@ -49,7 +50,7 @@ _EXPERT_FIELDS = (
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(Counts):
     """Shape of a Megatron-core GPT model, dense or with a mixture of experts.
 
     Source of the counts: arXiv:2407.14679 (tables of architectures) and the published model configurations.
@@ -160,105 +161,8 @@ class ModelShape:
         return self.num_moe_experts is not None and (self.moe_layer_freq is None or self.moe_layer_freq[layer] == 1)
 
     @property
-    def num_expert_layers(self) -> int:
-        if self.num_moe_experts is None:
-            return 0
-        return self.num_layers if self.moe_layer_freq is None else sum(self.moe_layer_freq)
-
-    @property
     def has_dense_layers(self) -> bool:
         return self.num_expert_layers < self.num_layers
-
-    @property
-    def heads_per_group(self) -> int:
-        return self.num_attention_heads // self.num_query_groups
-
-    @property
-    def query_projection_size(self) -> int:
-        """Columns of the output projection: heads x kv_channels."""
-        return self.num_attention_heads * self.kv_channels
-
-    @property
-    def qkv_projection_size(self) -> int:
-        """Rows of the fused QKV weight: groups x (heads per group + 2) x kv_channels."""
-        return self.num_query_groups * (self.heads_per_group + 2) * self.kv_channels
-
-    @property
-    def fc1_size(self) -> int:
-        """Rows of linear_fc1: gate and up together where gated."""
-        return self.ffn_hidden_size * (2 if self.gated_linear_unit else 1)
-
-    # ---- counts --------------------------------------------------------------------------------------------------
-
-    @property
-    def num_embedding_parameters(self) -> int:
-        """Input embedding and, unless tied, output layer."""
-        tables = 1 if self.share_embeddings_and_output_weights else 2
-        return tables * self.padded_vocab_size * self.hidden_size
-
-    @property
-    def num_non_embedding_parameters(self) -> int:
-        """Layers and final norm: what the papers print as non-embedding parameters."""
-        return self._num_outside_embeddings(self.num_moe_experts)
-
-    @property
-    def num_parameters(self) -> int:
-        return self.num_embedding_parameters + self.num_non_embedding_parameters
-
-    @property
-    def num_active_parameters(self) -> int:
-        """Parameters one token meets: all but the experts it is not routed to."""
-        return self.num_embedding_parameters + self._num_outside_embeddings(self.moe_router_topk)
-
-    def _num_outside_embeddings(self, experts: int | None) -> int:
-        """Parameters of layers and final norm, with `experts` experts counted in an expert layer."""
-        h = self.hidden_size
-        tensors_per_norm = 1 if self.normalization == "RMSNorm" else 2  # LayerNorm has a bias
-        attention = self.qkv_projection_size * h + h * self.query_projection_size
-        dense_biases = 0
-        if self.add_bias_linear:
-            attention += h
-            dense_biases = self.fc1_size + h
-        if self.add_bias_linear or self.add_qkv_bias:
-            attention += self.qkv_projection_size
-        qk_norms = 2 * self.kv_channels if self.qk_layernorm else 0
-        every_layer = attention + (2 * h + qk_norms) * tensors_per_norm
-        dense_layers = self.num_layers - self.num_expert_layers
-        return (
-            self.num_layers * every_layer
-            + dense_layers * (self._mlp_weights(self.ffn_hidden_size) + dense_biases)
-            + self.num_expert_layers * self._expert_weights(experts)
-            + h * tensors_per_norm
-        )
-
-    def _mlp_weights(self, neurons: int) -> int:
-        """Weights of an MLP: up (and gate), down."""
-        return neurons * self.hidden_size * (3 if self.gated_linear_unit else 2)
-
-    def _expert_weights(self, experts: int | None) -> int:
-        """Router, `experts` experts and the shared expert of an expert layer."""
-        if self.num_moe_experts is None or experts is None:
-            return 0
-        routed = experts * self._mlp_weights(self.moe_ffn_hidden_size or 0)
-        shared = self._mlp_weights(self.moe_shared_expert_intermediate_size or 0)
-        return self.num_moe_experts * self.hidden_size + routed + shared
-
-    def flops_per_token(self, seq_length: int, *, training: bool = False) -> int:
-        """Matrix-multiply FLOPs of one token in a causal sequence of `seq_length` (2 per multiply-add); the output
-        layer counts, the embedding look-up does not; of the experts, those the token is routed to. Training is three
-        times the forward pass."""
-        h = self.hidden_size
-        attention = (self.qkv_projection_size + self.query_projection_size) * h
-        attention += self.query_projection_size * seq_length  # QK^T and AV, half of each by causality
-        dense_layers = self.num_layers - self.num_expert_layers
-        mlps = dense_layers * self._mlp_weights(self.ffn_hidden_size)
-        mlps += self.num_expert_layers * self._expert_weights(self.moe_router_topk)
-        forward = 2 * (self.num_layers * attention + mlps + self.padded_vocab_size * h)
-        return 3 * forward if training else forward
-
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Bytes one token adds to the key-value cache, all layers."""
-        return 2 * self.num_layers * self.num_query_groups * self.kv_channels * bytes_per_value
 
     # ---- checks --------------------------------------------------------------------------------------------------
 

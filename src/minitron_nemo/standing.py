@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.artifact import Artifact, finish_what_was_cut_off, is_artifact, open_artifact
+from minitron_nemo.artifact import Artifact, finish_what_was_cut_off, is_artifact, open_artifact, stage_begins
 from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
@@ -40,6 +40,7 @@ def make(step: Step, config: Any, *, overwrite: bool, verify_inputs: bool = Fals
     with listening():
         if verify_inputs:
             rank_zero_works(partial(_verify_inputs, step, config))
+        stage_begins()
         return stage_module(step.stage).run(config)
 
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from minitron_nemo.artifact import open_artifact
 from support.artifacts import listing
-from support.door import Door, environment
-from support.patience import Patience, end
+from support.door import Door, kill_once_there
 from support.tiny import STEPS, TinyChain, quickstart_overrides
 
 CHAIN = {
@@ -164,7 +159,7 @@ def test_a_chain_killed_between_steps_goes_on_and_a_changed_key_remakes_what_han
         *quickstart_overrides(tmp_path, tiny_chain.teacher, tiny_chain.corpus),
         f"compress.steps=[{steps}]",
     ]
-    kill_once_there(run_dir / "importance" / "manifest.json", overrides)
+    kill_once_there(run_dir / "importance" / "manifest.json", ["compress", *overrides])
     made = [name for name in list(CHAIN)[:5] if (run_dir / name / "manifest.json").is_file()]
     assert "importance" in made and not (run_dir / "evaluation_pruned").exists()
     before = {name: listing(run_dir / name) for name in made}
@@ -186,20 +181,3 @@ def test_a_chain_killed_between_steps_goes_on_and_a_changed_key_remakes_what_han
     assert pruned.manifest["config"]["target"]["ffn_hidden_size"] == 40
     assert evaluated.metrics["parameters"] == pruned.metrics["parameters"]
     assert pruned.digest in [given["digest"] for given in evaluated.manifest["inputs"]]
-
-
-def kill_once_there(file: Path, overrides: list[str]) -> None:
-    """Run the chain in a process of its own and kill it, without a word, as soon as `file` stands."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minitron_nemo.cli", "compress", *overrides],
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    patience = Patience([process.pid])
-    while not file.exists() and process.poll() is None and not patience.over():
-        time.sleep(0.005)
-    end(process)
-    _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL and file.exists(), said.decode()

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,3 +175,21 @@ if __name__ == "__main__":  # Megatron-core's checkpoint writer starts processes
         _serve(os.fdopen(int(sys.argv[1])), os.fdopen(int(sys.argv[2]), "w"))
     finally:  # nobody asks any more, or nobody hears
         os.killpg(0, signal.SIGKILL)  # what it started too; without the libraries' farewells, which take ten seconds
+
+
+def kill_once_there(file: Path, command: list[str]) -> None:
+    """Run a command in a process of its own and kill it, without a word, as soon as `file`, a pattern, stands."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minitron_nemo.cli", *command],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    patience = Patience([process.pid])
+    place, pattern = Path(file.anchor), str(file.relative_to(file.anchor))
+    while not any(place.glob(pattern)) and process.poll() is None and not patience.over():
+        time.sleep(0.005)
+    end(process)
+    _, said = process.communicate()
+    assert process.returncode == -signal.SIGKILL and any(place.glob(pattern)), said.decode()

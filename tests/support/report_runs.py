@@ -140,6 +140,80 @@ def write_run(folder: Path, losses: Mapping[str, float | None] = LOSSES) -> Path
     return folder
 
 
+def write_measured_run(folder: Path) -> Path:
+    """`write_run` with all else that stages measure: sources, KL, tasks, samples, speed and a search."""
+    write_run(folder, dict.fromkeys(LOSSES))
+    tasks = {
+        "teacher": (0.5, 0.7),
+        "corrected_teacher": (0.5, 0.75),
+        "distilled": (0.45, 0.675),
+        "pruned_ce": (0.4, 0.6),
+    }
+    for name, loss in LOSSES.items():
+        model = open_artifact(folder / name)
+        with writing(folder / f"evaluation_{name}", stage="evaluate", config={}, inputs=(model,)) as draft:
+            draft.metrics.update(held_out_loss=loss, perplexity=math.exp(loss), tokens=8192, kl=loss - 2.8)
+            draft.metrics["sources"] = {
+                "stdlib": {"held_out_loss": loss - 0.1, "tokens": 6144, "kl": loss - 2.9},
+                "a<b|c": {"held_out_loss": loss + 0.3, "tokens": 2048, "kl": loss - 2.5},
+            }
+            if name in tasks:
+                common = {
+                    "metric": "acc_norm",
+                    "stderr": 0.01,
+                    "higher_is_better": True,
+                    "num_fewshot": 5,
+                    "samples": 9,
+                }
+                pairs = zip(("arc", "winogrande"), tasks[name], strict=True)
+                draft.metrics["tasks"] = {task: {"value": value} | common for task, value in pairs}
+            draft.facts["model"] = str(model.path)
+            said = [("greedy", f"{name} returns <b>{'x' * 90}"), ("sampled", f"{name} | wanders")]
+            samples = [{"prompt": "def f(x):\n", "mode": mode, "text": text} for mode, text in said]
+            (draft.path / "samples.json").write_text(json.dumps(samples))
+    _write_throughput(folder)
+    _write_search(folder)
+    return folder
+
+
+def _write_throughput(folder: Path) -> None:
+    models = [open_artifact(folder / name) for name in ("corrected_teacher", "distilled_calibrated")]
+    with writing(folder / "throughput", stage="throughput", config={}, inputs=models) as draft:
+        rows = [
+            {
+                "model": model.path.name, "parameters": 900_000, "engine": "transformers", "dtype": "bfloat16",
+                "batch_size": 8, "prompt_tokens": 128, "new_tokens": 32, "prefill_tokens_per_s": 9000.0 * speed,
+                "decode_tokens_per_s": 120.0 * speed, "time_to_first_token_s": 0.1 / speed,
+                "peak_memory_bytes": 3 * 2**30, "largest": False,
+            }
+            for model, speed in zip(models, (1, 1.5), strict=True)
+        ]  # fmt: skip
+        (draft.path / "throughput.json").write_text(json.dumps({"machine": "a laptop", "rows": rows}))
+
+
+def _write_search(folder: Path) -> None:
+    candidates = [
+        {
+            "id": f"c{number}", "dims": {"hidden_size": 16 + number, "num_layers": 3}, "parameters": 900_000 + number,
+            "non_embedding_parameters": 800_000, "memory_bytes": 2_000_000, "latency_seconds": None, "price": 0.1,
+            "loss_cut": 5.0 + number, "kl_cut": 2.0, "curve": [[512, 4.0], [1024, 3.5 + number]], "tokens": 1024,
+            "rung": 1, "rank": number + 1, "on_front": number == 0,
+        }
+        for number in range(3)
+    ]  # fmt: skip
+    found = {
+        "target": "at most 1M parameters", "constraints": ["hidden_size is a multiple of 8"], "tokens_spent": 3072,
+        "counts": {"space": 4608, "feasible": 15, "priced": 15, "measured": 5, "distilled": 3},
+        "teacher": {"parameters": 2_000_000, "held_out_loss": 2.88}, "candidates": candidates, "winner": "c0",
+    }  # fmt: skip
+    with writing(folder / "search", stage="search", config={}, inputs=[open_artifact(folder / "teacher")]) as draft:
+        draft.metrics["tokens_spent"] = 3072
+        (draft.path / "search.json").write_text(json.dumps(found))
+        (draft.path / "pareto.svg").write_text(
+            '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="900" height="90"><circle r="9"/></svg>'
+        )
+
+
 class Page(HTMLParser):
     """Collects what tests ask of a page; fails on tags that do not close."""
 

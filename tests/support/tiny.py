@@ -72,6 +72,8 @@ def quickstart_overrides(directory: Path, teacher: Path, corpus: Path) -> list[s
         "prune.target.ffn_hidden_size=48",
         "prune.target.num_attention_heads=4",
         "evaluate.num_samples=8",
+        "evaluate.prompts=[def]",
+        "evaluate.new_tokens=4",
         "export_hf.dtype=fp32",
         *training,
     ]

@@ -9,6 +9,7 @@ from typing import Any
 from minitron_nemo.checks import require
 from minitron_nemo.config.data import STDLIB, DataConfig, Documents, Prepared
 from minitron_nemo.config.distillation import DistillationConfig, require_stored_is_enough
+from minitron_nemo.config.evaluation import PRESETS
 from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
 from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
@@ -302,12 +303,73 @@ class DistillConfig(Ranged):
 @dataclass
 class EvaluateConfig(Ranged):
     model: str = ""
-    """Model artifact to measure."""
-    num_samples: int | None = ranged(None, at_least=1)
-    """Samples over all data-parallel ranks; null takes all of the held-out text."""
+    """Model artifact to measure; with tasks also a Hugging Face folder, which has no held-out loss here."""
+    num_samples: int | None = ranged(None, at_least=0)
+    """Samples over all data-parallel ranks, of every source in proportion; null takes all of the held-out text, 0
+    leaves the held-out loss out."""
+    teacher: str | None = None
+    """Model artifact whose distance (forward KL) on the held-out text is measured too; null: none is."""
+    prompts: list[str] = field(default_factory=list)
+    """Texts that the model continues, greedily and sampled, for a look."""
+    new_tokens: int = ranged(64, at_least=1)
+    """Tokens it adds to each, at most."""
+    temperature: float = ranged(0.8, above=0)
+    """Of the sampled continuation, as the two that follow."""
+    top_p: float = ranged(0.95, above=0, at_most=1)
+    """Share of the probability that the likeliest tokens, which alone are drawn, make up together."""
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
+    tasks: list[str] | None = None
+    """Of lm-evaluation-harness: names, YAML files, or folders of them."""
+    preset: str | None = None
+    """Tasks with their settings: papers (arXiv:2408.11796) or quick. It and `tasks` add up."""
+    num_fewshot: int | None = ranged(None, at_least=0)
+    """Examples before each question of `tasks`; null: what the task says."""
+    limit: Any = None
+    """Of each task the first so many documents (a whole number, 1 is one), or a share of them (below 1)."""
+    batch_size: int = ranged(8, at_least=1, how=True)
+    """Texts that are run at once on a data-parallel rank."""
+    chat_template: str | None = None
+    """Write the questions and prompts by the tokenizer's chat template: default, or one's name; null: as plain text."""
+    run_code: bool = how(False)
+    """Allow tasks that run what the model wrote (mbpp, humaneval) on this machine."""
+    against: str | None = None
+    """Evaluation of the teacher, to be compared with."""
     trainer: Passing = field(default_factory=Passing)
     data: Prepared = field(default_factory=Prepared)
     output: str = how("runs/evaluation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.preset in (None, *PRESETS),
+            f"evaluate.preset={self.preset} is not known; use {', '.join(PRESETS)} or null.",
+        )
+        limit = self.limit
+        known = limit is None or (
+            isinstance(limit, int | float)
+            and not isinstance(limit, bool)
+            and (limit >= 1 if isinstance(limit, int) else 0 < limit < 1)
+        )
+        require(
+            known,
+            f"evaluate.limit={limit} must be a whole number of documents (1, 100) or a share of them above 0 and "
+            "below 1 (0.1). Lm_eval reads 1.0 as one document; leave limit out to take all.",
+        )
+        require(
+            self.num_samples != 0 or self.has_tasks,
+            "evaluate.num_samples=0 leaves the held-out loss out, and there is no task. Name evaluate.tasks or a "
+            "preset, or set num_samples=null.",
+        )
+        of_tasks = ("against", "limit", *(() if self.prompts else ("chat_template",)))
+        lonely = next((name for name in of_tasks if getattr(self, name) is not None), None)
+        require(
+            lonely is None or self.has_tasks,
+            f"evaluate.{lonely} is about tasks, and none is named. Set evaluate.tasks or evaluate.preset.",
+        )
+
+    @property
+    def has_tasks(self) -> bool:
+        return bool(self.tasks) or self.preset is not None
 
 
 @dataclass

@@ -7,6 +7,7 @@ communicates.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -71,6 +72,11 @@ def continuation(path: Path | str, prompt: str, *, new_tokens: int, seed: int) -
     )
     text: str = tokenizer.decode(written[0], skip_special_tokens=True)
     return text
+
+
+def number_of_parameters(path: Path | str) -> int:
+    """Of the model that the folder's config.json describes; a tied weight counts once."""
+    return sum(math.prod(shape) for shape in _parameters_of_config(Path(path)).values())
 
 
 def _parameters_of_config(path: Path) -> dict[str, tuple[int, ...]]:

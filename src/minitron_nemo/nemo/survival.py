@@ -3,6 +3,7 @@
     killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
     told to stop (stopping.py) ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
                                exit code 75 (`StopWhenAsked`); the same command continues it
+    asked to pause at a step   validates there and ends with a checkpoint and `Paused`
     a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `optim.py`)
 
 Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's own.
@@ -19,7 +20,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from minitron_nemo.checks import Interrupted, Mistake
+from minitron_nemo.checks import Interrupted, Mistake, Paused
 from minitron_nemo.nemo.optim import SkippingOptimizer
 from minitron_nemo.parallel import all_reduce_max, rank_zero_works, world
 from minitron_nemo.runtime.training_run import checkpoint_of, newest_checkpoint
@@ -64,12 +65,13 @@ class ResumableCheckpoints(pl.Callback):
 
 
 class StopWhenAsked(pl.Callback):
-    """Ends the run after the step in which any rank was asked to stop; saves it then."""
+    """Ends the run after the step in which any rank was asked to stop, or where it pauses; saves it then."""
 
-    def __init__(self, checkpoints: ResumableCheckpoints) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, checkpoints: ResumableCheckpoints, pause_at: int | None = None) -> None:
+        self.checkpoints, self.pause_at = checkpoints, pause_at
         self.stopped_after: int | None = None
         """Steps done when the run was stopped; None while it was not."""
+        self.asked = False
         self._closing = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,11 +81,20 @@ class StopWhenAsked(pl.Callback):
         """Communicates: every rank, a maximum of one number."""
         asked = told_to_stop()
         anyone = all_reduce_max(torch.tensor(float(asked), device=pl_module.device), group=world())
-        if bool(anyone) and trainer.global_step < trainer.max_steps:
+        if trainer.global_step == trainer.max_steps:
+            return
+        if bool(anyone):
             self.checkpoints.save(trainer)
-            self.stopped_after = trainer.global_step
             trainer.limit_val_batches = 0  # else Lightning validates on the way out
+        if bool(anyone) or trainer.global_step == self.pause_at:
+            self.stopped_after = trainer.global_step
+            self.asked = bool(anyone)
             trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A pause is saved with its validation behind it, so that one killed in between comes there again."""
+        if trainer.global_step == self.pause_at and self.stopped_after is not None:
+            self.checkpoints.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._closing.close()
@@ -92,7 +103,9 @@ class StopWhenAsked(pl.Callback):
         self._closing.close()
 
     def require_finished(self, steps: int) -> None:
-        """Raises: Interrupted: the run was stopped."""
+        """Raises: Paused, Interrupted: the run was stopped."""
+        if self.stopped_after is not None and not self.asked:
+            raise Paused(f"paused after step {self.stopped_after} of {steps}.")
         if self.stopped_after is not None:
             raise Interrupted(
                 f"stopped after step {self.stopped_after} of {steps}, as it was asked to; everything is saved. "

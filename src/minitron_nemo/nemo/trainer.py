@@ -231,7 +231,8 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
         model: with its optimizer; holds the trained weights afterwards.
     Returns:
         The history (rank 0; empty elsewhere).
-    Raises: Interrupted: the run was told to stop, and saved. ValueError: too many steps in a row were not finite.
+    Raises: Paused, Interrupted: the run was to pause, or told to stop, and saved. ValueError: too many steps in a row
+        were not finite.
     """
     config, training, directory = run.trainer, run.training, run.directory
     require_divisible(
@@ -247,7 +248,7 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
         directory / CHECKPOINTS, training.checkpoint_every, also_the_last=training.keep_optimizer
     )
     checkpoints.directory.mkdir(exist_ok=True)
-    stop = StopWhenAsked(checkpoints)
+    stop = StopWhenAsked(checkpoints, run.pause_at)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
     callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
     if balancing is not None:

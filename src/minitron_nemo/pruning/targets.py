@@ -20,14 +20,15 @@ from typing import Any
 
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.pruning import BudgetConfig
+from minitron_nemo.counts import Counts
 from minitron_nemo.runtimes import default_multiple, nearest_that_opens, opening_problem
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 logger = logging.getLogger(__name__)
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15}
-_BYTES = {f"{unit}B": size for unit, size in _UNITS.items() if unit != "B"}
-_BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12, "P": 10**15}
+BYTES = {f"{unit}B": size for unit, size in COUNTS.items() if unit != "B"}
+BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 _COSTS: dict[str, Callable[[ModelShape, BudgetConfig], int]] = {
@@ -40,7 +41,7 @@ _COSTS: dict[str, Callable[[ModelShape, BudgetConfig], int]] = {
 }
 
 
-def memory_bytes(shape: ModelShape, *, batch_size: int, seq_length: int, bytes_per_value: int = 2) -> int:
+def memory_bytes(shape: Counts, *, batch_size: int, seq_length: int, bytes_per_value: int = 2) -> int:
     """Bytes of the weights and the key-value cache of `batch_size` sequences; activations are not counted."""
     cache = batch_size * seq_length * shape.kv_bytes_per_token(bytes_per_value)
     return shape.num_parameters * bytes_per_value + cache
@@ -82,7 +83,7 @@ def resolve_target(
     return _fit(shape, policy, budget, multiple_of)
 
 
-def parse_count(text: str, key: str, *, units: Mapping[str, int] = _UNITS) -> float:
+def parse_count(text: str, key: str, *, units: Mapping[str, int] = COUNTS) -> float:
     """A number with a unit: 4.5B, 800M, 16GiB.
 
     Raises: ValueError: no such number, or not above 0.
@@ -114,7 +115,7 @@ def _fraction(source: ModelShape, dim: str, share: float, *, groups: int) -> int
     return min(most, max(step, round(getattr(source, dim) * share / step) * step))
 
 
-def _step(shape: ModelShape, dim: str, multiple_of: Mapping[str, int]) -> int:
+def step_of(shape: ModelShape, dim: str, multiple_of: Mapping[str, int] = {}) -> int:
     """By how much a budget changes a dim at a time; wide dims go in powers of two near a sixteenth, at most 256."""
     if dim == "num_attention_heads":
         return shape.num_query_groups
@@ -188,7 +189,7 @@ def _fit(
             dim in shape.prunable_dims,
             f"budget.dims.{dim}: this {shape.family} model does not have it; it has {', '.join(shape.prunable_dims)}.",
         )
-    limit = parse_count(getattr(budget, name), f"budget.{name}", units=_BYTES | _UNITS if name == "memory" else _UNITS)
+    limit = parse_count(getattr(budget, name), f"budget.{name}", units=BYTES | COUNTS if name == "memory" else COUNTS)
     limit *= 1 if name == "memory" else 1 + budget.tolerance
 
     def fits(candidate: ModelShape) -> bool:
@@ -197,7 +198,7 @@ def _fit(
     if fits(shape):
         return shape
     full = {dim: getattr(shape, dim) for dim in policy}
-    steps = {dim: _step(shape, dim, multiple_of) for dim in policy}
+    steps = {dim: step_of(shape, dim, multiple_of) for dim in policy}
 
     def at(ratio: float) -> dict[str, int]:
         return {

@@ -1,4 +1,5 @@
-"""One HTML file from a run: numbers, curves, importance pictures, shapes, provenance.
+"""One HTML file from a run: what was gained and lost, numbers, curves, importance pictures, shapes, samples, cost,
+provenance; and the same in Markdown.
 
 The file asks nothing of the network: style and pictures are inside it, and there is no script. `page.html` is the
 template, with every value escaped but the pictures, which `figures` draws.
@@ -17,16 +18,21 @@ from markupsafe import Markup
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.report import pictures
+from minitron_nemo.report.bill import bill_of
+from minitron_nemo.report.headline import best_student, headline, reference_teacher
+from minitron_nemo.report.markdown import markdown
 from minitron_nemo.report.rows import logit_difference, seconds_of, summarize
 from minitron_nemo.report.run import EXPORT, Run
+from minitron_nemo.report.samples import samples_of
 from minitron_nemo.report.scores import Pruning, counts, importances
+from minitron_nemo.report.sheets import sheets
 from minitron_nemo.report.table import cells, count, headers
 from minitron_nemo.runtimes import suits
 from minitron_nemo.shape import ModelShape
 
 
-def render(run: Run, values: dict[str, Any]) -> str:
-    """The page as text.
+def content_of(run: Run, values: dict[str, Any]) -> dict[str, Any]:
+    """What the page is filled with, by the template's names.
 
     Args:
         run: the run that was read.
@@ -35,37 +41,49 @@ def render(run: Run, values: dict[str, Any]) -> str:
     pruning = Pruning.read(run)
     teacher_loss = next((r["held_out_loss"] for r in values["rows"] if r["name"] == values["reference_teacher"]), None)
     versions, common = _versions(run)
+    bill = bill_of(run)
+    side_by_side = [row["name"] for row in (reference_teacher(run, values), best_student(run, values)) if row]
+    return {
+        "name": run.path.name,
+        "summary": values,
+        "headline": headline(run, values, bill),
+        "sheets": sheets(run, values),
+        "bill": bill.sheet,
+        "samples": samples_of(run, side_by_side),
+        "headers": headers(values),
+        "rows": [cells(row) for row in values["rows"]],
+        "verdict": {True: "holds", False: "fails", None: "unknown"}[values["order"]["holds"]],
+        "correction_tokens": _correction_tokens(run),
+        "exports": _exports(run),
+        "curves": pictures.curves(run, teacher_loss),
+        "no_curves": "No training history in this run directory, so no curves.",
+        "origin": pruning.origin,
+        "plan": run.pruned,
+        "other_plans": [name for name in run.lineage.made_by("prune") if name != run.pruned],
+        "counts": counts(pruning.kept, pruning.sizes),
+        "pictures": pictures.scores(pruning),
+        "agreements": pictures.agreements(importances(run), run.importance, pruning),
+        "shapes": _shapes(run, pruning),
+        "suits": _suits(run, pruning),
+        "versions": versions,
+        "provenance": [_provenance(name, artifact, common) for name, artifact in sorted(run.artifacts.items())],
+    }
+
+
+def render(content: dict[str, Any]) -> str:
+    """The page as text, of `content_of`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     package = files("minitron_nemo.report")
     template = environment.from_string(package.joinpath("page.html").read_text(encoding="utf-8"))
-    return template.render(
-        name=run.path.name,
-        style=Markup(package.joinpath("page.css").read_text(encoding="utf-8")),
-        summary=values,
-        headers=headers(values),
-        rows=[cells(row) for row in values["rows"]],
-        verdict={True: "holds", False: "fails", None: "unknown"}[values["order"]["holds"]],
-        correction_tokens=_correction_tokens(run),
-        exports=_exports(run),
-        curves=pictures.curves(run, teacher_loss),
-        no_curves="No training history in this run directory, so no curves.",
-        origin=pruning.origin,
-        plan=run.pruned,
-        other_plans=[name for name in run.lineage.made_by("prune") if name != run.pruned],
-        counts=counts(pruning.kept, pruning.sizes),
-        pictures=pictures.scores(pruning),
-        agreements=pictures.agreements(importances(run), run.importance, pruning),
-        shapes=_shapes(run, pruning),
-        suits=_suits(run, pruning),
-        versions=versions,
-        provenance=[_provenance(name, artifact, common) for name, artifact in sorted(run.artifacts.items())],
-    )
+    return template.render(style=Markup(package.joinpath("page.css").read_text(encoding="utf-8")), **content)
 
 
 def write_report(run: Run, into: Path) -> dict[str, Any]:
-    """Write report.html and summary.json into a directory; returns the summary."""
+    """Write report.html, report.md and summary.json into a directory; returns the summary."""
     values = summarize(run)
-    (into / "report.html").write_text(render(run, values), encoding="utf-8")
+    content = content_of(run, values)
+    (into / "report.html").write_text(render(content), encoding="utf-8")
+    (into / "report.md").write_text(markdown(run, content), encoding="utf-8")
     (into / "summary.json").write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return values
 

@@ -10,10 +10,11 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo import platform
+from minitron_nemo.config.distillation import DivergenceConfig
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.distillation.loss import cross_entropy_of_tokens, walk_of
 from minitron_nemo.distillation.output_head import output_weight, without_logits
-from minitron_nemo.divergence.fused_linear import OutputHead
+from minitron_nemo.divergence.fused_linear import OutputHead, fused_linear_divergence
 from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.importance.baselines import random_scores, weight_magnitude
 from minitron_nemo.parallel import (
@@ -38,6 +39,7 @@ def run_forward(
     core: MCoreGPTModel,
     batches: Iterable[dict[str, torch.Tensor]],
     *,
+    ahead: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
     before: Callable[[dict[str, torch.Tensor]], None] = lambda _: None,
     see: Callable[[dict[str, torch.Tensor], torch.Tensor], R] = lambda *_: None,  # type: ignore[assignment]
     label: str,
@@ -50,6 +52,7 @@ def run_forward(
     Args:
         batches: micro-batches of this data-parallel rank, tokens, labels, loss_mask, position_ids [b, s]; one is held
             at a time.
+        ahead: called with each whole micro-batch before it enters the pipeline, on every rank; may run another model.
         before: called with each micro-batch (sliced over cp) before its forward, on every stage.
         see: called on the last stage with it and with what the output layer would read, [s/cp, b, h], with sequence
             parallelism [s/(cp*tp), b, h].
@@ -69,6 +72,7 @@ def run_forward(
     with Reporter(label, total, show=is_rank_zero()) as reporter, without_logits(core):
         for done, batch in left_of(one_pass, batches, total, *sums):
             rows, seq_length = batch["tokens"].shape
+            ahead(batch)
             passes = map(on_this_rank, [batch])
             results += forward_only(core, passes, forward, see, count=1, rows=rows, seq_length=seq_length)
             reporter.update(done)
@@ -83,22 +87,38 @@ def loss_sums(
     label: str,
     total: int,
     one_pass: OnePass | None = None,
+    teacher: MCoreGPTModel | None = None,
 ) -> list[torch.Tensor]:
     """On the last stage [loss sum in nats, tokens] float64 of each micro-batch's unmasked tokens; else nothing.
 
     Args:
         batches, label, total, one_pass: as those of `run_forward`.
         vocab_size: real entries of the padded vocabulary.
-    Communicates: as `run_forward`, and tp in the loss.
+        teacher: a model on the same layout, of the same padded vocabulary; then the third of each is the sum of the
+            forward KL to it, in nats.
+    Communicates: as `run_forward`, of both models, and tp in the loss.
     """
     walk, found = walk_of(core, vocab_size), _Losses()
+    taught: list[torch.Tensor] = []
+
+    def ahead(batch: dict[str, torch.Tensor]) -> None:
+        if teacher is not None:
+            (rows, seq_length), passes = batch["tokens"].shape, map(on_this_rank, [batch])
+            options = {"count": 1, "rows": rows, "seq_length": seq_length}
+            with without_logits(teacher):
+                taught[:] = forward_only(teacher, passes, forward_step, lambda _, hidden: hidden, **options)
 
     def see(local: dict[str, torch.Tensor], hidden: torch.Tensor) -> None:
-        losses = cross_entropy_of_tokens(OutputHead(hidden, output_weight(core)), local["labels"], walk)
+        head = OutputHead(hidden, output_weight(core))
+        per_token = [cross_entropy_of_tokens(head, local["labels"], walk)]
+        if teacher is not None:
+            said = OutputHead(taught[0], output_weight(teacher))
+            per_token.append(fused_linear_divergence(head, said, DivergenceConfig(), **walk).divergence.t())
         mask = local["loss_mask"].double()
-        found.sums_of_each.append(torch.stack([torch.where(mask != 0, losses.double() * mask, 0.0).sum(), mask.sum()]))
+        loss, *divergence = (torch.where(mask != 0, values.double() * mask, 0.0).sum() for values in per_token)
+        found.sums_of_each.append(torch.stack([loss, mask.sum(), *divergence]))
 
-    run_forward(core, batches, see=see, label=label, total=total, one_pass=one_pass, sums=[found])
+    run_forward(core, batches, ahead=ahead, see=see, label=label, total=total, one_pass=one_pass, sums=[found])
     return found.sums_of_each
 
 
@@ -115,17 +135,16 @@ class _Losses:
         self.sums_of_each = list(sums["losses"].to(platform.device())) if sums else []
 
 
-def mean_loss(results: list[torch.Tensor]) -> tuple[float, int]:
-    """Nats per token and number of tokens over all ranks, from `loss_sums`, equal on every rank.
+def summed(results: list[torch.Tensor], values: int = 2) -> torch.Tensor:
+    """Sum [values] float64 over all ranks of what `loss_sums` gave, equal on every rank, on the host.
 
     Communicates: dp and cp (sum), pp (from the last stage).
     """
-    sums = torch.stack(results).sum(0) if results else torch.zeros(2, dtype=torch.float64)
+    sums = torch.stack(results).sum(0) if results else torch.zeros(values, dtype=torch.float64)
     sums = sums.to(platform.device())
     total = all_reduce_sum(sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     pp = Groups.from_megatron().pp
-    total = broadcast_from(total, source=group_size(pp) - 1, group=pp)
-    return float(total[0] / total[1]), int(total[1])
+    return broadcast_from(total, source=group_size(pp) - 1, group=pp).cpu()
 
 
 def estimate_importance(

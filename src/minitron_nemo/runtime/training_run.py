@@ -65,6 +65,8 @@ class TrainingRun:
     """For the progress line."""
     questions: Sequence[Question] = ()
     """Of the downstream task; all of them on every rank."""
+    pause_at: int | None = None
+    """Step after which the run validates, saves and raises `Paused`; the same run without it goes on there."""
     train_dataset: Callable[[int], Dataset] | None = None
     """Given the number of samples of the run, what it trains on; None: shuffled windows of the prepared data."""
 

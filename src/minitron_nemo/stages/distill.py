@@ -32,7 +32,12 @@ from minitron_nemo.text.teacher_store import TeacherStore
 from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 
-def run(config: DistillConfig) -> Artifact:
+def run(config: DistillConfig, *, pause_at: int | None = None) -> Artifact:
+    """
+    Args:
+        pause_at: as `TrainingRun.pause_at`.
+    Raises: Paused: it has come there.
+    """
     student = engine.open_model(config.student, key="distill.student")
     blend = open_blend(config.data)
     lesson = _at_hand(config, student) if config.teacher_logits is None else _stored(config, student, blend)
@@ -56,6 +61,7 @@ def run(config: DistillConfig) -> Artifact:
         inputs=[*lesson.artifacts, *student.artifacts, *(artifact for artifact, _ in blend)],
         train_dataset=lesson.samples,
         trained=partial(_keep_teacher, config, lesson),
+        pause_at=pause_at,
     )
 
 

@@ -66,14 +66,17 @@ def run_training(
     inputs: Sequence[Artifact],
     train_dataset: Callable[[int], Dataset] | None = None,
     trained: Callable[[Trained], None] = lambda _: None,
+    pause_at: int | None = None,
 ) -> Artifact:
     """Train a model and write it as the artifact `output`.
 
     Args:
         train_dataset: as `TrainingRun.train_dataset`.
         trained: called when the training is over, before the artifact is written.
+        pause_at: as `TrainingRun.pause_at`.
 
     Checkpoints and logs live in `<output>.training` until the artifact is whole, so a killed run continues there.
+    Raises: Paused: it has come to `pause_at`. As `engine.train`.
     """
     require_tokens_split(trainee.shape, trainer)
     require_recomputed_layers(trainee.shape, trainer)
@@ -92,10 +95,11 @@ def run_training(
         data,
         trainer,
         training,
-        output.with_name(output.name + ".training"),
+        directory_of_run(output),
         label,
         questions=_questions(training.downstream, trainee),
         train_dataset=train_dataset,
+        pause_at=pause_at,
     )
     with saying_when_full(output), _leaving_nothing_of_a_mistake(run.directory):
         continue_only_the_same(run.directory, config)
@@ -105,6 +109,11 @@ def run_training(
         _write(run, result, draft)
     rank_zero_works(lambda: shutil.rmtree(run.directory, ignore_errors=True))
     return open_artifact(output)
+
+
+def directory_of_run(output: Path) -> Path:
+    """Where a training keeps its checkpoints and history until its artifact `output` is whole."""
+    return output.with_name(output.name + ".training")
 
 
 def require_recomputed_layers(shape: ModelShape, trainer: TrainerConfig) -> None:

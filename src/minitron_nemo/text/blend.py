@@ -71,6 +71,28 @@ def split_prefixes(artifact: Artifact, split: str, seq_length: int = 0) -> list[
     ]
 
 
+def held_out_sources(blend: list[tuple[Artifact, float]], seq_length: int) -> dict[str, str]:
+    """Name of each source with a sample of held-out text -> path of its .bin/.idx pair without its ending.
+
+    A source is called as its file or folder is (`stdlib`), or in a blend where its artifact has no other, as the
+    artifact's folder; of sources with one name the later ones are numbered.
+    """
+    found: dict[str, str] = {}
+    for artifact, _ in blend:
+        sources = artifact.facts["sources"]
+        for source in sources:
+            alone = len(sources) == 1 and len(blend) > 1
+            name = plain = Path(artifact.path if alone else source["path"]).name
+            number = 1
+            while name in found:
+                number += 1
+                name = f"{plain} {number}"
+            found[name] = os.path.abspath(artifact.path / source[VALIDATION])
+            if source[f"{VALIDATION}_tokens"] <= seq_length:
+                del found[name]
+    return found
+
+
 def require_tokenizer_of(artifact: Artifact, tokenizer: Tokenizer) -> None:
     """The tokenizer must be the one this prepared data was made with."""
     path = tokenizer.name_or_path

@@ -1,0 +1,232 @@
+"""Tables of what was measured beside held-out loss: by source, on tasks, in speed, on the way back, by a search.
+
+Each is read from the artifacts as they are; one that no artifact knows of is not there.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+from markupsafe import Markup
+
+from minitron_nemo.artifact import Artifact
+from minitron_nemo.checks import reading
+from minitron_nemo.evaluation.comparison import compare
+from minitron_nemo.report.run import Run
+from minitron_nemo.report.sheet import Sheet
+from minitron_nemo.report.table import UNKNOWN, count
+
+_MEND = "Make the artifact again, or copy it again."
+
+
+def sheets(run: Run, values: dict[str, Any]) -> list[Sheet]:
+    """Those there are, in the order they are shown."""
+    found = [_tasks(run, values), *_throughput(run), _recovery(run, values), _sources(run, values), *_searches(run)]
+    return [sheet for sheet in found if sheet.rows]
+
+
+def _evaluated(run: Run, values: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(row, metrics of its evaluation)"""
+    return [(row, run.evaluations[row["name"]].metrics) for row in values["rows"] if row["name"] in run.evaluations]
+
+
+def _number(value: Any, form: str = "{:.3f}") -> str:
+    return UNKNOWN if value is None else form.format(value)
+
+
+# ---- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def _tasks(run: Run, values: dict[str, Any]) -> Sheet:
+    found = [(row, metrics["tasks"]) for row, metrics in _evaluated(run, values) if metrics.get("tasks")]
+    names = list(dict.fromkeys(name for _, tasks in found for name in tasks))
+    rows = []
+    for row, tasks in found:
+        cells = [_score(tasks[name]) if name in tasks else UNKNOWN for name in names]
+        said = keeps(run, row["name"], values["reference_teacher"]) if row["name"] in run.students else None
+        rows.append([row["label"], *cells, said or ""])
+    first = {name: next(tasks[name] for _, tasks in found if name in tasks) for name in names}
+    heads = [f"{name} ({each['metric']}, {_shots(each)})" for name, each in first.items()]
+    remark = (
+        "Scores of lm-evaluation-harness, ± one standard error. What a student keeps is the mean over the "
+        "tasks that both were asked alike."
+    )
+    return Sheet("tasks", "Tasks", ["model", *heads, ""], rows, [remark])
+
+
+def _shots(task: dict[str, Any]) -> str:
+    shots = task.get("num_fewshot")
+    return "as the task says" if shots is None else f"{shots}-shot"
+
+
+def _score(task: dict[str, Any]) -> str:
+    error = task.get("stderr")
+    return f"{task['value']:.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+
+
+def keeps(run: Run, student: str, teacher: str | None) -> str | None:
+    """`keeps 93% of the teacher at 55% of its parameters`; None where no task is known of both."""
+    if teacher is None or student not in run.evaluations or teacher not in run.evaluations:
+        return None
+    of_student, of_teacher = (run.evaluations[name].metrics.get("tasks") or {} for name in (student, teacher))
+    small, large = run.shape(student), run.shape(teacher)
+    if not of_student or not of_teacher or small is None or large is None:
+        return None
+    said = compare(of_student, small.num_parameters, of_teacher, large.num_parameters).verdict
+    return next((each[0].lower() + each[1:].rstrip(".") for each in said if each.startswith("Keeps")), None)
+
+
+# ---- speed -----------------------------------------------------------------------------------------------------------
+
+
+def _read_throughput(run: Run) -> list[dict[str, Any]]:
+    return [_json(run.artifacts[name], "throughput.json") for name in run.lineage.made_by("throughput")]
+
+
+def _throughput(run: Run) -> list[Sheet]:
+    labels = {model.name: model.label for model in run.models}
+    labels |= {str(run.artifacts[name].path): label for name, label in labels.items() if name in run.artifacts}
+    heads = ["model", "parameters", "engine", "batch", "prompt + new", "prefill tokens/s", "decode tokens/s",
+             "first token (s)", "peak memory (GiB)"]  # fmt: skip
+    found = []
+    for number, measured in enumerate(_read_throughput(run)):
+        rows = [
+            [
+                labels.get(str(row["model"]), str(row["model"])), count(row["parameters"]),
+                f"{row['engine']}, {row['dtype']}",
+                f"{row['batch_size']}" + (" (largest)" if row.get("largest") else ""),
+                f"{row['prompt_tokens']} + {row['new_tokens']}", _number(row["prefill_tokens_per_s"], "{:,.0f}"),
+                _number(row["decode_tokens_per_s"], "{:,.1f}"), _number(row["time_to_first_token_s"]),
+                _number(row["peak_memory_bytes"] and row["peak_memory_bytes"] / 2**30, "{:.2f}"),
+            ]
+            for row in measured["rows"]
+        ]  # fmt: skip
+        key = "speed" if number == 0 else f"speed-{number}"
+        found.append(Sheet(key, "Speed", heads, rows, [f"Measured on {measured['machine']}."]))
+    return found
+
+
+def speed_up(run: Run, student: str, teacher: str) -> list[str]:
+    """How much faster the student decodes at the same batch and engine, where it was measured."""
+    names = {student: run.artifacts[student], teacher: run.artifacts[teacher]}
+    for measured in _read_throughput(run):
+        by_model: dict[str, dict[tuple[Any, ...], float]] = {student: {}, teacher: {}}
+        for row in measured["rows"]:
+            for name, artifact in names.items():
+                if str(row["model"]) in (name, artifact.path.name, str(artifact.path)) and not row.get("largest"):
+                    same = row["engine"], row["dtype"], row["batch_size"], row["prompt_tokens"], row["new_tokens"]
+                    by_model[name][same] = row["decode_tokens_per_s"]
+        for same, speed in by_model[student].items():
+            if by_model[teacher].get(same):
+                times = speed / by_model[teacher][same]
+                return [f"It writes {speed:,.0f} tokens/s at batch {same[2]} ({same[0]}), {times:.2f}x the teacher's."]
+    return []
+
+
+# ---- the way back ----------------------------------------------------------------------------------------------------
+
+
+def loss_of_cut(run: Run, name: str) -> float | None:
+    """Held-out loss of the cut that a trained model started from; None where it is not known, or it is the cut."""
+    if run.artifacts[name].stage == "prune" or run.artifacts[name].manifest.get("config", {}).get("like") is not None:
+        return None
+    cut = run.lineage.nearest(name, run.lineage.made_by("prune"))
+    evaluation = run.evaluations.get(cut) if cut is not None else None
+    loss = None if evaluation is None else evaluation.metrics.get("held_out_loss")
+    return None if loss is None else float(loss)
+
+
+def _recovery(run: Run, values: dict[str, Any]) -> Sheet:
+    rows = []
+    for row in values["rows"]:
+        before = loss_of_cut(run, row["name"]) if row["name"] in run.students else None
+        gap, tokens = row["gap_to_teacher"], row["tokens"]
+        if before is None or gap is None or not tokens:
+            continue
+        lost = before - (row["held_out_loss"] - gap)
+        share = f"{1 - gap / lost:.0%}" if lost > 0 else UNKNOWN
+        rows.append(
+            [row["label"], f"{lost:+.3f}", f"{gap:+.3f}", share, count(tokens), f"{1e6 * (lost - gap) / tokens:.3g}"]
+        )
+    heads = ["model", "gap after the cut", "gap now", "closed", "training tokens", "nats closed per million tokens"]
+    remark = "The gap is to the teacher's held-out loss, in nats per token, and what closed it is the training named."
+    return Sheet("recovery", "Recovery per token", heads, rows, [remark])
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+
+def _sources(run: Run, values: dict[str, Any]) -> Sheet:
+    found = [(row, metrics.get("sources") or {}, metrics.get("kl")) for row, metrics in _evaluated(run, values)]
+    names = list(dict.fromkeys(name for _, sources, _ in found for name in sources))
+    if len(names) < 2 and all(kl is None for *_, kl in found):
+        return Sheet("sources", "")
+    rows = [
+        [
+            row["label"],
+            *(
+                _number(sources.get(name, {}).get(key))
+                for name in names
+                for key in ("held_out_loss", "kl")
+            ),
+        ]
+        for row, sources, _ in found
+        if sources
+    ]  # fmt: skip
+    heads = [f"{name}: {what}" for name in names for what in ("loss", "KL")]
+    remark = (
+        "Held-out loss and KL(teacher || model) of each source of the text, both in nats per token. Sources recover "
+        "unevenly where the training text is not like the teacher's."
+    )
+    return Sheet("sources", "Loss and distance to the teacher by source", ["model", *heads], rows, [remark])
+
+
+# ---- search ----------------------------------------------------------------------------------------------------------
+
+
+def _searches(run: Run) -> list[Sheet]:
+    return [_search(run.artifacts[name], number) for number, name in enumerate(run.lineage.made_by("search"))]
+
+
+def _search(artifact: Artifact, number: int) -> Sheet:
+    said = _json(artifact, "search.json")
+    counts = " → ".join(f"{value:,} {what}" for what, value in said["counts"].items() if value is not None)
+    remarks = [
+        f"Sought: {said['target']}" + (f" ({', '.join(said['constraints'])})." if said["constraints"] else "."),
+        f"Shapes: {counts}. The candidates trained on {count(said['tokens_spent'])} tokens in all.",
+        f"The winner is {said['winner']}.",
+    ]
+    ranked = sorted(said["candidates"], key=lambda each: (each["rank"] is None, each["rank"] or 0))
+    rows = [_candidate(each, said["winner"]) for each in ranked]
+    heads = ["rank", "shape", "parameters", "memory", "latency (ms)", "loss after the cut", "loss after training",
+             "tokens", "Pareto front"]  # fmt: skip
+    files = [artifact.path / name for name in ("pareto.svg", "ranks.svg")]
+    pictures = [_picture(file.read_bytes()) for file in files if file.is_file()]
+    return Sheet("search" if number == 0 else f"search-{number}", "The search", heads, rows, remarks, pictures)
+
+
+def _candidate(each: dict[str, Any], winner: Any) -> list[str]:
+    latency = each.get("latency_seconds")
+    return [
+        ("★ " if each["id"] == winner else "") + _number(each["rank"], "{}"),
+        ", ".join(f"{name}={value}" for name, value in each["dims"].items()),
+        count(each["parameters"]),
+        _number(each.get("memory_bytes") and each["memory_bytes"] / 1e6, "{:,.1f} MB"),
+        _number(latency and 1e3 * latency, "{:.2f}"),
+        _number(each["loss_cut"]),
+        _number(each["curve"][-1][1] if each["curve"] else None),
+        count(each["tokens"]),
+        "yes" if each["on_front"] else "",
+    ]
+
+
+def _picture(svg: bytes) -> Markup:
+    address = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    return Markup('<figure><img class="picture" alt="" src="{}"></figure>').format(address)
+
+
+def _json(artifact: Artifact, name: str) -> Any:
+    with reading(artifact.path / name, _MEND):
+        return json.loads((artifact.path / name).read_text(encoding="utf-8"))

@@ -1,0 +1,61 @@
+"""What is left of the teacher in a candidate: its held-out loss and its distance from the teacher, without training.
+
+The teacher stands once; a candidate is cut out of it, measured on the samples that all candidates share, and let go.
+
+Communication: what the models do; all ranks, for the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+
+from minitron_nemo.parallel import agree
+from minitron_nemo.platform import device
+from minitron_nemo.runtime.forward import loss_sums, summed
+from minitron_nemo.search.ledger import Entry, Ledger
+
+Cut = Callable[[MCoreGPTModel, Mapping[str, int]], MCoreGPTModel]
+"""A teacher and the dims that shrink -> this rank's part of the student."""
+
+
+class Measuring:
+    """Measures candidates, each once."""
+
+    def __init__(
+        self, teacher: MCoreGPTModel, held_out: list[dict[str, torch.Tensor]], vocab_size: int, cut: Cut, ledger: Ledger
+    ) -> None:
+        """
+        Args:
+            held_out: this data-parallel rank's micro-batches.
+            cut: may change the teacher's linear_fc2 weights, which are put back.
+        """
+        self._teacher, self._held_out, self._vocab_size, self._cut = teacher, held_out, vocab_size, cut
+        self._ledger = ledger
+
+    def teacher_loss(self) -> float:
+        """Nats per token. Communicates: as `of`."""
+        if "teacher" not in self._ledger:
+            self._ledger.put("teacher", self._measure(self._teacher, "teacher", None))
+        return self._ledger["teacher"]["loss"]
+
+    def of(self, name: str, dims: Mapping[str, int]) -> Entry:
+        """{loss, kl} in nats per token of the student with these dims. Communicates: all ranks."""
+        if name not in self._ledger:
+            changed = {key: each for key, each in self._teacher.named_parameters() if "linear_fc2" in key}
+            before = {key: each.detach().clone() for key, each in changed.items()}
+            student = self._cut(self._teacher, dims)
+            with torch.no_grad():
+                for key, each in changed.items():
+                    each.copy_(before[key])
+            self._ledger.put(name, self._measure(student, name, self._teacher))
+        return self._ledger[name]
+
+    def _measure(self, core: MCoreGPTModel, label: str, teacher: MCoreGPTModel | None) -> Entry:
+        options: dict[str, Any] = {"label": label, "total": len(self._held_out), "teacher": teacher}
+        sums = summed(loss_sums(core, self._held_out, self._vocab_size, **options), values=3 if teacher else 2)
+        loss, tokens, *kl = agree(sums.to(device())).tolist()
+        return {"loss": loss / tokens} | ({"kl": kl[0] / tokens} if kl else {})

@@ -1,0 +1,93 @@
+"""What a person learns in a minute, and the tables of all that stages measure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo.stages.report import run
+from support.artifacts import change_manifest
+from support.report_runs import STUDENT, TEACHER, TOKENS, Page, report_of, write_measured_run, write_run
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return run(report_of(write_measured_run(tmp_path_factory.mktemp("measured"))))
+
+
+@pytest.fixture(scope="module")
+def page(measured: Artifact) -> Page:
+    return Page((measured.path / "report.html").read_text())
+
+
+def test_the_top_says_what_was_gained_lost_and_paid(measured: Artifact, page: Page) -> None:
+    top = page.text[: page.text.index("The models in numbers")]
+    share = STUDENT.num_parameters / TEACHER.num_parameters
+    flops = STUDENT.flops_per_token(32) / TEACHER.flops_per_token(32)
+
+    assert "Gained" in top and f"parameters ({share:.0%})." in top  # of the best student, not of the first row alone
+    assert top.count("distilled (calibrated)") == 1 and f"A token costs {flops:.0%} of the arithmetic" in top
+    assert "It writes 180 tokens/s at batch 8 (transformers), 1.50x the teacher's." in top
+    assert "Held-out loss is 3.010 nats per token instead of 2.880, 0.130 more: perplexity 20.29" in top
+    assert "0.210 nats (KL) away" in top
+    # the cut alone: 6.20 - 2.88; what is left of it 3.01 - 2.88
+    assert f"The cut alone cost 3.320; training on 41.0k tokens won back {1 - 0.13 / 3.32:.0%} of that." in top
+    assert "CPU-hours over" in top or "GPU-hours" in top
+    text = (measured.path / "report.md").read_text()
+    assert "**Lost.** Held-out loss is 3.010 nats per token instead of 2.880" in text
+
+
+def test_what_stages_measured_is_in_tables(page: Page) -> None:
+    rows = {tuple(row[:2]): row for row in page.rows if len(row) > 1}
+
+    share = f"{STUDENT.num_parameters / TEACHER.num_parameters:.0%}"
+    kept = f"keeps 90% of the teacher at {share} of its parameters (mean over 2 tasks; chance is not taken off)"
+    assert ["distilled", "0.450 ± 0.010", "0.675 ± 0.010", kept] in page.rows
+    assert ["distilled", "+3.320", "+0.170", "95%", "41.0k", f"{3.15e6 / TOKENS:.3g}"] in page.rows
+    assert ["distilled", "3.350", "0.550", "2.950", "0.150"] in page.rows  # sources by name: a<b|c, stdlib
+    assert rows["distilled (calibrated)", "900k"][5:8] == ["13,500", "180.0", "0.067"]
+    assert ["★ 1", "hidden_size=16, num_layers=3", "900k", "2.0 MB", "–", "5.000", "3.500", "1.02k", "yes"] in page.rows
+    assert "4,608 space → 15 feasible" in page.text
+
+
+def test_teacher_and_student_write_side_by_side_and_what_they_write_is_text(page: Page, measured: Artifact) -> None:
+    shown = page.text[page.text.index("What they write") :]
+    assert shown.index("corrected_teacher returns") < shown.index("distilled_calibrated returns")
+    assert (
+        shown.index("distilled_calibrated returns") < shown.index("The other models") < shown.index("pruned_ce returns")
+    )
+    assert "b" not in page.tags and "script" not in page.tags
+    markdown = (measured.path / "report.md").read_text()
+    assert "```\ndistilled_calibrated | wanders\n```" in markdown and "a&lt;b\\|c: loss" in markdown
+
+
+def test_pictures_of_a_search_are_inside_the_file(page: Page) -> None:
+    assert any(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+    assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
+
+
+def test_the_bill_is_time_times_processes_and_its_sum(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for place in sorted(tmp_path.iterdir()):
+        cost = {"seconds": 90.0, "processes": 4, "device": "an H100"}
+        if place.name == "distilled":
+            cost["seconds"] = 7200.0
+        change_manifest(place, lambda manifest, cost=cost: manifest.update(cost=cost))
+    page = Page((run(report_of(tmp_path)).path / "report.html").read_text())
+
+    assert ["distilled", "distill", "7,200.0", "4", "an H100", "8.0000", "41.0k"] in page.rows
+    others = len([path for path in tmp_path.iterdir() if path.name != "report"]) - 1
+    hours, tokens = 8 + others * 0.1, 4 * TOKENS + TOKENS // 4
+    assert ["sum", "", f"{7200 + 90 * others:,.1f}", "", "", f"{hours:.4f}", f"{tokens / 1000:.0f}k"] in page.rows
+    assert f"{hours:.2g} GPU-hours (an H100) over {others + 1} steps" in page.text
+
+
+def test_a_manifest_says_what_its_stage_cost(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    cost = open_artifact(tmp_path / "teacher").manifest["cost"]
+
+    assert cost["processes"] == 1 and cost["device"] and cost["seconds"] >= 0
+    assert json.loads((tmp_path / "teacher" / "manifest.json").read_text())["cost"] == cost
