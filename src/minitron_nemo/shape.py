@@ -26,6 +26,9 @@ PRUNABLE_DIMS = (
 )
 """Every dim that pruning can change; `ModelShape.prunable_dims` are those a model has."""
 
+SPLIT_DIMS = tuple(dim for dim in PRUNABLE_DIMS if dim not in ("num_layers", "hidden_size", "num_moe_experts"))
+"""Those that tensor-parallel ranks share out."""
+
 DIM_OF_AXIS = {
     "hidden": "hidden_size",
     "ffn": "ffn_hidden_size",
@@ -175,9 +178,7 @@ class ModelShape(Counts):
         """ValueError naming the dim, the size and the nearest sizes that work. Pipeline stages need at least a layer
         each, not equally many; experts are split over tensor-parallel ranks as dense neurons are."""
         tp, pp, ep = tensor_model_parallel_size, pipeline_model_parallel_size, expert_model_parallel_size
-        splitting = {"ffn_hidden_size", "num_attention_heads", "num_query_groups", "moe_ffn_hidden_size"}
-        splitting |= {"moe_shared_expert_intermediate_size"}
-        for dim in (*(dim for dim in self.prunable_dims if dim in splitting), "padded_vocab_size"):
+        for dim in (*(dim for dim in self.prunable_dims if dim in SPLIT_DIMS), "padded_vocab_size"):
             require_divisible(dim, getattr(self, dim), "trainer.tensor_model_parallel_size", tp)
         require(
             self.num_layers >= pp,

@@ -15,16 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron_nemo.checks import did_you_mean, require
+from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.config.search import BANDS, ConstraintsConfig
 from minitron_nemo.counts import Counts
 from minitron_nemo.pruning.targets import BYTES, COUNTS, memory_bytes, parse_count
 from minitron_nemo.runtimes import opening_problem, wants_whole_heads
-from minitron_nemo.search.space import Columns, Space
-from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
-
-_SPLIT = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "moe_ffn_hidden_size")
-_SPLIT_TOO = ("moe_shared_expert_intermediate_size",)
+from minitron_nemo.search.space import EXPANSION, Columns, Space
+from minitron_nemo.shape import PRUNABLE_DIMS, SPLIT_DIMS, ModelShape
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,8 @@ def feasible(space: Space, constraints: Sequence[Constraint]) -> Feasible:
             left[each.words] += len(columns.numbers)
         found.append(columns.numbers)
     numbers = np.concatenate(found) if found else np.empty(0, np.int64)
-    require(bool(len(numbers)), "" if len(numbers) else _nobody(space, left, nearest))
+    if not len(numbers):
+        raise Mistake(_nobody(space, left, nearest))
     return Feasible(space, numbers, left)
 
 
@@ -117,7 +115,7 @@ class _Nearest:
         each = []
         for _, cost, number in near:
             shape = space.shape(number)
-            dims = {"ffn_hidden_size" if dim == "ffn_expansion" else dim for dim in space.dims}
+            dims = {"ffn_hidden_size" if dim == EXPANSION else dim for dim in space.dims}
             each.append(f"{cost:,.0f} ({', '.join(f'{dim}={getattr(shape, dim)}' for dim in sorted(dims))})")
         return f"; the nearest have {' and '.join(each)}" if each else ""
 
@@ -131,7 +129,7 @@ def constraints_of(config: ConstraintsConfig, source: ModelShape) -> list[Constr
             made.append(_band(name, given, _cost(name, config), source))
     if config.tensor_parallel > 1:
         size = config.tensor_parallel
-        dims = [dim for dim in (*_SPLIT, *_SPLIT_TOO) if dim in source.prunable_dims]
+        dims = [dim for dim in SPLIT_DIMS if dim in source.prunable_dims]
         made.append(Constraint(f"constraints.tensor_parallel={size}", _multiples(dict.fromkeys(dims, size))))
     for dim, multiple in config.multiple_of.items():
         require(
@@ -210,14 +208,13 @@ def _of_shapes(source: ModelShape, holds: Callable[[ModelShape], bool]) -> Calla
 
 
 def _predicate(path: str) -> Callable[[ModelShape], bool]:
-    """The user's function. Raises: Mistake: it is not there, fails, or does not answer yes or no."""
+    """The user's function. Raises: Mistake: it is not there, or does not answer yes or no."""
     module, _, name = path.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         mend = "Name a function as package.module.function, and let PYTHONPATH reach it."
-        require(False, f"constraints.predicates: {path} is not there ({error}). {mend}")
-        raise
+        raise Mistake(f"constraints.predicates: {path} is not there ({error}). {mend}") from error
 
     def ask(shape: ModelShape) -> bool:
         answer = function(shape)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 _COLUMNS = ("rank", "candidate", "parameters", "memory", "after the cut", "KL", "distilled", "tokens")
@@ -25,13 +23,6 @@ def table_of(candidates: Sequence[Mapping[str, Any]]) -> Table:
 def markdown_of(candidates: Sequence[Mapping[str, Any]]) -> str:
     lines = [_COLUMNS, ["---"] * len(_COLUMNS), *_rows(candidates)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def printed(table: Table) -> str:
-    """A table as text of 100 columns."""
-    console = Console(file=io.StringIO(), width=100)
-    console.print(table)
-    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def _rows(candidates: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -15,24 +15,24 @@ The method of arXiv:2407.14679, sections 2.3 and 4.3, which distils every candid
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
+from rich.console import Console
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, writing
-from minitron_nemo.checks import Paused, reading, require
+from minitron_nemo.checks import Mistake, Paused, reading, require
 from minitron_nemo.config.identity import as_dict, decisive, differences
 from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.stages import DistillConfig, PruneConfig
@@ -46,7 +46,7 @@ from minitron_nemo.search.halving import rungs_of, steps_in_all, survivors
 from minitron_nemo.search.ledger import Ledger
 from minitron_nemo.search.measuring import Measuring
 from minitron_nemo.search.pricing import default_space, name_of, on_front, points_of, prices
-from minitron_nemo.search.results import markdown_of, printed, table_of, winners_recipe
+from minitron_nemo.search.results import markdown_of, table_of, winners_recipe
 from minitron_nemo.search.space import Space
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, prune
@@ -54,8 +54,6 @@ from minitron_nemo.stages.training import directory_of_run
 from minitron_nemo.text.blend import held_out_sources, open_blend, require_tokenizer_of
 from minitron_nemo.text.tokenizer import load_tokenizer
 from minitron_nemo.text.windows import batches
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -96,7 +94,8 @@ def run(config: SearchConfig) -> Artifact:
             tokens=found["tokens_spent"], parameters=candidates[0].shape.num_parameters, loss=candidates[0].curve[-1][1]
         )
         rank_zero_works(lambda: _write(draft.path, found, search.recipe_of(candidates[0])))
-    say(printed(table_of(found["candidates"])))
+    if is_rank_zero():
+        Console(stderr=True, width=100).print(table_of(found["candidates"]))
     say(
         f"Winner: {candidates[0].name}. Distil it in full: minitron compress --config-dir {config.output} recipe=winner"
     )
@@ -133,7 +132,11 @@ class _Search:
         self.rungs = rungs_of(config.training.steps, config.halving.rungs)
         space = Space.of(self.source.shape, config.space or default_space(self.source.shape))
         self.feasible = feasible(space, constraints_of(self._constraints(), self.source.shape))
-        self._require_cuts(space)
+        require(
+            "num_layers" not in space.dims or config.depth.metric is not None,
+            "search.space.num_layers needs to know which layers go. Set search.depth.metric, and estimate it "
+            "(estimate_importance.depth.metrics).",
+        )
         self.directory = Path(config.output).with_name(Path(config.output).name + ".search")
         self.teacher_loss = math.nan
 
@@ -144,13 +147,6 @@ class _Search:
         wanted = limit(config.parameters, "search.parameters", whole)
         band = [str(wanted * (1 - config.tolerance)), str(wanted * (1 + config.tolerance))]
         return replace(config.constraints, parameters=band)
-
-    def _require_cuts(self, space: Space) -> None:
-        require(
-            "num_layers" not in space.dims or self.config.depth.metric is not None,
-            "search.space.num_layers needs to know which layers go. Set search.depth.metric, and estimate it "
-            "(estimate_importance.depth.metrics).",
-        )
 
     # ---- what it costs ---------------------------------------------------------------------------------------------
 
@@ -200,12 +196,10 @@ class _Search:
 
     def measure(self, candidates: list[Candidate]) -> list[Candidate]:
         """Each with what its cut comes to; lowest loss first. Communicates: all ranks."""
-        for each in candidates:
-            entry = self._measuring.of(each.name, self._smaller(each.dims))
-            each.loss_cut, each.kl_cut = entry["loss"], entry["kl"]
-        costs = [each.shape.num_parameters for each in candidates]
-        for each, front in zip(candidates, on_front(costs, [each.loss_cut or 0.0 for each in candidates]), strict=True):
-            each.on_front = front
+        entries = [self._measuring.of(each.name, self._smaller(each.dims)) for each in candidates]
+        front = on_front([each.shape.num_parameters for each in candidates], [entry["loss"] for entry in entries])
+        for each, entry, is_on_front in zip(candidates, entries, front, strict=True):
+            each.loss_cut, each.kl_cut, each.on_front = entry["loss"], entry["kl"], is_on_front
         vars(self).pop("_measuring", None)  # the teacher is let go
         gc.collect()
         return sorted(candidates, key=lambda each: each.order)
@@ -260,7 +254,7 @@ class _Search:
             target=dict(dims),
             depth=config.depth,
             surgery=config.surgery,
-            trainer=narrowed(config.trainer, Calibrating),
+            trainer=Calibrating(**{each.name: getattr(config.trainer, each.name) for each in fields(Calibrating)}),
             output=output,
         )
 
@@ -289,10 +283,9 @@ class _Search:
             with reading(kept, f"Remove {folder} to start over."):
                 then = json.loads(kept.read_text())
             for key, before, now in differences(then, decides):
-                require(
-                    False,
+                raise Mistake(
                     f"{folder} holds candidates that were made with {key}={before}, not {now}. Go on with "
-                    f"{key}={before}, or remove {folder} to start over.",
+                    f"{key}={before}, or remove {folder} to start over."
                 )
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(decides))
@@ -304,7 +297,7 @@ class _Search:
         if (loss := loss_at(Path(config.output), step)) is not None:
             return loss
         pruned = self._prune_config(self._smaller(candidate.dims), str(folder / "pruned"))
-        if _is_current(pruned.output, pruned):
+        if is_artifact(pruned.output):  # of these values: see `_require_trained_alike`
             say(f"    complete: {pruned.output}")
         else:
             prune.run(pruned)
@@ -418,12 +411,6 @@ def said(config: Any) -> dict[str, Any]:
     return differing(plain, defaults)
 
 
-def narrowed(wide: Any, kind: type[T]) -> T:
-    """Of a config's fields those that another class has."""
-    names = [each.name for each in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: getattr(wide, name) for name in names})
-
-
 def loss_at(output: Path, step: int) -> float | None:
     """Held-out loss of a training after a step, as its history says; None: it has not come there. All ranks call."""
 
@@ -436,13 +423,3 @@ def loss_at(output: Path, step: int) -> float | None:
         return None
 
     return rank_zero_works(look)
-
-
-def _is_current(output: str, config: Any) -> bool:
-    """Whether an artifact is there that this config would make. Raises: Mistake: another one is."""
-    if not is_artifact(output):
-        return False
-    then = open_artifact(output).manifest["config"]
-    for key, before, now in differences(then, config):
-        require(False, f"{output} was made with {key}={before}, not {now}. Remove {Path(output).parents[2]}.")
-    return True
