@@ -22,19 +22,16 @@ from minitron_nemo.importance.depth import DepthEstimator, DepthScores, require_
 from minitron_nemo.importance.removal import LayerSwitches, Pass, Sweep
 from minitron_nemo.parallel import (
     Groups,
-    all_reduce_sum,
-    broadcast_from,
-    group_rank,
-    group_size,
     is_rank_zero,
     rank_zero_says,
 )
 from minitron_nemo.progress import Reporter
 from minitron_nemo.resuming import OnePass, Unfinished, left_of
+from minitron_nemo.runtime.likelihood import on_every_rank, shares_of
 from minitron_nemo.runtime.step import forward_step, on_this_rank
 from minitron_nemo.scores import GREEDY
 from minitron_nemo.shape import ModelShape
-from minitron_nemo.text.questions import Question, accuracy, micro_batches
+from minitron_nemo.text.questions import Question, accuracy
 
 
 def estimate_depth(
@@ -128,16 +125,11 @@ def option_likelihoods(
     Communicates: the passes' own; at the end cp and dp (sum) and pp (from the last stage).
     Raises: ValueError: a likelihood is not finite.
     """
-    groups, config = Groups.from_megatron(), core.config
+    groups = Groups.from_megatron()
     continuations = [option for question in questions for option in question.options]
     device = next(core.parameters()).device
     found = torch.zeros(len(passes), len(continuations), dtype=torch.float64, device=device)
-    splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    if config.context_parallel_size > 1:
-        splits *= 2 * config.context_parallel_size
-    dp_rank, dp_size = group_rank(groups.dp), group_size(groups.dp)
-    total = -(-len(continuations) // (rows * dp_size))
-    shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
+    shares, total = shares_of(core, continuations, rows)
     with LayerSwitches(core) as layers, Reporter(label, total, show=is_rank_zero()) as reporter:
         for done, (places, batch) in left_of(one_pass, shares, total, _Found(found)):
             local = on_this_rank(batch)
@@ -150,9 +142,7 @@ def option_likelihoods(
 
             layers.run(passes, local, forward_step, see)
             reporter.update(done)
-    for group in (groups.cp, groups.dp):
-        found = all_reduce_sum(found, group=group)
-    found = broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)
+    found = on_every_rank(found)
     require(
         bool(found.isfinite().all()),
         f"The log-likelihood of an option of {key} is not finite (NaN or infinity). Check the checkpoint and its "

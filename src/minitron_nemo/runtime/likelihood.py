@@ -8,7 +8,7 @@ Communication: tp inside the model and in the loss; at the end cp and dp (sum) a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,15 +52,10 @@ def likelihoods(
     Communicates: as the module.
     Raises: ValueError: a likelihood is not finite.
     """
-    groups, config = Groups.from_megatron(), core.config
+    groups = Groups.from_megatron()
     device = next(core.parameters()).device
     found = torch.zeros(2, len(continuations), dtype=torch.float64, device=device)  # nats, and tokens it would not say
-    splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
-    if config.context_parallel_size > 1:
-        splits *= 2 * config.context_parallel_size
-    dp_rank, dp_size = group_rank(groups.dp), group_size(groups.dp)
-    total = -(-len(continuations) // (rows * dp_size))
-    shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
+    shares, total = shares_of(core, continuations, rows)
 
     def forward(model: MCoreGPTModel, local: dict[str, Any]) -> Tensor:
         return forward_step(model, {name: each for name, each in local.items() if name != "labels"})
@@ -79,9 +74,7 @@ def likelihoods(
                 found[:, places] = sums[:, : len(places)]
             reporter.update(done)
             after(done, total)
-    for group in (groups.cp, groups.dp):
-        found = all_reduce_sum(found, group=group)
-    found = broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)
+    found = on_every_rank(found)
     require(
         bool(found.isfinite().all()),
         "The log-likelihood of a text is not finite (NaN or infinity). Check the checkpoint and its dtype with a "
@@ -89,6 +82,33 @@ def likelihoods(
     )
     nats, unlike = found.tolist()
     return [(each, count == 0) for each, count in zip(nats, unlike, strict=True)]
+
+
+def shares_of(
+    core: MCoreGPTModel, continuations: Sequence[Continuation], rows: int
+) -> tuple[Iterator[tuple[list[int], dict[str, Tensor]]], int]:
+    """This data-parallel rank's micro-batches of `rows`, of a length that its layout splits, and how many there are.
+
+    See `text.questions.micro_batches`.
+    """
+    groups, config = Groups.from_megatron(), core.config
+    splits = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    if config.context_parallel_size > 1:
+        splits *= 2 * config.context_parallel_size
+    dp_rank, dp_size = group_rank(groups.dp), group_size(groups.dp)
+    shares = micro_batches(continuations, rows, multiple_of=splits, dp_rank=dp_rank, dp_size=dp_size)
+    return shares, -(-len(continuations) // (rows * dp_size))
+
+
+def on_every_rank(found: Tensor) -> Tensor:
+    """Likelihoods that each data- and context-parallel rank's last stage has of its share, 0 elsewhere; of all on all.
+
+    Communicates: cp and dp (sum), pp (from the last stage).
+    """
+    groups = Groups.from_megatron()
+    for group in (groups.cp, groups.dp):
+        found = all_reduce_sum(found, group=group)
+    return broadcast_from(found, source=group_size(groups.pp) - 1, group=groups.pp)
 
 
 def _likeliest(logits: Tensor, vocab_size: int | None, groups: Groups) -> Tensor:

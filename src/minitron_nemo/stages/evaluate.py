@@ -30,37 +30,37 @@ RESULTS, TABLE, SAMPLES = "results.json", "tasks.md", "samples.json"
 
 
 def run(config: EvaluateConfig) -> Artifact:
-    teacher = _teacher(config)
+    against = _against(config)
     if (Path(config.model) / "config.json").is_file():
-        return _run_hugging_face(config, teacher)
+        return _run_hugging_face(config, against)
     source = engine.open_model(config.model, key="evaluate.model")
     tokenizer = load_tokenizer(source.tokenizer)
-    measured = None if config.teacher is None else engine.open_model(config.teacher, key="evaluate.teacher")
+    teacher = None if config.teacher is None else engine.open_model(config.teacher, key="evaluate.teacher")
     blend = [] if config.num_samples == 0 else open_blend(config.data)
     if blend:
         require_tokenizer_of(blend[0][0], tokenizer)
-        if measured is not None:
-            require_tokenizer_of(blend[0][0], load_tokenizer(measured.tokenizer))
+        if teacher is not None:
+            require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
     require_can_sample(config, tokenizer)
     prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length)
     core = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
     output = Path(config.output)
-    inputs = [*source.artifacts, *(measured.artifacts if measured else []), *(each for each, _ in blend), *teacher]
+    inputs = [*source.artifacts, *(teacher.artifacts if teacher else []), *(each for each, _ in blend), *against]
     unfinished = Unfinished(output, config, inputs)
     metrics: dict[str, Any] = {"parameters": source.shape.num_parameters}
     if blend:
         texts = held_out_sources(blend, config.trainer.seq_length)
-        metrics |= _held_out(config, source, core, texts, unfinished, measured)
+        metrics |= _held_out(config, source, core, texts, unfinished, teacher)
     samples = write_samples(core, tokenizer, source.vocab_size, config)
     results: dict[str, Any] = {}
     if config.has_tasks:
         from minitron_nemo.evaluation.run import evaluate_core
 
         results = evaluate_core(config, source, core, tokenizer, unfinished)
-    return _write(config, inputs, unfinished, metrics, results, teacher, samples)
+    return _write(config, inputs, unfinished, metrics, results, against, samples)
 
 
-def _run_hugging_face(config: EvaluateConfig, teacher: list[Artifact]) -> Artifact:
+def _run_hugging_face(config: EvaluateConfig, against: list[Artifact]) -> Artifact:
     """A Hugging Face folder: tasks alone, asked by lm_eval's own class in one process."""
     from minitron_nemo.evaluation.run import evaluate_hf
 
@@ -75,25 +75,25 @@ def _run_hugging_face(config: EvaluateConfig, teacher: list[Artifact]) -> Artifa
         "evaluate.tasks or a preset, or import it: minitron import-hf.",
     )
     platform.activate()
-    inputs = [*([open_artifact(config.model, key="evaluate.model")] if is_artifact(config.model) else []), *teacher]
+    inputs = [*([open_artifact(config.model, key="evaluate.model")] if is_artifact(config.model) else []), *against]
     unfinished = Unfinished(Path(config.output), config, inputs)
     if not is_artifact(config.model):
         unfinished.clear()  # nothing says whether the folder is still what it was
         unfinished.records = {}
     metrics = {"parameters": number_of_parameters(config.model)}
-    return _write(config, inputs, unfinished, metrics, evaluate_hf(config, unfinished), teacher)
+    return _write(config, inputs, unfinished, metrics, evaluate_hf(config, unfinished), against)
 
 
-def _teacher(config: EvaluateConfig) -> list[Artifact]:
+def _against(config: EvaluateConfig) -> list[Artifact]:
     """The evaluation to compare with, if there is one."""
     if config.against is None:
         return []
-    teacher = open_artifact(config.against, made_by=("evaluate",), key="evaluate.against")
+    found = open_artifact(config.against, made_by=("evaluate",), key="evaluate.against")
     require(
-        bool(teacher.metrics.get("tasks")),
+        bool(found.metrics.get("tasks")),
         f"evaluate.against={config.against} is an evaluation without tasks. Evaluate the teacher with the same tasks.",
     )
-    return [teacher]
+    return [found]
 
 
 def _held_out(
@@ -121,7 +121,7 @@ def _write(
     unfinished: Unfinished,
     metrics: dict[str, Any],
     results: dict[str, Any],
-    teacher: list[Artifact],
+    against: list[Artifact],
     samples: Sequence[dict[str, str]] = (),
 ) -> Artifact:
     output = Path(config.output)
@@ -131,7 +131,7 @@ def _write(
         if samples:
             rank_zero_works(lambda: (draft.path / SAMPLES).write_text(json.dumps(samples, indent=1) + "\n"))
         if results:
-            rank_zero_works(partial(_write_tasks, draft.path, results, metrics["parameters"], teacher))
+            rank_zero_works(partial(_write_tasks, draft.path, results, metrics["parameters"], against))
             draft.metrics["tasks"] = _headlines(results)
     unfinished.clear()
     return open_artifact(output)
@@ -141,11 +141,11 @@ def _headlines(results: dict[str, Any]) -> dict[str, Any]:
     return {task: headline for entry in results.values() for task, headline in entry["tasks"].items()}
 
 
-def _write_tasks(directory: Path, results: dict[str, Any], parameters: int, teacher: list[Artifact]) -> None:
+def _write_tasks(directory: Path, results: dict[str, Any], parameters: int, against: list[Artifact]) -> None:
     """lm_eval's own numbers, and the table, which is shown too."""
     from minitron_nemo.evaluation.comparison import compare
 
-    of_teacher = (teacher[0].metrics["tasks"], teacher[0].metrics["parameters"]) if teacher else (None, None)
+    of_teacher = (against[0].metrics["tasks"], against[0].metrics["parameters"]) if against else (None, None)
     comparison = compare(_headlines(results), parameters, *of_teacher)
     (directory / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     (directory / TABLE).write_text(comparison.markdown())
