@@ -8,7 +8,6 @@ question's text alone: a student that is evaluated with a teacher's cache gets t
 from __future__ import annotations
 
 import logging
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -188,11 +187,7 @@ def _json(value: Any) -> Any:
 
 @contextmanager
 def _at_work() -> Iterator[None]:
-    """lm_eval, datasets and their friends keep still, and tell nobody that they are used."""
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "HF_UPDATE_DOWNLOAD_COUNTS_DISABLED", "DO_NOT_TRACK"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "FALSE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    """lm_eval, datasets and their friends keep still."""
     import datasets
     from tqdm.std import tqdm
 

@@ -159,8 +159,8 @@ def build(each: Wanted, manager: TaskManager) -> Built:
     except (OSError, ValueError) as error:  # of `datasets`: ConnectionError, FileNotFoundError, and its own
         raise NothingThere(
             f"evaluate.tasks: the data of {each.name} cannot be had ({_first_line(error)}). It looked for "
-            f"{where or 'the data sets of its tasks'} in {_cache()} and on the Hub. Load it once where there is a "
-            "network and copy the cache here (HF_HOME), or give a local YAML with dataset_path: json."
+            f"{where or 'the data sets of its tasks'} in {_cache()}. Run once with HF_HUB_OFFLINE=0 where there "
+            "is a network, here or with the cache copied here (HF_HOME), or give a local YAML with dataset_path: json."
         ) from error
     except Exception as error:
         raise Mistake(f"evaluate.tasks: {each.name} cannot be built ({_first_line(error)}).") from error
