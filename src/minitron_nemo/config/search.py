@@ -17,6 +17,9 @@ from minitron_nemo.config.training import TrainingConfig
 BANDS = ("parameters", "non_embedding_parameters", "active_parameters", "flops_per_token", "memory")
 """Costs that follow from the dims alone."""
 
+TIMED = ("time_to_first_token", "time_per_output_token", "throughput")
+"""Costs that are measured on the machine at hand, see search/latency.py."""
+
 
 @dataclass
 class ConstraintsConfig(Ranged):
@@ -38,6 +41,12 @@ class ConstraintsConfig(Ranged):
     """Matrix-multiply FLOPs of one token's forward pass at seq_length."""
     memory: Any = None
     """Bytes of all weights and of the key-value cache of batch_size sequences of seq_length: 16GiB."""
+    time_to_first_token: Any = None
+    """Of batch_size prompts of seq_length tokens at once, measured here: 80ms, or a share of the model's own."""
+    time_per_output_token: Any = None
+    """Of batch_size sequences with seq_length tokens in their cache, measured here: 12ms."""
+    throughput: Any = None
+    """Tokens per second of all batch_size sequences as they are generated, measured here; one value is the least."""
     batch_size: int = ranged(1, at_least=1)
     seq_length: int = ranged(4096, at_least=1)
     bytes_per_value: int = ranged(2, at_least=1, at_most=8)
@@ -53,7 +62,7 @@ class ConstraintsConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in BANDS:
+        for name in (*BANDS, *TIMED):
             value = getattr(self, name)
             pair = isinstance(value, list | tuple)
             require(
@@ -132,5 +141,5 @@ class SearchConfig(Ranged):
     @property
     def has_target(self) -> bool:
         """Whether it says how small the student shall be."""
-        limits = any(getattr(self.constraints, name) is not None for name in BANDS)
+        limits = any(getattr(self.constraints, name) is not None for name in (*BANDS, *TIMED))
         return bool(self.space) or self.parameters is not None or limits

@@ -24,7 +24,7 @@ from minitron_nemo import engine, platform
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.resuming import Unfinished
-from minitron_nemo.runtime.forward import loss_sums, summed
+from minitron_nemo.runtime.forward import TeacherStates, loss_sums, summed
 from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.text.token_files import TokenStream
 from minitron_nemo.text.windows import batches
@@ -74,7 +74,8 @@ def measure_held_out(
             f"evaluate.model={source.path} one of {source.shape.padded_vocab_size}; KL compares them token by token. "
             "Give the teacher the model was pruned from, or leave evaluate.teacher out.",
         )
-        teaching = engine.open_core(teacher, config.trainer, platform.dtype_of(config.trainer.precision))
+        theirs = engine.open_core(teacher, config.trainer, platform.dtype_of(config.trainer.precision))
+        teaching = TeacherStates(theirs)
     found = {}
     for name, samples in _samples(texts, config).items():
         held_out = batches(

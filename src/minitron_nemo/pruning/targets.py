@@ -83,7 +83,7 @@ def resolve_target(
     return _fit(shape, policy, budget, multiple_of)
 
 
-def parse_count(text: str, key: str, *, units: Mapping[str, int] = COUNTS) -> float:
+def parse_count(text: str, key: str, *, units: Mapping[str, float] = COUNTS) -> float:
     """A number with a unit: 4.5B, 800M, 16GiB.
 
     Raises: ValueError: no such number, or not above 0.

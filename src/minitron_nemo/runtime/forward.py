@@ -87,32 +87,27 @@ def loss_sums(
     label: str,
     total: int,
     one_pass: OnePass | None = None,
-    teacher: MCoreGPTModel | None = None,
+    teacher: TeacherStates | None = None,
 ) -> list[torch.Tensor]:
     """On the last stage [loss sum in nats, tokens] float64 of each micro-batch's unmasked tokens; else nothing.
 
     Args:
         batches, label, total, one_pass: as those of `run_forward`.
         vocab_size: real entries of the padded vocabulary.
-        teacher: a model on the same layout, of the same padded vocabulary; then the third of each is the sum of the
-            forward KL to it, in nats.
+        teacher: of the same padded vocabulary; then the third of each is the sum of the forward KL to it, in nats.
     Communicates: as `run_forward`, of both models, and tp in the loss.
     """
     walk, found = walk_of(core, vocab_size), _Losses()
-    taught: list[torch.Tensor] = []
 
     def ahead(batch: dict[str, torch.Tensor]) -> None:
         if teacher is not None:
-            (rows, seq_length), passes = batch["tokens"].shape, map(on_this_rank, [batch])
-            options = {"count": 1, "rows": rows, "seq_length": seq_length}
-            with without_logits(teacher):
-                taught[:] = forward_only(teacher, passes, forward_step, lambda _, hidden: hidden, **options)
+            teacher.read(batch)
 
     def see(local: dict[str, torch.Tensor], hidden: torch.Tensor) -> None:
         head = OutputHead(hidden, output_weight(core))
         per_token = [cross_entropy_of_tokens(head, local["labels"], walk)]
         if teacher is not None:
-            said = OutputHead(taught[0], output_weight(teacher))
+            said = OutputHead(teacher.hidden(), output_weight(teacher.core))
             per_token.append(fused_linear_divergence(head, said, DivergenceConfig(), **walk).divergence.t())
         mask = local["loss_mask"].double()
         loss, *divergence = (torch.where(mask != 0, values.double() * mask, 0.0).sum() for values in per_token)
@@ -120,6 +115,39 @@ def loss_sums(
 
     run_forward(core, batches, ahead=ahead, see=see, label=label, total=total, one_pass=one_pass, sums=[found])
     return found.sums_of_each
+
+
+class TeacherStates:
+    """What a teacher's output layer would read of the micro-batch at hand, for as many students as ask."""
+
+    def __init__(self, core: MCoreGPTModel, *, keep: bool = False) -> None:
+        """
+        Args:
+            core: this rank's part of the teacher, on the students' layout.
+            keep: read each micro-batch once and hold the answer on the host; the caller holds the micro-batches.
+        """
+        self.core = core
+        self._kept: dict[int, list[torch.Tensor]] | None = {} if keep else None
+        self._now: list[torch.Tensor] = []
+
+    def read(self, batch: dict[str, torch.Tensor]) -> None:
+        """Turn to a micro-batch. Communicates: as `run_forward`, where it was not read before."""
+        if self._kept is None:
+            self._now = self._run(batch)
+            return
+        if id(batch) not in self._kept:
+            self._kept[id(batch)] = [hidden.cpu() for hidden in self._run(batch)]
+        self._now = self._kept[id(batch)]
+
+    def _run(self, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        (rows, seq_length), passes = batch["tokens"].shape, map(on_this_rank, [batch])
+        options = {"count": 1, "rows": rows, "seq_length": seq_length}
+        with without_logits(self.core):
+            return forward_only(self.core, passes, forward_step, lambda _, hidden: hidden, **options)
+
+    def hidden(self) -> torch.Tensor:
+        """As `run_forward` gives it to `see`; on the last stage."""
+        return self._now[0].to(platform.device())
 
 
 class _Losses:

@@ -16,12 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron_nemo.checks import Mistake, did_you_mean, require
-from minitron_nemo.config.search import BANDS, ConstraintsConfig
+from minitron_nemo.config.search import BANDS, TIMED, ConstraintsConfig
 from minitron_nemo.counts import Counts
 from minitron_nemo.pruning.targets import BYTES, COUNTS, memory_bytes, parse_count
 from minitron_nemo.runtimes import opening_problem, wants_whole_heads
 from minitron_nemo.search.space import EXPANSION, Columns, Space
 from minitron_nemo.shape import PRUNABLE_DIMS, SPLIT_DIMS, ModelShape
+
+_ALL = "every shape"
+SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,17 @@ class Feasible:
         return (self.space.shape(int(number)) for number in self.numbers)
 
 
-def feasible(space: Space, constraints: Sequence[Constraint]) -> Feasible:
-    """Raises: Mistake: none is left; names the constraint that removed the last, and the nearest values."""
-    left = dict.fromkeys(["every shape", *(each.words for each in constraints)], 0)
+def feasible(space: Space, constraints: Sequence[Constraint], of: Feasible | None = None) -> Feasible:
+    """
+    Args:
+        of: candidates that met others before; None: all of the space.
+    Raises: Mistake: none is left; names the constraint that removed the last, and the nearest values.
+    """
+    before = {} if of is None else {words: count for words, count in of.left.items() if words != _ALL}
+    left = {_ALL: 0, **before, **{each.words: 0 for each in constraints}}
     found, nearest = [], _Nearest()
-    for columns in space.chunks():
-        left["every shape"] += len(columns.numbers)
+    for columns in space.chunks() if of is None else [space.columns(of.numbers)]:
+        left[_ALL] += len(columns.numbers)
         for each in constraints:
             if not len(columns.numbers):
                 break
@@ -76,7 +84,7 @@ def feasible(space: Space, constraints: Sequence[Constraint]) -> Feasible:
 
 
 def _nobody(space: Space, left: Mapping[str, int], nearest: _Nearest) -> str:
-    if not left["every shape"]:
+    if not left[_ALL]:
         return (
             f"None of the {len(space):,} shapes of search.space can be cut out of this model: heads must fill their "
             f"query groups with at most {space.source.heads_per_group} each, and no dim may grow. Give other values."
@@ -116,7 +124,8 @@ class _Nearest:
         for _, cost, number in near:
             shape = space.shape(number)
             dims = {"ffn_hidden_size" if dim == EXPANSION else dim for dim in space.dims}
-            each.append(f"{cost:,.0f} ({', '.join(f'{dim}={getattr(shape, dim)}' for dim in sorted(dims))})")
+            said = f"{cost:,.0f}" if cost >= 100 else f"{cost:.3g}"
+            each.append(f"{said} ({', '.join(f'{dim}={getattr(shape, dim)}' for dim in sorted(dims))})")
         return f"; the nearest have {' and '.join(each)}" if each else ""
 
 
@@ -126,7 +135,8 @@ def constraints_of(config: ConstraintsConfig, source: ModelShape) -> list[Constr
     for name in BANDS:
         given = getattr(config, name)
         if given is not None:
-            made.append(_band(name, given, _cost(name, config), source))
+            units = BYTES | COUNTS if name == "memory" else COUNTS
+            made.append(_band(name, _at_most(given), _cost(name, config), source, units))
     if config.tensor_parallel > 1:
         size = config.tensor_parallel
         dims = [dim for dim in SPLIT_DIMS if dim in source.prunable_dims]
@@ -144,6 +154,33 @@ def constraints_of(config: ConstraintsConfig, source: ModelShape) -> list[Constr
     return made
 
 
+def timed_constraints_of(
+    config: ConstraintsConfig, source: ModelShape, times: Callable[[Counts], Mapping[str, NDArray[np.float64]]]
+) -> list[Constraint]:
+    """Those that need the machine.
+
+    Args:
+        times: see `search.latency.Times.of`.
+    Raises: Mistake: a value that is no number.
+    """
+    made = []
+    for name in TIMED:
+        if (given := getattr(config, name)) is not None:
+            rate = name == "throughput"
+            pair = [given, None] if rate and not isinstance(given, list | tuple) else _at_most(given)
+            units = COUNTS if rate else SECONDS
+            made.append(_band(name, pair, _time(name, times), source, units))
+    return made
+
+
+def _time(name: str, times: Callable[[Counts], Mapping[str, NDArray[np.float64]]]) -> Callable[[Counts], Any]:
+    return lambda counts: times(counts)[name]
+
+
+def _at_most(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, list | tuple) else [None, given]
+
+
 def _cost(name: str, config: ConstraintsConfig) -> Callable[[Counts], Any]:
     if name == "flops_per_token":
         return lambda counts: counts.flops_per_token(config.seq_length)
@@ -158,12 +195,17 @@ def _cost(name: str, config: ConstraintsConfig) -> Callable[[Counts], Any]:
     return lambda counts: getattr(counts, attribute)
 
 
-def _band(name: str, given: Any, cost: Callable[[Counts], Any], source: ModelShape) -> Constraint:
-    key, whole = f"constraints.{name}", float(cost(source))
-    pair = list(given) if isinstance(given, list | tuple) else [None, given]
-    low, high = (None if value is None else limit(value, key, whole, bytes_=name == "memory") for value in pair)
+def _band(
+    name: str, band: list[Any], cost: Callable[[Any], Any], source: ModelShape, units: Mapping[str, float]
+) -> Constraint:
+    """
+    Args:
+        band: [from, to], either may be None.
+    """
+    key, whole = f"constraints.{name}", float(np.asarray(cost(source)).item())
+    low, high = (None if value is None else limit(value, key, whole, units) for value in band)
     lowest, highest = low or 0.0, math.inf if high is None else high
-    require(lowest <= highest, f"{key}={given}: it begins above its end. Exchange the two.")
+    require(lowest <= highest, f"{key}={band}: it begins above its end. Exchange the two.")
 
     def distance(columns: Columns) -> NDArray[np.float64]:
         costs = np.asarray(cost(columns), np.float64)
@@ -173,13 +215,14 @@ def _band(name: str, given: Any, cost: Callable[[Counts], Any], source: ModelSha
         costs = np.asarray(cost(columns))
         return (costs >= lowest) & (costs <= highest)
 
-    return Constraint(f"{key}={given}", holds, distance, cost)
+    words = band[1] if band[0] is None else band
+    return Constraint(f"{key}={words}", holds, distance, cost)
 
 
-def limit(value: Any, key: str, whole: float, *, bytes_: bool = False) -> float:
-    """A cost as a number: 4.5B, or a share of `whole` up to 1. Raises: Mistake."""
-    number = parse_count(str(value), key, units=BYTES | COUNTS if bytes_ else COUNTS)
-    return number * whole if number <= 1 else number
+def limit(value: Any, key: str, whole: float, units: Mapping[str, float] = COUNTS) -> float:
+    """A cost as a number: 4.5B, or a share of `whole` up to 1, which has no unit. Raises: Mistake."""
+    number = parse_count(str(value), key, units=units)
+    return number * whole if number <= 1 and not str(value).strip()[-1].isalpha() else number
 
 
 def _multiples(multiples: Mapping[str, int]) -> Callable[[Columns], NDArray[np.bool_]]:
@@ -217,7 +260,14 @@ def _predicate(path: str) -> Callable[[ModelShape], bool]:
         raise Mistake(f"constraints.predicates: {path} is not there ({error}). {mend}") from error
 
     def ask(shape: ModelShape) -> bool:
-        answer = function(shape)
+        try:
+            answer = function(shape)
+        except Exception as error:
+            dims = ", ".join(f"{dim}={getattr(shape, dim)}" for dim in shape.prunable_dims)
+            raise Mistake(
+                f"constraints.predicates: {path} raised {type(error).__name__} ({error}) of the shape {dims}. It must "
+                "answer for every shape of search.space."
+            ) from error
         require(
             isinstance(answer, bool | np.bool_),
             f"constraints.predicates: {path} answered {answer!r}; it must say true or false of a ModelShape.",

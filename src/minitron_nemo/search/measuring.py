@@ -1,6 +1,6 @@
 """What is left of the teacher in a candidate: its held-out loss and its distance from the teacher, without training.
 
-The teacher stands once; a candidate is cut out of it, measured on the samples that all candidates share, and let go.
+The teacher stands once, and reads the samples once for all; a candidate is cut out of it, measured on them, and let go.
 
 Communication: what the models do; all ranks, for the sums.
 """
@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
 from minitron_nemo.parallel import agree
 from minitron_nemo.platform import device
-from minitron_nemo.runtime.forward import loss_sums, summed
+from minitron_nemo.runtime.forward import TeacherStates, loss_sums, summed
 from minitron_nemo.search.ledger import Entry, Ledger
 
 Cut = Callable[[MCoreGPTModel, Mapping[str, int]], MCoreGPTModel]
@@ -34,7 +34,7 @@ class Measuring:
             cut: may change the teacher's linear_fc2 weights, which are put back.
         """
         self._teacher, self._held_out, self._vocab_size, self._cut = teacher, held_out, vocab_size, cut
-        self._ledger = ledger
+        self._ledger, self._states = ledger, TeacherStates(teacher, keep=True)
 
     def teacher_loss(self) -> float:
         """Nats per token. Communicates: as `of`."""
@@ -51,10 +51,10 @@ class Measuring:
             with torch.no_grad():
                 for key, each in changed.items():
                     each.copy_(before[key])
-            self._ledger.put(name, self._measure(student, name, self._teacher))
+            self._ledger.put(name, self._measure(student, name, self._states))
         return self._ledger[name]
 
-    def _measure(self, core: MCoreGPTModel, label: str, teacher: MCoreGPTModel | None) -> Entry:
+    def _measure(self, core: MCoreGPTModel, label: str, teacher: TeacherStates | None) -> Entry:
         options: dict[str, Any] = {"label": label, "total": len(self._held_out), "teacher": teacher}
         sums = summed(loss_sums(core, self._held_out, self._vocab_size, **options), values=3 if teacher else 2)
         loss, tokens, *kl = agree(sums.to(device())).tolist()

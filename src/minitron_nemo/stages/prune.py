@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,51 @@ def _dtype(source: ModelInput, precision: str) -> torch.dtype:
     return torch.float32 if stored is torch.float16 else stored  # Megatron calibrates in bf16 or fp32
 
 
+class Scores:
+    """What an importance artifact says of a model, read once for however many cuts of it."""
+
+    def __init__(self, config: PruneConfig, source: ModelInput) -> None:
+        """Raises: ValueError, FileNotFoundError: it is none, or was estimated with another tokenizer."""
+        self.artifact = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
+        self.importance = Importance.load(self.artifact.path)
+        self._source, self._micro_batch_size = source, config.trainer.micro_batch_size
+        self._bases: dict[tuple[int, bool], Tensor] = {}
+        _require_same_tokenizer(self.importance, source)
+
+    @cached_property
+    def calibration(self) -> Calibration:
+        """Raises: as `Calibration.of_artifact`."""
+        return Calibration.of_artifact(self.artifact, self._source.tokenizer, micro_batch_size=self._micro_batch_size)
+
+    def measure_stream(self, teacher: MCoreGPTModel) -> None:
+        """Add the residual stream's moments to the scores, unless they are there. Communicates: a pass."""
+        if STREAM not in self.importance.moments:
+            moments = self.calibration.stream_moments(teacher, self._source.shape)
+            self.importance = replace(self.importance, moments={**self.importance.moments, **moments})
+
+    def basis(self, second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
+        """`principal_basis` of the stream, made once: it takes minutes of every core, and of nearly equal axes another
+        processor may find others. Communicates: all ranks."""
+        if (keep, keeps_mean) not in self._bases:
+            made: list[Tensor] = []
+            rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
+            basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
+            # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
+            self._bases[keep, keeps_mean] = agree(basis.contiguous().to(platform.device())).cpu()
+        return self._bases[keep, keeps_mean]
+
+
 class Job:
     """One pruning; what can be checked before a model is loaded, is checked when it is made."""
 
-    def __init__(self, config: PruneConfig, source: ModelInput) -> None:
-        """Raises: ValueError, FileNotFoundError: as `run`."""
+    def __init__(self, config: PruneConfig, source: ModelInput, scores: Scores | None = None) -> None:
+        """
+        Args:
+            scores: of `config.importance`, where several cuts share them.
+        Raises: ValueError, FileNotFoundError: as `run`.
+        """
         self._config, self._source = config, source
-        self._importance: Importance | None = None
+        self._scores: Scores | None = None
         self._calibration: Calibration | None = None
         self._rounds: Rounds | None = None
         self.inputs = list(source.artifacts)
@@ -112,13 +150,11 @@ class Job:
             self.target = as_family(self.plan.target, config.family)
             self.plan = replace(self.plan, target=self.target)
         if self.plan is None or config.surgery.runs_model(source.shape, self.target):
-            scores = open_artifact(config.importance, made_by=["estimate-importance"], key="prune.importance")
-            self.inputs.append(scores)
-            self._importance = Importance.load(scores.path)
-            _require_same_tokenizer(self._importance, source)
+            self._scores = scores or Scores(config, source)
+            self.inputs.append(self._scores.artifact)
         if self.plan is None:
-            assert self._importance is not None
-            self.target, self._layers = target_of(config, self._importance, source.shape)
+            assert self._scores is not None
+            self.target, self._layers = target_of(config, self._scores.importance, source.shape)
             if config.offline or not self._lacks_stream:
                 self.plan = self._plan_of_importance()
         require_opens(self.target, source.shape)
@@ -130,12 +166,11 @@ class Job:
             "prune.surgery.correct_depth=false, or prune.offline=false.",
         )
         if runs_model or config.rounds > 1 or self.plan is None:
-            self._calibration = Calibration.of_artifact(
-                scores, source.tokenizer, micro_batch_size=config.trainer.micro_batch_size
-            )
+            assert self._scores is not None
+            self._calibration = self._scores.calibration
         if config.rounds > 1:
-            assert self._importance is not None and self._calibration is not None and self.plan is not None
-            self._rounds = Rounds(config, self._importance, self.plan, self._calibration)
+            assert self._scores is not None and self._calibration is not None and self.plan is not None
+            self._rounds = Rounds(config, self._scores.importance, self.plan, self._calibration)
 
     @property
     def targets(self) -> list[ModelShape]:
@@ -145,7 +180,7 @@ class Job:
     @property
     def _lacks_stream(self) -> bool:
         needs = self._config.surgery.needs_stream(self._source.shape, self.target)
-        return needs and self._importance is not None and STREAM not in self._importance.moments
+        return needs and self._scores is not None and STREAM not in self._scores.importance.moments
 
     def draw_samples(self) -> None:
         """Where a pass needs them; what is wrong with them is said before a model is loaded. Needs the layout."""
@@ -157,9 +192,8 @@ class Job:
         if self._rounds is not None:
             return self._rounds.plan(teacher)
         if self.plan is None:
-            assert self._calibration is not None and self._importance is not None
-            moments = self._calibration.stream_moments(teacher, self._source.shape)
-            self._importance = replace(self._importance, moments={**self._importance.moments, **moments})
+            assert self._scores is not None
+            self._scores.measure_stream(teacher)
             self.plan = self._plan_of_importance()
         return plan_of_rank_zero(self.plan)
 
@@ -200,9 +234,9 @@ class Job:
     def _plan_of_importance(self) -> PruningPlan:
         """Communicates: a basis, from rank 0 to all."""
         config = self._config
-        assert self._importance is not None
+        assert self._scores is not None
         return plan_from_importance(
-            self._importance,
+            self._scores.importance,
             self._source.shape,
             self.target,
             batch_aggregation=config.batch_aggregation,
@@ -211,7 +245,7 @@ class Job:
             depth=config.depth,
             merge_heads=config.merge_heads,
             surgery=config.surgery,
-            basis=_basis_of_rank_zero,
+            basis=self._scores.basis,
         )
 
 
@@ -245,16 +279,6 @@ def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -
             f"{target.padded_vocab_size * target.hidden_size:,}",
         )
     return target, layers
-
-
-def _basis_of_rank_zero(second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
-    """`principal_basis`, made once: it takes minutes of every core, and of nearly equal axes another processor may find
-    others. Communicates: all ranks."""
-    made: list[Tensor] = []
-    rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
-    basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
-    # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
-    return agree(basis.contiguous().to(platform.device())).cpu()
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:

@@ -200,7 +200,8 @@ class _Search:
         front = on_front([each.shape.num_parameters for each in candidates], [entry["loss"] for entry in entries])
         for each, entry, is_on_front in zip(candidates, entries, front, strict=True):
             each.loss_cut, each.kl_cut, each.on_front = entry["loss"], entry["kl"], is_on_front
-        vars(self).pop("_measuring", None)  # the teacher is let go
+        for held in ("_measuring", "_scores"):  # the teacher is let go
+            vars(self).pop(held, None)
         gc.collect()
         return sorted(candidates, key=lambda each: each.order)
 
@@ -214,6 +215,10 @@ class _Search:
         teacher = engine.open_core(self.source, trainer, platform.dtype_of(trainer.precision))
         ledger = Ledger(self.directory / "measured.json", self._decides_measurements())
         return Measuring(teacher, self._held_out(), self.source.vocab_size, self._cut, ledger)
+
+    @cached_property
+    def _scores(self) -> prune.Scores:
+        return prune.Scores(self._prune_config({}, ""), self.source)
 
     def _decides_measurements(self) -> dict[str, Any]:
         config = self.config
@@ -241,7 +246,7 @@ class _Search:
         )
 
     def _cut(self, teacher: MCoreGPTModel, dims: Mapping[str, int]) -> MCoreGPTModel:
-        job = prune.Job(self._prune_config(dims, ""), self.source)
+        job = prune.Job(self._prune_config(dims, ""), self.source, self._scores)
         job.draw_samples()
         student, _, _ = job.cut(teacher, job.plan_for(teacher))
         return student
