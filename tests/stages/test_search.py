@@ -12,8 +12,10 @@ import pytest
 from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.trainer import TrainerConfig
+from minitron_nemo.report.table import count
 from support.door import Done, Door, kill_once_there
 from support.ranks import Ranks, current_layout
+from support.report_runs import Page
 from support.tiny import TinyChain
 from support.tiny_run import TinyRun, trainer_values
 
@@ -97,6 +99,25 @@ def test_the_best_of_a_size_is_found_and_its_recipe_runs(
     assert again.metrics["parameters"] == cut.metrics["parameters"] and files(again) == files(cut)
     paused = open_artifact(f"{output}.search/candidates/{found['winner']}/distilled")
     assert files(open_artifact(run_dir / "distilled")) == files(paused), "a rung's pause changes nothing"
+
+
+def test_a_report_shows_the_search(door: Door, searched: tuple[Done, Path], tmp_path: Path) -> None:
+    found, report = found_in(searched[1]), tmp_path / "report"
+    done = door("report", "recipe=search", f"run_dir={searched[1].parent}", "report.rows=[]", f"report.output={report}")
+    assert done.code == 0, done.err
+    page, drawn = Page((report / "report.html").read_text()), (report / "report.html").read_text()
+
+    shown = {row[1]: row for row in page.rows if len(row) == 9}
+    for each in found["candidates"]:
+        row = shown[", ".join(f"{dim}={size}" for dim, size in each["dims"].items())]
+        assert row[0] == ("★ 1" if each["id"] == found["winner"] else str(each["rank"]))
+        assert row[5:7] == [f"{each['loss_cut']:.3f}", f"{each['curve'][-1][1]:.3f}" if each["curve"] else "–"]
+    ranks = re.search(r'aria-label="Ranks: after the cut ([^"]*)"', drawn)
+    distilled = [each["id"] for each in found["candidates"] if each["curve"]]
+    assert ranks is not None and ranks[1].endswith(" " + ", ".join(distilled[:2]) + ".")
+    assert all(drawn.count(f">{name}</text>") >= 1 for name in distilled)
+    [bill] = (row for row in page.rows if row[:2] == ["it", "search"])
+    assert bill[-2] == count(found["tokens_spent"]), "what the candidates learned from is on the bill"
 
 
 @pytest.mark.parametrize("file", ["measured.json", "candidates/*/distilled.training/checkpoints/step-1"])

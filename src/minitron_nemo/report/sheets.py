@@ -5,15 +5,13 @@ Each is read from the artifacts as they are; one that no artifact knows of is no
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
-
-from markupsafe import Markup
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import reading
 from minitron_nemo.evaluation.comparison import compare
+from minitron_nemo.report import pictures
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheet import Sheet
 from minitron_nemo.report.table import UNKNOWN, count
@@ -202,9 +200,8 @@ def _search(artifact: Artifact, number: int) -> Sheet:
     rows = [_candidate(each, said["winner"]) for each in ranked]
     heads = ["rank", "shape", "parameters", "memory", "latency (ms)", "loss after the cut", "loss after training",
              "tokens", "Pareto front"]  # fmt: skip
-    files = [artifact.path / name for name in ("pareto.svg", "ranks.svg")]
-    pictures = [_picture(file.read_bytes()) for file in files if file.is_file()]
-    return Sheet("search" if number == 0 else f"search-{number}", "The search", heads, rows, remarks, pictures)
+    key = "search" if number == 0 else f"search-{number}"
+    return Sheet(key, "The search", heads, rows, remarks, pictures.search(key, said))
 
 
 def _candidate(each: dict[str, Any], winner: Any) -> list[str]:
@@ -220,11 +217,6 @@ def _candidate(each: dict[str, Any], winner: Any) -> list[str]:
         count(each["tokens"]),
         "yes" if each["on_front"] else "",
     ]
-
-
-def _picture(svg: bytes) -> Markup:
-    address = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-    return Markup('<figure><img class="picture" alt="" src="{}"></figure>').format(address)
 
 
 def _json(artifact: Artifact, name: str) -> Any:
