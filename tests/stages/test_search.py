@@ -13,7 +13,7 @@ from minitron_nemo.artifact import Artifact, open_artifact
 from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.report.table import count
-from support.door import Done, Door, kill_once_there
+from support.door import Done, Door, kill_once_there, started_until_there
 from support.ranks import Ranks, current_layout
 from support.report_runs import Page
 from support.tiny import TinyChain
@@ -137,6 +137,21 @@ def test_a_search_that_was_killed_goes_on_to_the_same_table(
         assert other["loss_cut"] == pytest.approx(one["loss_cut"], rel=1e-5)
         assert other["curve"] == [[tokens, pytest.approx(loss, rel=1e-5)] for tokens, loss in one["curve"]]
     assert found["tokens_spent"] == expected["tokens_spent"]
+
+
+def test_processes_share_a_search_and_find_the_same(
+    door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "it"
+    command = overrides(tiny_chain, output)
+    first = started_until_there(tmp_path / "it.search" / "candidates" / "*" / "distilled.training", command)
+    second = door(*command)
+    _, said = first.communicate()
+
+    assert (first.returncode, second.code) == (0, 0), said.decode() + second.err
+    one, other, alone = (re.findall(r"to step \d+: \S+", each) for each in (said.decode(), second.err, searched[0].err))
+    assert one and other and sorted(one + other) == sorted(alone), "both took part, and nothing was trained twice"
+    assert (output / "search.json").read_bytes() == (searched[1] / "search.json").read_bytes()
 
 
 def test_losses_of_another_training_are_refused(door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path]) -> None:
