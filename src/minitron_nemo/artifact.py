@@ -41,8 +41,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron_nemo import platform
 from minitron_nemo.checks import CannotWrite, NothingThere, reading, require
 from minitron_nemo.config.identity import as_dict, decisive
@@ -179,10 +177,8 @@ def stage_begins() -> None:
 
 def _cost(started: float) -> dict[str, Any]:
     """Wall time of the stage in the process that ended it, and on how many processes and what."""
-    device = platform.device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     seconds = time.time() - (_began.pop() if _began else started)
-    return {"seconds": round(seconds, 3), "processes": world_size(), "device": name}
+    return {"seconds": round(seconds, 3), "processes": world_size(), "device": platform.device_name()}
 
 
 @contextmanager

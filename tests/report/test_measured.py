@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,16 @@ def test_teacher_and_student_write_side_by_side_and_what_they_write_is_text(page
     assert "```\ndistilled_calibrated | wanders\n```" in markdown and "a&lt;b\\|c: loss" in markdown
 
 
-def test_pictures_of_a_search_are_inside_the_file(page: Page) -> None:
-    assert any(address.startswith("data:image/svg+xml;base64,") for address in page.addresses)
+def test_a_search_is_drawn_and_told_to_who_does_not_see_it(page: Page, measured: Artifact) -> None:
+    shown = (measured.path / "report.html").read_text()
+    sizes, ranks = re.findall(r'<svg [^>]*aria-label="([^"]*)"', shown[shown.index('id="search"') :])[:2]
+    assert sizes == (
+        "Parameters against held-out loss. On the front: c0. The winner c0 has 900k, after the cut 5.000, after "
+        "distillation 3.500; the teacher 2.880."
+    )
+    assert ranks == "Ranks: after the cut c0, c1, c2; after 512 c1, c0, c2; after 1.02k c0, c1."
     assert all(address.startswith(("#", "data:image/")) for address in page.addresses)
+    assert len(page.ids) == len(set(page.ids))
 
 
 def test_the_bill_is_time_times_processes_and_its_sum(tmp_path: Path) -> None:
@@ -78,11 +86,15 @@ def test_the_bill_is_time_times_processes_and_its_sum(tmp_path: Path) -> None:
         change_manifest(place, lambda manifest, cost=cost: manifest.update(cost=cost))
     page = Page((run(report_of(tmp_path)).path / "report.html").read_text())
 
-    assert ["distilled", "distill", "7,200.0", "4", "an H100", "8.0000", "41.0k"] in page.rows
+    row = next(row for row in page.rows if row[:2] == ["distilled", "distill"])
+    assert row[2:-1] == ["7,200.0", "4", "an H100", "8.0000", "41.0k"]
     others = len([path for path in tmp_path.iterdir() if path.name != "report"]) - 1
     hours, tokens = 8 + others * 0.1, 4 * TOKENS + TOKENS // 4
-    assert ["sum", "", f"{7200 + 90 * others:,.1f}", "", "", f"{hours:.4f}", f"{tokens / 1000:.0f}k"] in page.rows
-    assert f"{hours:.2g} GPU-hours (an H100) over {others + 1} steps" in page.text
+    files = [file for place in tmp_path.iterdir() if place.name != "report" for file in place.rglob("*")]
+    on_disk = sum(file.stat().st_size for file in files if file.is_file() and file.name != "manifest.json")
+    said = f"{on_disk / 1e3:.3g} kB"
+    assert ["sum", "", f"{7200 + 90 * others:,.1f}", "", "", f"{hours:.4f}", f"{tokens / 1000:.0f}k", said] in page.rows
+    assert f"{hours:.2g} GPU-hours (an H100) over {others + 1} steps" in page.text and f"; {said} on disk." in page.text
 
 
 def test_a_manifest_says_what_its_stage_cost(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from minitron_nemo.runtime.timings import Timings, timings_of
 from minitron_nemo.search.constraints import constraints_of, feasible, timed_constraints_of
 from minitron_nemo.search.latency import Times, why_untimed
 from minitron_nemo.search.ledger import Ledger
+from minitron_nemo.search.share import Share
 from minitron_nemo.search.space import Space
 from minitron_nemo.shape import ModelShape
 from search.test_space import EXPERTS, TINY
@@ -36,7 +37,8 @@ def seconds_of(shape: ModelShape) -> Timings:
 class Measured:
     def __init__(self, folder: Path) -> None:
         self.shapes: list[ModelShape] = []
-        self.times = Times(TINY, Ledger(folder / "times.json", {}), self.measure, batch_size=4)
+        ledger = Ledger(folder / "times.json", {})
+        self.times = Times(TINY, ledger, Share(folder), self.measure, batch_size=4)
 
     def measure(self, shape: ModelShape) -> Timings:
         self.shapes.append(shape)

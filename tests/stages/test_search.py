@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 
 from minitron_nemo.artifact import Artifact, open_artifact
-from minitron_nemo.config.search import SearchConfig
+from minitron_nemo.config.search import TIMED, SearchConfig
 from minitron_nemo.config.trainer import TrainerConfig
-from support.door import Done, Door, kill_once_there
+from minitron_nemo.report.table import count
+from support.door import Done, Door, kill_once_there, started_until_there
 from support.ranks import Ranks, current_layout
+from support.report_runs import Page
 from support.tiny import TinyChain
 from support.tiny_run import TinyRun, trainer_values
 
@@ -27,6 +29,8 @@ def overrides(chain: TinyChain, output: Path) -> list[str]:
         f"search.output={output}",
         "search.parameters=0.75",
         "search.tolerance=0.1",
+        "search.constraints.seq_length=16",
+        "search.constraints.time_to_first_token=100s",
         "+search.space.hidden_size=[16,24,32]",
         "+search.space.ffn_hidden_size={from:32,to:64,step:16}",
         "+search.space.num_attention_heads=[4,8]",
@@ -48,6 +52,12 @@ def overrides(chain: TinyChain, output: Path) -> list[str]:
 def found_in(output: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((output / "search.json").read_text())
     return found
+
+
+def without_times(found: dict[str, Any]) -> dict[str, Any]:
+    """All of it that another search on another day finds again."""
+    rows = [{name: value for name, value in each.items() if name not in TIMED} for each in found["candidates"]]
+    return found | {"candidates": rows}
 
 
 def files(of: Artifact) -> dict[str, Any]:
@@ -84,6 +94,8 @@ def test_the_best_of_a_size_is_found_and_its_recipe_runs(
     assert first[-1][1] <= second[-1][1] and max(first[0][1], second[0][1]) <= third[0][1]
     assert found["winner"] == candidates[0]["id"] and f"Winner: {found['winner']}" in done.err
     assert all(each["loss_cut"] > 0 and each["kl_cut"] > 0 for each in candidates)
+    assert "constraints.time_to_first_token=100s" in found["constraints"]
+    assert all(each["time_per_output_token"] > 0 and each["throughput"] > 0 for each in candidates[:3])
 
     cut = open_artifact(f"{output}.search/candidates/{found['winner']}/pruned", made_by=["prune"])
     assert cut.metrics["parameters"] == candidates[0]["parameters"]
@@ -97,6 +109,26 @@ def test_the_best_of_a_size_is_found_and_its_recipe_runs(
     assert again.metrics["parameters"] == cut.metrics["parameters"] and files(again) == files(cut)
     paused = open_artifact(f"{output}.search/candidates/{found['winner']}/distilled")
     assert files(open_artifact(run_dir / "distilled")) == files(paused), "a rung's pause changes nothing"
+
+
+def test_a_report_shows_the_search(door: Door, searched: tuple[Done, Path], tmp_path: Path) -> None:
+    found, report = found_in(searched[1]), tmp_path / "report"
+    done = door("report", "recipe=search", f"run_dir={searched[1].parent}", "report.rows=[]", f"report.output={report}")
+    assert done.code == 0, done.err
+    page, drawn = Page((report / "report.html").read_text()), (report / "report.html").read_text()
+
+    shown = {row[1]: row for row in page.rows if len(row) == 10}
+    for each in found["candidates"]:
+        row = shown[", ".join(f"{dim}={size}" for dim, size in each["dims"].items())]
+        assert row[0] == ("★ 1" if each["id"] == found["winner"] else str(each["rank"]))
+        assert (row[5] == "–") == (each["time_per_output_token"] is None)
+        assert row[6:8] == [f"{each['loss_cut']:.3f}", f"{each['curve'][-1][1]:.3f}" if each["curve"] else "–"]
+    ranks = re.search(r'aria-label="Ranks: after the cut ([^"]*)"', drawn)
+    distilled = [each["id"] for each in found["candidates"] if each["curve"]]
+    assert ranks is not None and ranks[1].endswith(" " + ", ".join(distilled[:2]) + ".")
+    assert all(drawn.count(f">{name}</text>") >= 1 for name in distilled)
+    [bill] = (row for row in page.rows if row[:2] == ["it", "search"])
+    assert bill[-2] == count(found["tokens_spent"]), "what the candidates learned from is on the bill"
 
 
 @pytest.mark.parametrize("file", ["measured.json", "candidates/*/distilled.training/checkpoints/step-1"])
@@ -116,6 +148,21 @@ def test_a_search_that_was_killed_goes_on_to_the_same_table(
         assert other["loss_cut"] == pytest.approx(one["loss_cut"], rel=1e-5)
         assert other["curve"] == [[tokens, pytest.approx(loss, rel=1e-5)] for tokens, loss in one["curve"]]
     assert found["tokens_spent"] == expected["tokens_spent"]
+
+
+def test_processes_share_a_search_and_find_the_same(
+    door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "it"
+    command = overrides(tiny_chain, output)
+    first = started_until_there(tmp_path / "it.search" / "candidates" / "*" / "distilled.training", command)
+    second = door(*command)
+    _, said = first.communicate()
+
+    assert (first.returncode, second.code) == (0, 0), said.decode() + second.err
+    one, other, alone = (re.findall(r"to step \d+: \S+", each) for each in (said.decode(), second.err, searched[0].err))
+    assert one and other and sorted(one + other) == sorted(alone), "both took part, and nothing was trained twice"
+    assert without_times(found_in(output)) == without_times(found_in(searched[1]))
 
 
 def test_losses_of_another_training_are_refused(door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path]) -> None:
@@ -146,6 +193,11 @@ def test_what_was_measured_under_other_values_is_measured_again(
         (["search.halving.max_tokens=100"], r"3 candidates on [\d,]+ tokens.*search.halving.max_tokens=100"),
         (["search.halving.rungs=[3,2]"], "must rise to training.steps=4"),
         (["+search.space.num_layers=[3,4]"], "search.depth.metric"),
+        (["search.constraints.throughput=9T"], r"throughput=.*met by none.*nearest have [\d,]+ \("),
+        (
+            ["trainer.pipeline_model_parallel_size=2"],
+            "time_to_first_token: a search times one layer, which has no",
+        ),
         (["search.importance=nowhere"], "search.importance=nowhere does not exist"),
         (["search.space.hidden_size=[16,40]"], "search.space.hidden_size reaches 40"),
     ],

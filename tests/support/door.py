@@ -177,8 +177,8 @@ if __name__ == "__main__":  # Megatron-core's checkpoint writer starts processes
         os.killpg(0, signal.SIGKILL)  # what it started too; without the libraries' farewells, which take ten seconds
 
 
-def kill_once_there(file: Path, command: list[str]) -> None:
-    """Run a command in a process of its own and kill it, without a word, as soon as `file`, a pattern, stands."""
+def started_until_there(file: Path, command: list[str]) -> subprocess.Popen[bytes]:
+    """A command in a process of its own, which runs on when `file`, a pattern, stands or when it has ended."""
     process = subprocess.Popen(
         [sys.executable, "-m", "minitron_nemo.cli", *command],
         env=environment(),
@@ -187,9 +187,18 @@ def kill_once_there(file: Path, command: list[str]) -> None:
         start_new_session=True,
     )
     patience = Patience([process.pid])
-    place, pattern = Path(file.anchor), str(file.relative_to(file.anchor))
-    while not any(place.glob(pattern)) and process.poll() is None and not patience.over():
+    while not _any_there(file) and process.poll() is None and not patience.over():
         time.sleep(0.005)
+    return process
+
+
+def kill_once_there(file: Path, command: list[str]) -> None:
+    """Run a command in a process of its own and kill it, without a word, as soon as `file`, a pattern, stands."""
+    process = started_until_there(file, command)
     end(process)
     _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL and any(place.glob(pattern)), said.decode()
+    assert process.returncode == -signal.SIGKILL and _any_there(file), said.decode()
+
+
+def _any_there(file: Path) -> bool:
+    return any(Path(file.anchor).glob(str(file.relative_to(file.anchor))))

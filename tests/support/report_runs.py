@@ -192,26 +192,24 @@ def _write_throughput(folder: Path) -> None:
 
 
 def _write_search(folder: Path) -> None:
+    curves = ([[512, 4.0], [1024, 3.5]], [[512, 3.9], [1024, 4.5]], [[512, 4.2]])
     candidates = [
         {
             "id": f"c{number}", "dims": {"hidden_size": 16 + number, "num_layers": 3}, "parameters": 900_000 + number,
-            "non_embedding_parameters": 800_000, "memory_bytes": 2_000_000, "latency_seconds": None, "price": 0.1,
-            "loss_cut": 5.0 + number, "kl_cut": 2.0, "curve": [[512, 4.0], [1024, 3.5 + number]], "tokens": 1024,
-            "rung": 1, "rank": number + 1, "on_front": number == 0,
+            "non_embedding_parameters": 800_000, "memory_bytes": 2_000_000, "time_to_first_token": 0.0123,
+            "time_per_output_token": None, "price": 0.1, "loss_cut": 5.0 + number, "kl_cut": 2.0, "curve": curve,
+            "tokens": curve[-1][0], "rung": len(curve), "rank": number + 1, "on_front": number == 0,
         }
-        for number in range(3)
+        for number, curve in enumerate(curves)
     ]  # fmt: skip
     found = {
-        "target": "at most 1M parameters", "constraints": ["hidden_size is a multiple of 8"], "tokens_spent": 3072,
+        "target": "at most 1M parameters", "constraints": ["hidden_size is a multiple of 8"], "tokens_spent": 2560,
         "counts": {"space": 4608, "feasible": 15, "priced": 15, "measured": 5, "distilled": 3},
         "teacher": {"parameters": 2_000_000, "held_out_loss": 2.88}, "candidates": candidates, "winner": "c0",
     }  # fmt: skip
     with writing(folder / "search", stage="search", config={}, inputs=[open_artifact(folder / "teacher")]) as draft:
-        draft.metrics["tokens_spent"] = 3072
+        draft.metrics["tokens"] = 2560
         (draft.path / "search.json").write_text(json.dumps(found))
-        (draft.path / "pareto.svg").write_text(
-            '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="900" height="90"><circle r="9"/></svg>'
-        )
 
 
 class Page(HTMLParser):

@@ -17,6 +17,7 @@ __all__ = [
     "deactivate",
     "default_precision",
     "device",
+    "device_name",
     "dtype_of",
     "has_accelerator",
     "has_transformer_engine",
@@ -49,6 +50,11 @@ def backend() -> str:
 def device() -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if has_accelerator() else torch.device("cpu")
+
+
+def device_name() -> str:
+    """What `device` is called by those who made it; `cpu` otherwise."""
+    return torch.cuda.get_device_name() if has_accelerator() else "cpu"
 
 
 def has_transformer_engine() -> bool:

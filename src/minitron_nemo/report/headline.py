@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from minitron_nemo.report.bill import Bill
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheets import keeps, loss_of_cut, speed_up
-from minitron_nemo.report.table import count
+from minitron_nemo.report.table import count, size
 from minitron_nemo.shape import ModelShape
 
 GAINED, LOST, COST = "Gained", "Lost", "Cost"
@@ -45,11 +44,11 @@ def _size(run: Run, student: dict[str, Any], teacher: dict[str, Any]) -> list[st
     said = [
         f"{student['label']} has {count(small.num_parameters)} of {teacher['label']}'s {count(large.num_parameters)} "
         f"parameters ({small.num_parameters / large.num_parameters:.0%}).",
-        f"Its weights take {_bytes(2 * small.num_parameters)} instead of {_bytes(2 * large.num_parameters)} in bf16.",
+        f"Its weights take {size(2 * small.num_parameters)} instead of {size(2 * large.num_parameters)} in bf16.",
     ]
     caches = small.kv_bytes_per_token(), large.kv_bytes_per_token()
     if caches[0] != caches[1]:
-        said.append(f"A token of context takes {_bytes(caches[0])} instead of {_bytes(caches[1])}.")
+        said.append(f"A token of context takes {size(caches[0])} instead of {size(caches[1])}.")
     return [*said, f"A token costs {_flops(small) / _flops(large):.0%} of the arithmetic (FLOPs of a forward pass)."]
 
 
@@ -86,10 +85,3 @@ def _won_back(run: Run, student: dict[str, Any], teacher: dict[str, Any]) -> lis
 def _tasks(run: Run, student: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
     sentence = keeps(run, student["name"], teacher["name"])
     return [f"{student['label']} {sentence}."] if sentence else []
-
-
-def _bytes(value: float, units: Sequence[str] = ("B", "kB", "MB", "GB", "TB")) -> str:
-    unit = 0
-    while value >= 999.5 and unit < len(units) - 1:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.3g} {units[unit]}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
 from minitron_nemo.report.correlation import between_aggregations, between_artifacts, between_depth_metrics
+from minitron_nemo.report.figures.candidates import Tried, front_of_sizes, ranks_over_tokens
 from minitron_nemo.report.figures.layer_bars import layer_bars
 from minitron_nemo.report.figures.loss_curves import Series, loss_curves
 from minitron_nemo.report.figures.rank_tables import agreement_tables
@@ -211,6 +213,34 @@ def _between(artifacts: Mapping[str, Importance], batch: str, sequence: str) -> 
         )
         pictures.append(_figure(agreement_tables(tables, f"artifacts-{number}"), caption))
     return pictures
+
+
+def search(key: str, found: Mapping[str, Any]) -> list[Markup]:
+    """
+    Args:
+        key: begins the ids.
+        found: search.json, its candidates best first.
+    """
+    tried = [
+        Tried(
+            each["id"], each["parameters"], each["loss_cut"], [(at, loss) for at, loss in each["curve"]],
+            each["on_front"],
+        )
+        for each in found["candidates"]
+    ]  # fmt: skip
+    sizes = (
+        "Size against held-out loss (nats per token); lower left is better. Above, after the cut alone: filled dots "
+        "and their line are the Pareto front, candidates that no other beats in both. Below, after distillation: "
+        "filled dots had all the tokens, hollow ones were left out on the way. The star is the winner."
+    )
+    ranks = (
+        "Rank of each distilled candidate, at the cut and after each rung; a line that ends was left out there. Where "
+        "lines still cross late, the rungs are too early to tell the candidates apart (search.halving.never_before)."
+    )
+    return [
+        _figure(front_of_sizes(key, tried, found["winner"], found["teacher"]["held_out_loss"]), sizes),
+        _figure(ranks_over_tokens(key, tried, found["winner"]), ranks),
+    ]
 
 
 def _number_kept(pruning: Pruning, axis: str) -> int | None:

@@ -5,15 +5,13 @@ Each is read from the artifacts as they are; one that no artifact knows of is no
 
 from __future__ import annotations
 
-import base64
 import json
 from typing import Any
-
-from markupsafe import Markup
 
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import reading
 from minitron_nemo.evaluation.comparison import compare
+from minitron_nemo.report import pictures
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheet import Sheet
 from minitron_nemo.report.table import UNKNOWN, count
@@ -200,31 +198,26 @@ def _search(artifact: Artifact, number: int) -> Sheet:
     ]
     ranked = sorted(said["candidates"], key=lambda each: (each["rank"] is None, each["rank"] or 0))
     rows = [_candidate(each, said["winner"]) for each in ranked]
-    heads = ["rank", "shape", "parameters", "memory", "latency (ms)", "loss after the cut", "loss after training",
-             "tokens", "Pareto front"]  # fmt: skip
-    files = [artifact.path / name for name in ("pareto.svg", "ranks.svg")]
-    pictures = [_picture(file.read_bytes()) for file in files if file.is_file()]
-    return Sheet("search" if number == 0 else f"search-{number}", "The search", heads, rows, remarks, pictures)
+    heads = ["rank", "shape", "parameters", "memory", "first token (ms)", "next token (ms)", "loss after the cut",
+             "loss after training", "tokens", "Pareto front"]  # fmt: skip
+    key = "search" if number == 0 else f"search-{number}"
+    return Sheet(key, "The search", heads, rows, remarks, pictures.search(key, said))
 
 
 def _candidate(each: dict[str, Any], winner: Any) -> list[str]:
-    latency = each.get("latency_seconds")
+    first, following = each.get("time_to_first_token"), each.get("time_per_output_token")
     return [
         ("★ " if each["id"] == winner else "") + _number(each["rank"], "{}"),
         ", ".join(f"{name}={value}" for name, value in each["dims"].items()),
         count(each["parameters"]),
         _number(each.get("memory_bytes") and each["memory_bytes"] / 1e6, "{:,.1f} MB"),
-        _number(latency and 1e3 * latency, "{:.2f}"),
+        _number(first and 1e3 * first, "{:.2f}"),
+        _number(following and 1e3 * following, "{:.2f}"),
         _number(each["loss_cut"]),
         _number(each["curve"][-1][1] if each["curve"] else None),
         count(each["tokens"]),
         "yes" if each["on_front"] else "",
     ]
-
-
-def _picture(svg: bytes) -> Markup:
-    address = "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
-    return Markup('<figure><img class="picture" alt="" src="{}"></figure>').format(address)
 
 
 def _json(artifact: Artifact, name: str) -> Any:

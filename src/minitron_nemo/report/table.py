@@ -91,5 +91,13 @@ def count(value: int | None) -> str:
     return str(value)
 
 
+def size(value: float, units: Sequence[str] = ("B", "kB", "MB", "GB", "TB")) -> str:
+    """Bytes for reading, to three digits: 950 B, 12.3 MB."""
+    unit = 0
+    while value >= 999.5 and unit < len(units) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:.3g} {units[unit]}"
+
+
 def _fixed(value: float | None, form: str) -> str:
     return UNKNOWN if value is None else form.format(value)

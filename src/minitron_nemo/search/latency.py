@@ -13,17 +13,23 @@ By Megatron-core's modules: an engine that fuses more is faster, and orders cand
 
 from __future__ import annotations
 
-import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron_nemo.config.search import TIMED
-from minitron_nemo.config.trainer import Layout
+from minitron_nemo import engine, platform
+from minitron_nemo.checks import require
+from minitron_nemo.config.identity import as_dict
+from minitron_nemo.config.search import TIMED, ConstraintsConfig
+from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.counts import Counts
-from minitron_nemo.runtime.timings import PROMPT, TOKEN, Timings
+from minitron_nemo.parallel import is_rank_zero, rank_zero_says
+from minitron_nemo.runtime.timings import PROMPT, TOKEN, Timings, timings_of
 from minitron_nemo.search.ledger import Ledger
+from minitron_nemo.search.share import Share
 from minitron_nemo.shape import ModelShape
 
 PARTS = {
@@ -38,6 +44,8 @@ PARTS = {
     "rest": ("hidden_size",),
 }
 """Part -> the dims that decide how long it takes."""
+
+_LOCK = "times"
 
 Sizes = tuple[int, ...]
 """Of a part's dims; 0 for one that the model does not have."""
@@ -57,19 +65,33 @@ def why_untimed(source: ModelShape, layout: Layout) -> str | None:
     return None
 
 
+def require_timable(limits: ConstraintsConfig, source: ModelShape, layout: Layout) -> None:
+    """Raises: Mistake: a time is limited that cannot be measured."""
+    asked, why = [name for name in TIMED if getattr(limits, name) is not None], why_untimed(source, layout)
+    require(not asked or why is None, f"constraints.{next(iter(asked), '')}: {why}, or leave it out.")
+
+
 class Times:
     """Every candidate's times; a part is measured when it is first asked for."""
 
     def __init__(
-        self, source: ModelShape, ledger: Ledger, measure: Callable[[ModelShape], Timings], *, batch_size: int
+        self,
+        source: ModelShape,
+        ledger: Ledger,
+        share: Share,
+        measure: Callable[[ModelShape], Timings],
+        *,
+        batch_size: int,
     ) -> None:
         """
         Args:
             ledger: what was measured, a part and its sizes -> {prompt, token} in seconds.
+            share: of the search; one process at a time measures, so that all reckon with the same times.
             measure: times a model of one layer. Communicates: all ranks.
             batch_size: sequences at once, as `measure` runs them.
         """
-        self._source, self._ledger, self._measure, self._batch_size = source, ledger, measure, batch_size
+        self._source, self._ledger, self._share, self._measure = source, ledger, share, measure
+        self._batch_size = batch_size
 
     def of(self, counts: Counts) -> dict[str, NDArray[np.float64]]:
         """By `config.search.TIMED`, [n] each; [1] where every dim is one number. Communicates: where a part is new."""
@@ -80,7 +102,14 @@ class Times:
             rows = np.stack([np.broadcast_to(columns[dim], number) for dim in dims], axis=1)
             sizes, where = np.unique(rows, axis=0, return_inverse=True)
             found[part] = [tuple(row) for row in sizes.tolist()], where.reshape(-1)
-        self._measure_missing({part: sizes for part, (sizes, _) in found.items()})
+        wanted = {part: sizes for part, (sizes, _) in found.items()}
+
+        def made() -> list[str]:
+            self._ledger.look()
+            return [] if any(self._missing(wanted).values()) else [_LOCK]
+
+        self._share.out([_LOCK], made=made, make=lambda _: self._measure_missing(wanted))
+        self._ledger.look()
         seconds = {}
         for kind in (PROMPT, TOKEN):
             each = {
@@ -91,26 +120,58 @@ class Times:
         times = (seconds[PROMPT], seconds[TOKEN], self._batch_size / seconds[TOKEN])
         return dict(zip(TIMED, times, strict=True))
 
-    def _measure_missing(self, wanted: Mapping[str, Sequence[Sizes]]) -> None:
-        """One layer holds an attention and an MLP, so that of each hidden size it takes as many as there are of one."""
-        missing = {
-            part: [row for row in sizes if _name(part, row) not in self._ledger] for part, sizes in wanted.items()
+    def _missing(self, wanted: Mapping[str, Sequence[Sizes]]) -> dict[str, list[Sizes]]:
+        return {
+            part: [each for each in sizes if _name(part, each) not in self._ledger] for part, sizes in wanted.items()
         }
-        for hidden in sorted({row[0] for sizes in missing.values() for row in sizes}):
-            attentions, mlps = ([row for row in wanted[part] if row[0] == hidden] for part in ("attention", "mlp"))
-            lacks = [[row for row in missing[part] if row[0] == hidden] for part in ("attention", "mlp")]
-            pairs = itertools.zip_longest(*lacks) if any(lacks) else [(attentions[0], mlps[0])]
-            for attention, mlp in pairs:
-                rows = {"attention": attention or attentions[0], "mlp": mlp or mlps[0], "rest": (hidden,)}
-                dims = {dim: size for part, row in rows.items() for dim, size in zip(PARTS[part], row, strict=True)}
-                timings = self._measure(
-                    self._source.pruned_to(num_layers=1, **{d: size for d, size in dims.items() if size})
-                )
-                for part, row in rows.items():
-                    if _name(part, row) not in self._ledger:
-                        self._ledger.put(
-                            _name(part, row), {kind: timings[f"{kind} {part}"] for kind in (PROMPT, TOKEN)}
-                        )
+
+    def _measure_missing(self, wanted: Mapping[str, Sequence[Sizes]]) -> None:
+        """A model holds one attention and one MLP, so that of each hidden size it takes as many as there are of one."""
+        missing = self._missing(wanted)
+        for hidden in sorted({each[0] for sizes in missing.values() for each in sizes}):
+            lacks, any_of = (
+                {part: [each for each in sizes if each[0] == hidden] for part, sizes in of.items()}
+                for of in (missing, wanted)
+            )
+            number = max(map(len, lacks.values()))
+            for place in range(number):
+                parts = {part: (lacks[part][place:] or any_of[part])[0] for part in PARTS}
+                timings = self._measure(_one_layer(self._source, parts))
+                for part, sizes in parts.items():
+                    if _name(part, sizes) not in self._ledger:
+                        entry = {kind: timings[f"{kind} {part}"] for kind in (PROMPT, TOKEN)}
+                        self._ledger.put(_name(part, sizes), entry)
+
+
+def times_here(
+    source: ModelShape, trainer: TrainerConfig, limits: ConstraintsConfig, directory: Path, share: Share
+) -> Times:
+    """On this machine and its layout, whose groups stand; measured times stay in `directory`."""
+    dtype = platform.dtype_of(trainer.precision)
+    decides = {
+        "model": as_dict(source),
+        "batch_size": limits.batch_size,
+        "seq_length": limits.seq_length,
+        "dtype": str(dtype),
+        "tensor_model_parallel_size": trainer.tensor_model_parallel_size,
+        "expert_model_parallel_size": trainer.expert_model_parallel_size,
+        "device": rank_zero_says(platform.device_name()),
+    }
+
+    def measure(shape: ModelShape) -> Timings:
+        if is_rank_zero():
+            dims = ", ".join(f"{dim}={getattr(shape, dim)}" for dim in shape.prunable_dims if dim != "num_layers")
+            print(f"    timing a layer of {dims}", file=sys.stderr, flush=True)
+        core = engine.new_core(shape, trainer, dtype)
+        return timings_of(core, batch_size=limits.batch_size, seq_length=limits.seq_length)
+
+    ledger = Ledger(directory / "timings.json", decides)
+    return Times(source, ledger, share, measure, batch_size=limits.batch_size)
+
+
+def _one_layer(source: ModelShape, parts: Mapping[str, Sizes]) -> ModelShape:
+    dims = {dim: size for part, sizes in parts.items() for dim, size in zip(PARTS[part], sizes, strict=True)}
+    return source.pruned_to(num_layers=1, **{dim: size for dim, size in dims.items() if size})
 
 
 def _column(counts: Counts, dim: str) -> NDArray[np.int64]:

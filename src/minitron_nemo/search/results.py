@@ -9,7 +9,18 @@ import yaml
 from rich import box
 from rich.table import Table
 
-_COLUMNS = ("rank", "candidate", "parameters", "memory", "after the cut", "KL", "distilled", "tokens")
+_COLUMNS = (
+    "rank",
+    "candidate",
+    "parameters",
+    "memory",
+    "first token",
+    "next token",
+    "after the cut",
+    "KL",
+    "distilled",
+    "tokens",
+)
 
 
 def table_of(candidates: Sequence[Mapping[str, Any]]) -> Table:
@@ -32,6 +43,8 @@ def _rows(candidates: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             each["id"] + (" *" if each["on_front"] else ""),
             f"{each['parameters']:,}",
             f"{each['memory_bytes'] / 2**20:,.0f} MiB",
+            _milliseconds(each["time_to_first_token"]),
+            _milliseconds(each["time_per_output_token"]),
             _loss(each["loss_cut"]),
             _loss(each["kl_cut"]),
             _loss(each["curve"][-1][1]) if each["curve"] else "-",
@@ -39,6 +52,10 @@ def _rows(candidates: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         ]
         for each in candidates
     ]
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{1e3 * value:.3g} ms"
 
 
 def _loss(value: float | None) -> str:

@@ -6,7 +6,8 @@
 
 <output>.search/                     so that a search that was killed goes on; nothing reads it afterwards
     measured.json                    see search/ledger.py
-    candidates/made_by.json          all that decides the losses below
+    locks/                           who works on what, see search/share.py
+    candidates/losses.json           of each at each rung, and all that decides them; see search/ledger.py
     candidates/<name>/pruned         a prune artifact
     candidates/<name>/distilled      a distill artifact, and while it is none `distilled.training` (stages/training.py)
 
@@ -32,21 +33,23 @@ from rich.console import Console
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, writing
-from minitron_nemo.checks import Mistake, Paused, reading, require
+from minitron_nemo.checks import Paused, require
 from minitron_nemo.config.identity import as_dict, decisive, differences
-from minitron_nemo.config.search import SearchConfig
+from minitron_nemo.config.search import TIMED, SearchConfig
 from minitron_nemo.config.stages import DistillConfig, PruneConfig
 from minitron_nemo.config.trainer import Calibrating
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.pruning.targets import memory_bytes, parse_count
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtime.training_run import HISTORY
-from minitron_nemo.search.constraints import constraints_of, feasible, limit
+from minitron_nemo.search.constraints import constraints_of, feasible, limit, timed_constraints_of
 from minitron_nemo.search.halving import rungs_of, steps_in_all, survivors
-from minitron_nemo.search.ledger import Ledger
+from minitron_nemo.search.latency import Times, require_timable, times_here, why_untimed
+from minitron_nemo.search.ledger import Entry, Ledger
 from minitron_nemo.search.measuring import Measuring
 from minitron_nemo.search.pricing import default_space, name_of, on_front, points_of, prices
 from minitron_nemo.search.results import markdown_of, table_of, winners_recipe
+from minitron_nemo.search.share import Share
 from minitron_nemo.search.space import Space
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, prune
@@ -66,6 +69,8 @@ class Candidate:
     price: float
     loss_cut: float | None = None
     kl_cut: float | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    """See search/latency.py; empty: it was not timed."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     """(steps, held-out loss) at each rung it came to."""
     on_front: bool = False
@@ -85,17 +90,24 @@ def run(config: SearchConfig) -> Artifact:
     say(search.cost())
     candidates = search.measure(search.price())
     finalists = candidates[: config.halving.survivors]
+    search.time(finalists)
     search.distil(finalists)
     candidates = sorted(candidates, key=lambda each: each.order)
-    with writing(config.output, stage="search", config=config, inputs=search.inputs) as draft:
-        found = search.result(candidates)
-        draft.facts["winner"] = candidates[0].dims
-        draft.metrics.update(
-            tokens=found["tokens_spent"], parameters=candidates[0].shape.num_parameters, loss=candidates[0].curve[-1][1]
-        )
-        rank_zero_works(lambda: _write(draft.path, found, search.recipe_of(candidates[0])))
+    found = search.result(candidates)
+
+    def write(_: str) -> None:
+        with writing(config.output, stage="search", config=config, inputs=search.inputs) as draft:
+            draft.facts["winner"] = candidates[0].dims
+            draft.metrics.update(
+                tokens=found["tokens_spent"],
+                parameters=candidates[0].shape.num_parameters,
+                loss=candidates[0].curve[-1][1],
+            )
+            rank_zero_works(lambda: _write(draft.path, found, search.recipe_of(candidates[0])))
+
+    search.share.out(["result"], made=lambda: ["result"] if _stands(config, found) else [], make=write)
     if is_rank_zero():
-        Console(stderr=True, width=100).print(table_of(found["candidates"]))
+        Console(stderr=True, width=120).print(table_of(found["candidates"]))
     say(
         f"Winner: {candidates[0].name}. Distil it in full: minitron compress --config-dir {config.output} recipe=winner"
     )
@@ -108,10 +120,23 @@ def say(text: str) -> None:
 
 
 def _write(folder: Path, found: Mapping[str, Any], recipe: str) -> None:
-    (folder / "search.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / "search.json").write_text(_text_of(found))
     (folder / "table.md").write_text(markdown_of(found["candidates"]))
     (folder / "recipe").mkdir()
     (folder / "recipe" / "winner.yaml").write_text(recipe)
+
+
+def _text_of(found: Mapping[str, Any]) -> str:
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _stands(config: SearchConfig, found: Mapping[str, Any]) -> bool:
+    """Whether this very result is written, by whichever process."""
+    if not is_artifact(config.output):
+        return False
+    made = open_artifact(config.output, made_by=["search"])
+    same = not any(differences(made.manifest["config"], config))
+    return same and (made.path / "search.json").read_text() == _text_of(found)
 
 
 class _Search:
@@ -137,7 +162,9 @@ class _Search:
             "search.space.num_layers needs to know which layers go. Set search.depth.metric, and estimate it "
             "(estimate_importance.depth.metrics).",
         )
+        require_timable(config.constraints, self.source.shape, config.trainer)
         self.directory = Path(config.output).with_name(Path(config.output).name + ".search")
+        self.share = Share(self.directory)
         self.teacher_loss = math.nan
 
     def _constraints(self) -> Any:
@@ -175,14 +202,18 @@ class _Search:
     # ---- before any training ---------------------------------------------------------------------------------------
 
     def price(self) -> list[Candidate]:
-        """The candidates of the lowest price. Communicates: all ranks."""
-        found, source = self.feasible, self.source.shape
+        """The candidates of the lowest price that are fast enough. Communicates: all ranks."""
+        source, limits = self.source.shape, self.config.constraints
+        if timed := timed_constraints_of(limits, source, lambda counts: self._times.of(counts)):
+            self.feasible = feasible(self.feasible.space, timed, of=self.feasible)
+        found = self.feasible
         columns = found.space.columns(found.numbers)
-        table: dict[str, dict[int, float]] = {}
-        for dim, values in columns.dims.items():
-            sizes = points_of(source, dim, values.tolist(), self.config.pricing.points)
-            table[dim] = {size: self._measuring.of(f"{dim}={size}", {dim: size})["loss"] for size in sizes}
-        self.teacher_loss = self._measuring.teacher_loss()
+        points = self.config.pricing.points
+        sizes = {dim: points_of(source, dim, values.tolist(), points) for dim, values in columns.dims.items()}
+        single = {f"{dim}={size}": {dim: size} for dim, several in sizes.items() for size in several}
+        losses = {name: entry["loss"] for name, entry in self._measured({"teacher": {}, **single}).items()}
+        table = {dim: {size: losses[f"{dim}={size}"] for size in several} for dim, several in sizes.items()}
+        self.teacher_loss = losses["teacher"]
         total = prices(columns, source, table, self.teacher_loss)
         best = total.argsort(kind="stable")[: self.config.pricing.measured]
         candidates = []
@@ -196,7 +227,7 @@ class _Search:
 
     def measure(self, candidates: list[Candidate]) -> list[Candidate]:
         """Each with what its cut comes to; lowest loss first. Communicates: all ranks."""
-        entries = [self._measuring.of(each.name, self._smaller(each.dims)) for each in candidates]
+        entries = self._measured({each.name: self._smaller(each.dims) for each in candidates}).values()
         front = on_front([each.shape.num_parameters for each in candidates], [entry["loss"] for entry in entries])
         for each, entry, is_on_front in zip(candidates, entries, front, strict=True):
             each.loss_cut, each.kl_cut, each.on_front = entry["loss"], entry["kl"], is_on_front
@@ -204,6 +235,19 @@ class _Search:
             vars(self).pop(held, None)
         gc.collect()
         return sorted(candidates, key=lambda each: each.order)
+
+    def _measured(self, wanted: Mapping[str, Mapping[str, int]]) -> dict[str, Entry]:
+        """Name -> numbers of the cut with these dims; `teacher` is not cut. Communicates: all ranks."""
+
+        def measure(name: str) -> None:
+            if name == "teacher":
+                self._measuring.teacher_loss()
+            else:
+                self._measuring.of(name, wanted[name])
+
+        self.share.out([*wanted], made=self._ledger.look, make=measure)
+        self._ledger.look()
+        return {name: self._ledger[name] for name in wanted}
 
     def _smaller(self, dims: Mapping[str, int]) -> dict[str, int]:
         return {dim: size for dim, size in dims.items() if size < getattr(self.source.shape, dim)}
@@ -213,12 +257,21 @@ class _Search:
         config, trainer = self.config, self.config.trainer
         prepare_layout(trainer, self.source.shape, seq_length=trainer.seq_length, seed=config.seed)
         teacher = engine.open_core(self.source, trainer, platform.dtype_of(trainer.precision))
-        ledger = Ledger(self.directory / "measured.json", self._decides_measurements())
-        return Measuring(teacher, self._held_out(), self.source.vocab_size, self._cut, ledger)
+        return Measuring(teacher, self._held_out(), self.source.vocab_size, self._cut, self._ledger)
+
+    @cached_property
+    def _ledger(self) -> Ledger:
+        return Ledger(self.directory / "measured.json", self._decides_measurements())
 
     @cached_property
     def _scores(self) -> prune.Scores:
         return prune.Scores(self._prune_config({}, ""), self.source)
+
+    @cached_property
+    def _times(self) -> Times:
+        config = self.config
+        prepare_layout(config.trainer, self.source.shape, seq_length=config.trainer.seq_length, seed=config.seed)
+        return times_here(self.source.shape, config.trainer, config.constraints, self.directory, self.share)
 
     def _decides_measurements(self) -> dict[str, Any]:
         config = self.config
@@ -265,35 +318,42 @@ class _Search:
 
     # ---- with training ---------------------------------------------------------------------------------------------
 
+    def time(self, candidates: Sequence[Candidate]) -> None:
+        """Write each one's times, where they can be measured. Communicates: all ranks."""
+        if why_untimed(self.source.shape, self.config.trainer) is None:
+            for each in candidates:
+                each.times = {name: seconds.item() for name, seconds in self._times.of(each.shape).items()}
+
     def distil(self, candidates: Sequence[Candidate]) -> None:
         """Few tokens for many, more for few; writes each one's curve. Communicates: all ranks."""
         halving, running = self.config.halving, {each.name: each for each in candidates}
-        rank_zero_works(self._require_trained_alike)
+        ledger = Ledger(self.directory / "candidates" / "losses.json", self._decides_losses(), refuses=True)
         for step in self.rungs:
-            for number, each in enumerate(running.values(), start=1):
-                say(f"    to step {step}: {each.name} ({number} of {len(running)})")
-                each.curve.append((step, self._train_to(each, step)))
-            losses = {name: each.curve[-1][1] for name, each in running.items()}
+            losses = self._distil_to(step, running, ledger)
+            for name, loss in losses.items():
+                running[name].curve.append((step, loss))
             left = survivors(losses, keep=halving.keep, step=step, never_before=halving.never_before)
             running = {name: running[name] for name in left}
 
-    def _require_trained_alike(self) -> None:
-        """Curves that stand were made with this config and from these inputs. Raises: Mistake: they were not."""
-        folder = self.directory / "candidates"
-        kept = folder / "made_by.json"
+    def _distil_to(self, step: int, running: Mapping[str, Candidate], ledger: Ledger) -> dict[str, float]:
+        """Held-out loss of each after so many steps. Communicates: all ranks."""
+
+        def made() -> list[str]:
+            there = ledger.look()
+            return [name for name in running if f"{name}@{step}" in there]
+
+        def train(name: str) -> None:
+            say(f"    to step {step}: {name} ({[*running].index(name) + 1} of {len(running)})")
+            ledger.put(f"{name}@{step}", {"loss": self._train_to(running[name], step)})
+
+        self.share.out([*running], made=made, make=train)
+        ledger.look()
+        return {name: ledger[f"{name}@{step}"]["loss"] for name in running}
+
+    def _decides_losses(self) -> dict[str, Any]:
         measured = self._decides_measurements()
         decides = {key: measured[key] for key in ("surgery", "depth", "inputs")}
-        decides |= {"rungs": self.rungs, "distill": decisive(self._distill_config(Path()))}
-        if kept.is_file():
-            with reading(kept, f"Remove {folder} to start over."):
-                then = json.loads(kept.read_text())
-            for key, before, now in differences(then, decides):
-                raise Mistake(
-                    f"{folder} holds candidates that were made with {key}={before}, not {now}. Go on with "
-                    f"{key}={before}, or remove {folder} to start over."
-                )
-        folder.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(decides))
+        return decides | {"rungs": self.rungs, "distill": decisive(self._distill_config(Path()))}
 
     def _train_to(self, candidate: Candidate, step: int) -> float:
         """Held-out loss after so many steps; trains them where that is not known yet."""
@@ -302,7 +362,7 @@ class _Search:
         if (loss := loss_at(Path(config.output), step)) is not None:
             return loss
         pruned = self._prune_config(self._smaller(candidate.dims), str(folder / "pruned"))
-        if is_artifact(pruned.output):  # of these values: see `_require_trained_alike`
+        if is_artifact(pruned.output):  # of these values, as `losses.json` says
             say(f"    complete: {pruned.output}")
         else:
             prune.run(pruned)
@@ -346,7 +406,7 @@ class _Search:
                     "parameters": each.shape.num_parameters,
                     "non_embedding_parameters": each.shape.num_non_embedding_parameters,
                     "memory_bytes": memory,
-                    "latency_seconds": None,
+                    **{name: each.times.get(name) for name in TIMED},
                     "price": each.price,
                     "loss_cut": each.loss_cut,
                     "kl_cut": each.kl_cut,
