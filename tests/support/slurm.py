@@ -74,8 +74,8 @@ class SingleNodeSlurm:
         self.home = home
 
     def wait_for_jobs(self, ids: Sequence[int]) -> dict[int, str]:
-        """Final state of each job: COMPLETED, FAILED, CANCELLED, ...; an array has completed when all its tasks have. One
-        that runs has the time its script asks for.
+        """Final state of each job: COMPLETED, FAILED, CANCELLED, ...; an array's is COMPLETED when all its tasks' are.
+        One that runs has the time its script asks for.
 
         Raises: TimeoutError: none runs or has changed its state for long; the states and the daemons' logs are shown.
         """

@@ -4,8 +4,8 @@
     tokens   of training steps; a search's are those of all its candidates
     bytes    of the artifact's files, as its manifest says
 
-A stage that was stopped and went on, or a search that several jobs shared, tells of its last process only. A stage that several processes shared while one
-worked counts them all, as they were held.
+A stage that was stopped and went on, or a search that several jobs shared, tells of its last process only. A stage that
+several processes shared while one worked counts them all, as they were held.
 """
 
 from __future__ import annotations
