@@ -80,6 +80,13 @@ def test_what_is_set_is_asked_for_as_written(tmp_path: Path) -> None:
     assert "--nproc-per-node=8" in text
 
 
+def test_a_search_is_an_array_of_as_many_jobs_as_asked_for(tmp_path: Path) -> None:
+    chain = [StageJob("estimate-importance"), StageJob("search", name="search_4b")]
+    importance, search = render_chain(tmp_path, chain, replace(EVERYTHING, jobs_of_search=4))
+    assert "--array=0-3" in directives(search.path.read_text())
+    assert "--array" not in importance.path.read_text()
+
+
 def test_a_job_of_one_process_takes_one_node_and_no_gpu(tmp_path: Path) -> None:
     job = StageJob("report", ("recipe=quickstart",), one_process=True)
     for slurm, asked in (

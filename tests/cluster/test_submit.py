@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +31,8 @@ ranks = torch.ones(1)
 dist.all_reduce(ranks)
 if "fail=true" in overrides and dist.get_rank() == 1:
     raise SystemExit("this stage was told to fail")
-if "long=true" in overrides and "SLURM_RESTART_COUNT" not in os.environ:
+task = os.environ.get("SLURM_ARRAY_TASK_ID", "")
+if "long=true" in overrides and "SLURM_RESTART_COUNT" not in os.environ and task != "0":
     open(os.path.join(os.environ["MINITRON_RUN_DIR"], "waiting"), "w").close()
     while not os.path.exists(os.environ["MINITRON_STOP_FILE"]):
         time.sleep(0.1)
@@ -38,8 +40,9 @@ if "long=true" in overrides and "SLURM_RESTART_COUNT" not in os.environ:
 dist.barrier()
 if dist.get_rank() == 0:
     report = {"stage": stage, "overrides": overrides, "ranks": int(ranks), "started": started, "ended": time.time(),
+              "restarts": os.environ.get("SLURM_RESTART_COUNT"),
               "environment": [os.environ["MINITRON_STAGE"], os.environ["MINITRON_RUN_DIR"]]}
-    with open(os.path.join(os.environ["MINITRON_RUN_DIR"], stage + ".json"), "w") as file:
+    with open(os.path.join(os.environ["MINITRON_RUN_DIR"], stage + task + ".json"), "w") as file:
         json.dump(report, file)
 dist.destroy_process_group()
 """
@@ -85,20 +88,24 @@ def test_a_chain_runs_in_order_with_every_rank(
 
 
 @pytest.mark.slurm
+@pytest.mark.parametrize("tasks", [1, 2], ids=["alone", "of an array"])
 def test_a_job_whose_time_runs_out_queues_itself_again_and_the_chain_goes_on(
-    slurm_cluster: SingleNodeSlurm, toy_slurm: SlurmConfig, tmp_path: Path
+    slurm_cluster: SingleNodeSlurm, toy_slurm: SlurmConfig, tmp_path: Path, tasks: int
 ) -> None:
     run_dir = tmp_path / "run"
-    chain = [StageJob("long", ("long=true",)), StageJob("next")]
-    ids = [job.job_id for job in submit_chain(render_chain(run_dir, chain, toy_slurm, module="toy_stage"))]
+    chain = [StageJob("search", ("long=true",)), StageJob("next")]
+    slurm = replace(toy_slurm, jobs_of_search=tasks)
+    ids = [job.job_id for job in submit_chain(render_chain(run_dir, chain, slurm, module="toy_stage"))]
     while not (run_dir / "waiting").exists():
         assert slurm_cluster.states(ids).get(ids[0]) not in ENDED, logs(run_dir)
         time.sleep(0.2)
-    subprocess.run(["scancel", "--batch", "--signal=USR1", str(ids[0])], check=True)  # as --signal in the script asks
+    told = str(ids[0]) if tasks == 1 else f"{ids[0]}_{tasks - 1}"
+    subprocess.run(["scancel", "--batch", "--signal=USR1", told], check=True)  # as --signal in the script asks
     assert slurm_cluster.wait_for_jobs(ids) == dict.fromkeys(ids, "COMPLETED"), logs(run_dir)
-    first, second = (json.loads((run_dir / f"{stage}.json").read_text()) for stage in ("long", "next"))
-    assert first["ended"] < second["started"]
-    assert not list((run_dir / "slurm").glob("*.stop"))
+    *first, second = (json.loads(path.read_text()) for path in [*run_dir.glob("search*.json"), run_dir / "next.json"])
+    assert [each["restarts"] for each in first].count("1") == 1 and len(first) == tasks, "the others are left alone"
+    assert max(each["ended"] for each in first) < second["started"]
+    assert not list((run_dir / "slurm").glob("*.stop*"))
 
 
 @pytest.mark.slurm

@@ -74,7 +74,8 @@ class SingleNodeSlurm:
         self.home = home
 
     def wait_for_jobs(self, ids: Sequence[int]) -> dict[int, str]:
-        """Final state of each job: COMPLETED, FAILED, CANCELLED, ... One that runs has the time its script asks for.
+        """Final state of each job: COMPLETED, FAILED, CANCELLED, ...; an array's is COMPLETED when all its tasks' are.
+        One that runs has the time its script asks for.
 
         Raises: TimeoutError: none runs or has changed its state for long; the states and the daemons' logs are shown.
         """
@@ -91,8 +92,12 @@ class SingleNodeSlurm:
 
     def states(self, ids: Sequence[int]) -> dict[int, str]:
         listed = ",".join(str(job_id) for job_id in ids)
-        lines = _output("squeue", "--noheader", "--states=all", f"--jobs={listed}", "--format=%i %T").splitlines()
-        return {int(job_id): state for job_id, state in (line.split() for line in lines)}
+        lines = _output("squeue", "--noheader", "--states=all", f"--jobs={listed}", "--format=%F %T").splitlines()
+        found: dict[int, str] = {}
+        for job_id, state in (line.split() for line in lines):
+            if found.get(int(job_id), "COMPLETED") == "COMPLETED":  # of an array's tasks, the first that has not
+                found[int(job_id)] = state
+        return found
 
     def logs(self) -> str:
         """The end of each daemon's log."""

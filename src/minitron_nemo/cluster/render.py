@@ -83,6 +83,7 @@ def _values(path: Path, job: StageJob, slurm: SlurmConfig, module: str) -> dict[
     run_dir = path.parent.parent
     return {
         "job_name": f"minitron-{job.name}",
+        "array": f"0-{slurm.jobs_of_search - 1}" if job.stage == "search" and slurm.jobs_of_search > 1 else None,
         "nodes": str(slurm.nodes),
         "processes_per_node": str(slurm.processes_per_node),
         "gpus_per_node": _optional(slurm.gpus_per_node),

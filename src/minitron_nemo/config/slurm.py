@@ -42,6 +42,8 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     which runs on one node and uses none; null asks for none."""
     partition_of_one_process: str | None = None
     """Partition of such a job, where that of the others gives no job without GPUs; null: `partition`."""
+    jobs_of_search: int = ranged(1, at_least=1)
+    """Jobs of a search, a SLURM array: each takes candidates that no other works on."""
     cpus_per_task: int | None = ranged(None, at_least=1)
     """CPUs of a node's one task, which torchrun and all its ranks share; null leaves SLURM's default (often 1)."""
     memory: str | None = None

@@ -4,8 +4,8 @@
     tokens   of training steps; a search's are those of all its candidates
     bytes    of the artifact's files, as its manifest says
 
-A stage that was stopped and went on tells of its last process only. A stage that several processes shared while one
-worked counts them all, as they were held.
+A stage that was stopped and went on, or a search that several jobs shared, tells of its last process only. A stage that
+several processes shared while one worked counts them all, as they were held.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def bill_of(run: Run) -> Bill:
     heads = ["step", "stage", "seconds", "processes", "on", kind, "training tokens", "on disk"]
     sheet = Sheet(
         "bill", "What it cost", heads, rows,
-        ["Hours are seconds times processes, the dearest step first. A step that was stopped and went on tells of its "
-         "last process only."],
+        ["Hours are seconds times processes, the dearest step first. A step that was stopped and went on, or a "
+         "search that several jobs shared, tells of its last process only."],
     )  # fmt: skip
     hours, tokens, on_disk = (sum(getattr(step, what) for step in steps) for what in ("hours", "tokens", "bytes"))
     where = "" if devices in (["cpu"], ["device"]) else f" ({', '.join(devices)})"

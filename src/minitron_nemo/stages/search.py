@@ -33,7 +33,7 @@ from rich.console import Console
 
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, writing
-from minitron_nemo.checks import Paused, require
+from minitron_nemo.checks import Mistake, Paused, require
 from minitron_nemo.config.identity import as_dict, decisive, differences
 from minitron_nemo.config.search import TIMED, SearchConfig
 from minitron_nemo.config.stages import DistillConfig, PruneConfig
@@ -132,9 +132,10 @@ def _text_of(found: Mapping[str, Any]) -> str:
 
 def _stands(config: SearchConfig, found: Mapping[str, Any]) -> bool:
     """Whether this very result is written, by whichever process."""
-    if not is_artifact(config.output):
+    try:
+        made = open_artifact(config.output, made_by=["search"])
+    except Mistake:  # nothing, or what `overwrite` replaces
         return False
-    made = open_artifact(config.output, made_by=["search"])
     same = not any(differences(made.manifest["config"], config))
     return same and (made.path / "search.json").read_text() == _text_of(found)
 
