@@ -88,9 +88,18 @@ def wanted(
         for file in files[entry]:
             each = wanted_of_file(file, num_fewshot)
             found.append(replace(each, metric=metrics.get(each.name)))
-    for each in asked:
-        config, how = index[each.task].cfg or {}, {"changes": each.changes, "runs_code": each.runs_code}
-        found.append(Wanted(each.task, each.task, config, each.num_fewshot, each.metric, **how))
+    found += [
+        Wanted(
+            by_preset.task,
+            by_preset.task,
+            index[by_preset.task].cfg or {},
+            by_preset.num_fewshot,
+            by_preset.metric,
+            changes=by_preset.changes,
+            runs_code=by_preset.runs_code,
+        )
+        for by_preset in asked
+    ]
     names = [each.name for each in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"evaluate.tasks: {twice} is named twice. Leave one of them out.")

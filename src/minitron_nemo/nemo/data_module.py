@@ -213,8 +213,7 @@ def build_data_module(
         eod_mask_loss=config.reset_at_documents,
         output_log=False,
     )
-    module.pad_documents_to = config.pad_documents_to
-    module.train_dataset = train_dataset
+    module.pad_documents_to, module.train_dataset = config.pad_documents_to, train_dataset
     module.sources = list(sources)
     return module
 

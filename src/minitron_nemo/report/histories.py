@@ -59,11 +59,11 @@ def read_history(file: Path) -> History:
             if key in keys:
                 points = by_source[key].setdefault(source, {}) if source else found[key]
                 points[step] = tokens, _number(value)
-    sources = [
+    losses, divergences = (
         {source: _curve(points) for source, points in by_source[key].items()}
         for key in ("validation_loss", "validation_divergence")
-    ]
-    return History(*(_curve(found[key]) for key in keys), *sources)
+    )
+    return History(*(_curve(found[key]) for key in keys), source_losses=losses, source_divergences=divergences)
 
 
 def _curve(by_step: dict[int, tuple[int, float]]) -> Curve:

@@ -149,7 +149,7 @@ def _write_tasks(directory: Path, results: dict[str, Any], parameters: int, agai
 
     of_teacher = (against[0].metrics["tasks"], against[0].metrics["parameters"]) if against else (None, None)
     notes = [note for entry in results.values() for note in entry["notes"]]
-    comparison = compare(_headlines(results), parameters, *of_teacher, notes)
+    comparison = compare(_headlines(results), parameters, *of_teacher, notes=notes)
     (directory / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     (directory / TABLE).write_text(comparison.markdown())
     Console().print(comparison.table())
