@@ -63,7 +63,8 @@ def read_history(file: Path) -> History:
         {source: _curve(points) for source, points in by_source[key].items()}
         for key in ("validation_loss", "validation_divergence")
     )
-    return History(*(_curve(found[key]) for key in keys), source_losses=losses, source_divergences=divergences)
+    training, validation, divergence, agreement = (_curve(found[key]) for key in keys)
+    return History(training, validation, divergence, agreement, losses, divergences)
 
 
 def _curve(by_step: dict[int, tuple[int, float]]) -> Curve:

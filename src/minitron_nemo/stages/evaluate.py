@@ -147,9 +147,9 @@ def _write_tasks(directory: Path, results: dict[str, Any], parameters: int, agai
     """lm_eval's own numbers, and the table, which is shown too."""
     from minitron_nemo.evaluation.comparison import compare
 
-    of_teacher = (against[0].metrics["tasks"], against[0].metrics["parameters"]) if against else (None, None)
+    teacher, teacher_parameters = (against[0].metrics[key] if against else None for key in ("tasks", "parameters"))
     notes = [note for entry in results.values() for note in entry["notes"]]
-    comparison = compare(_headlines(results), parameters, *of_teacher, notes=notes)
+    comparison = compare(_headlines(results), parameters, teacher, teacher_parameters, notes)
     (directory / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     (directory / TABLE).write_text(comparison.markdown())
     Console().print(comparison.table())
