@@ -321,6 +321,8 @@ def test_a_task_that_was_over_when_the_run_was_killed_is_not_asked_again(
     values |= {
         "evaluate.model": tiny_run.teacher,
         "evaluate.num_samples": 0,
+        "evaluate.teacher": "null",
+        "evaluate.prompts": "[]",
         "evaluate.tasks": f"[{tasks['choice']},{long}]",
         "evaluate.output": tmp_path / "it",
     }

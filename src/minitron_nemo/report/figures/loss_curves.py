@@ -93,6 +93,7 @@ def source_curves(series: Sequence[Series]) -> str:
             grid[0][0].plot([], [], color=each.colour, marker="o", markersize=3.5, label=each.label)
         figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
         figure.supylabel("cross-entropy (nats/token)", fontsize=10)
+        figure.supxlabel("training tokens", fontsize=10)
         return as_svg(figure, "source-curves", "Validation loss of each source over training tokens")
 
 
