@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from support.nemo_import import import_with_nemo
 from support.prepared import prepare_blend, prepare_config, prepare_instructions
 from support.ranks import Ranks
 from support.tiny import TinyChain, compress_once, write_corpus, write_teacher
-from support.tiny_run import TinyRun, make_artifacts
+from support.tiny_run import TinyRun, make_artifacts, prepare_other_sources
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +60,12 @@ def tiny_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 def tiny_tied_run(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """The same with the output layer tied to the embedding, whose gradient two pipeline stages add up."""
     return _tiny_run(ranks, tmp_path_factory.mktemp("tiny-tied"), tied=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_blend(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The tiny run's data, and an artifact of two unequal sources of another kind of text."""
+    return prepare_other_sources(tiny_run, tmp_path_factory.mktemp("tiny-blend"))
 
 
 @pytest.fixture(scope="session")

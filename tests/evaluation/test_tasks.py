@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+import yaml
 
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.checks import Interrupted, Mistake
@@ -15,7 +17,7 @@ from minitron_nemo.config.evaluation import asked_by
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.evaluation import run as evaluation
 from minitron_nemo.evaluation.comparison import compare
-from minitron_nemo.evaluation.tasks import require_fit, wanted
+from minitron_nemo.evaluation.tasks import build, require_fit, wanted
 from minitron_nemo.stages import evaluate
 from minitron_nemo.stopping import STOP_FILE
 from support.local_tasks import write_tasks
@@ -68,13 +70,14 @@ def test_both_paths_and_all_layouts_give_the_same_numbers(
 
 
 def own_accuracies(model: str, file: str) -> tuple[float, float]:
-    """acc and acc_norm of a JSONL file, as importance and training count them."""
+    """acc and acc_norm of a file of questions, as importance and training count them."""
     from minitron_nemo import engine, platform
+    from minitron_nemo.evaluation.questions import open_questions
     from minitron_nemo.importance.removal import Pass
     from minitron_nemo.runtime.depth_sweep import option_likelihoods
     from minitron_nemo.runtime.layout import prepare_layout
     from minitron_nemo.text.encoding import Encoder
-    from minitron_nemo.text.questions import accuracy, read_questions
+    from minitron_nemo.text.questions import accuracy
     from minitron_nemo.text.tokenizer import load_tokenizer
 
     trainer = TrainerConfig(**trainer_values())
@@ -82,22 +85,50 @@ def own_accuracies(model: str, file: str) -> tuple[float, float]:
     prepare_layout(trainer, source.shape, seq_length=trainer.seq_length)
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
     encoder = Encoder(load_tokenizer(source.tokenizer))
-    questions = read_questions(file, encoder.prompt, prefix=encoder.prefix, seq_length=source.shape.seq_length)
+    questions = open_questions(file, encoder, seq_length=source.shape.seq_length, key="depth.task")
     found = option_likelihoods(core, [Pass()], questions, 4, vocab_size=source.vocab_size)
     plain, normed = (float(accuracy(questions, found, normalize=normalize)[0]) for normalize in (False, True))
     return plain, normed
 
 
+BLANK = {
+    "task": "local_blank",
+    "doc_to_text": "{{answer}}",
+    "doc_to_choice": "{{options | map('trim') | list}}",
+    "doc_to_target": "a b {{context}}",
+    "num_fewshot": 0,
+}
+"""As Winogrande is asked: the choices are contexts, and the same text is scored after each."""
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("jsonl", "single"), ("examples", "dp2"), ("blank", "single")])
 def test_the_multiple_choice_of_importance_and_training_gives_lm_evals_numbers(
+    ranks: Ranks, tiny_run: TinyRun, tasks: dict[str, Path], tmp_path: Path, kind: str, layout: str
+) -> None:
+    config = yaml.safe_load(tasks["choice"].read_text())
+    config |= {"jsonl": {"num_fewshot": 0}, "examples": {}, "blank": BLANK}[kind]
+    file = tmp_path / "choice.yaml"
+    file.write_text(yaml.safe_dump(config))
+    ranks("single").run(evaluate_on, str(tiny_run.hf), str(tmp_path / "hf"), [str(file)])
+    [theirs] = json.loads((tmp_path / "hf" / "results.json").read_text()).values()
+    numbers = theirs["all"]["results"][config["task"]]
+    asked = tasks["choice"].parent / "test.jsonl" if kind == "jsonl" else file
+    for ours in ranks(layout).run(own_accuracies, tiny_run.teacher, str(asked)):
+        assert ours == pytest.approx((numbers["acc,none"], numbers["acc_norm,none"]))
+
+
+def test_a_task_that_is_no_multiple_choice_of_one_right_answer_is_refused(
     ranks: Ranks, tiny_run: TinyRun, tasks: dict[str, Path], tmp_path: Path
 ) -> None:
-    yaml = tmp_path / "choice.yaml"
-    yaml.write_text(tasks["choice"].read_text().replace("num_fewshot: 2", "num_fewshot: 0"))
-    ranks("single").run(evaluate_on, str(tiny_run.hf), str(tmp_path / "hf"), [str(yaml)])
-    [theirs] = json.loads((tmp_path / "hf" / "results.json").read_text()).values()
-    numbers = theirs["all"]["results"]["local_choice"]
-    [ours] = ranks("single").run(own_accuracies, tiny_run.teacher, str(tasks["choice"].parent / "test.jsonl"))
-    assert ours == pytest.approx((numbers["acc,none"], numbers["acc_norm,none"]))
+    no_acc = tmp_path / "choice.yaml"
+    no_acc.write_text(tasks["choice"].read_text().replace("metric: acc\n", "metric: acc_norm\n", 1))
+    for file, said in (
+        (tasks["answer"], r"depth\.task=.*answer\.yaml must be one task of output_type multiple_choice, not generate"),
+        (no_acc, r"depth\.task=.*choice\.yaml: a question has 0 right answers by the task's acc"),
+        (tmp_path / "gone.yaml", r"depth\.task=.*gone\.yaml is not a file"),
+    ):
+        with pytest.raises(Mistake, match=said):
+            ranks("single").run(own_accuracies, tiny_run.teacher, str(file))
 
 
 # ---- stopped, and killed ---------------------------------------------------------------------------------------------
@@ -194,12 +225,17 @@ def test_a_limit_that_could_be_read_in_two_ways_is_refused(limit: Any) -> None:
 
 
 @pytest.mark.slow
-def test_an_unknown_task_gets_the_closest_names() -> None:
+def test_an_unknown_task_gets_the_closest_names_and_one_without_its_data_says_what_it_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(Mistake, match=r"winogrand is neither .* the nearest names are .*winogrande"):
         wanted(["winogrand"], (), None)
-    every, _ = wanted([], asked_by("papers"), None)
+    every, manager = wanted([], asked_by("papers"), None)
     assert [(each.name, each.num_fewshot) for each in every][:3] == [
         ("mmlu", 5), ("winogrande", 5), ("arc_challenge", 25),
     ]  # fmt: skip
     with pytest.raises(Mistake, match="mbpp runs on this machine"):
         require_fit(every, run_code=False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # as the command line does
+    with pytest.raises(Mistake, match=r"data of winogrande cannot be had .* looked for allenai/winogrande .*_xl in /"):
+        build(every[1], manager)

@@ -20,6 +20,19 @@ def test_a_step_trained_twice_after_a_resume_counts_once(tmp_path: Path) -> None
     assert read_history(file).validation_agreement.tokens == []
 
 
+def test_sources_have_curves_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "history.jsonl"
+    lines = [
+        {"step": 2, "tokens": 20, "validation_loss": 4.0, "validation_loss/a/b": 5.0, "validation_divergence/a/b": 1.0},
+        {"step": 4, "tokens": 40, "validation_loss": 3.0, "validation_loss/a/b": 2.0, "validation_agreement/a/b": 0.5},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    found = read_history(file)
+    assert dataclasses.asdict(found.source_losses["a/b"]) == {"tokens": [20, 40], "values": [5.0, 2.0]}
+    assert found.source_divergences["a/b"].values == [1.0] and found.validation.values == [4.0, 3.0]
+
+
 def test_a_broken_history_line_is_named(tmp_path: Path) -> None:
     file = tmp_path / "history.jsonl"
     file.write_text('{"step": 1, "tokens": 10, "loss": 5.0}\n{"step": 2, "tok')

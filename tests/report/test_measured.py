@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def test_what_stages_measured_is_in_tables(page: Page) -> None:
     assert ["distilled", "0.450 ± 0.010", "0.675 ± 0.010", kept] in page.rows
     assert ["distilled", "+3.320", "+0.170", "95%", "41.0k", f"{3.15e6 / TOKENS:.3g}"] in page.rows
     assert ["distilled", "3.350", "0.550", "2.950", "0.150"] in page.rows  # sources by name: a<b|c, stdlib
+    at, distance = [2 * math.exp(-step / 4) for step in (5, 20)], 0.2 + 0.01
+    from_to = [
+        f"{at[0] + more:.3f} → {at[1] + more:.3f}"
+        for more in (0.2 + 2.85 - 0.1, distance - 0.1, 0.2 + 2.85 + 0.3, distance + 0.3)
+    ]
+    assert ["distilled", *from_to] in page.rows  # by source: stdlib, a<b|$c
+    assert "source-curves-figure_1" in page.ids and "a<b|$c" in page.text
     assert rows["distilled (calibrated)", "900k"][5:8] == ["13,500", "180.0", "0.067"]
     assert ["★ 1", "hidden_size=16, num_layers=3", "900k", "2.0 MB", "–", "5.000", "3.500", "1.02k", "yes"] in page.rows
     assert "4,608 space → 15 feasible" in page.text

@@ -22,7 +22,7 @@ def test_a_whole_run_is_reported_with_every_model_picture_and_stage(report: Arti
         row[:-1] for row in page.rows
     ]
     assert ["pruned only", parameters, "6.200", "492.75", "+3.320", "0"] in [row[:-1] for row in page.rows]
-    assert page.tags.count("svg") == 6  # curves, neurons, heads, hidden channels, layers, aggregations
+    assert page.tags.count("svg") == 7  # curves, of sources, neurons, heads, hidden channels, layers, aggregations
     assert ["ffn (in each layer)", "40", "27", "13", "68%"] in page.rows
     assert ["hidden_size", "24", "16", "67%"] in page.rows
     assert ["kv_channels", "8", "8", "="] in page.rows

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.data import Prepared
-from minitron_nemo.config.stages import EvaluateConfig, PrepareDataConfig
+from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.config.trainer import Passing
-from minitron_nemo.stages import evaluate, prepare_data
+from minitron_nemo.stages import evaluate
 from support.ranks import Ranks
 from support.tiny import SEQ_LENGTH
 from support.tiny_run import TinyRun, trainer_values
@@ -31,25 +31,10 @@ def metrics_of(*args: Any, **values: Any) -> dict[str, Any]:
     return evaluate.run(config_of(*args, **values)).metrics
 
 
-@pytest.fixture(scope="module")
-def blend(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """The tiny run's data, and an artifact of two unequal sources of another kind of text."""
-    folder = tmp_path_factory.mktemp("blend")
-    for name, records in (("poems", 120), ("lists", 55)):
-        lines = [json.dumps({"text": f"{name} {number * 7919} " * (9 + number % 5)}) for number in range(records)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    config = PrepareDataConfig(
-        corpus=[str(folder / "poems.jsonl"), str(folder / "lists.jsonl")],
-        tokenizer=f"{tiny_run.teacher}/tokenizer", validation_fraction=0.3, output=str(folder / "other"),
-    )  # fmt: skip
-    prepare_data.run(config)
-    return [{"path": tiny_run.data, "weight": 3}, {"path": str(folder / "other"), "weight": 1}]
-
-
 def test_each_source_has_its_loss_and_together_they_are_the_loss(
-    tiny_run: TinyRun, blend: list[dict[str, Any]], ranks: Ranks, tmp_path: Path
+    tiny_run: TinyRun, tiny_blend: list[dict[str, Any]], ranks: Ranks, tmp_path: Path
 ) -> None:
-    found = ranks("tp1").run(metrics_of, tiny_run, blend, tmp_path / "all")[0]
+    found = ranks("tp1").run(metrics_of, tiny_run, tiny_blend, tmp_path / "all")[0]
     alone = ranks("tp1").run(metrics_of, tiny_run, tiny_run.data, tmp_path / "alone")[0]
 
     sources = found["sources"]
@@ -64,10 +49,10 @@ def test_each_source_has_its_loss_and_together_they_are_the_loss(
 
 
 def test_some_samples_are_of_every_source(
-    tiny_run: TinyRun, blend: list[dict[str, Any]], ranks: Ranks, tmp_path: Path
+    tiny_run: TinyRun, tiny_blend: list[dict[str, Any]], ranks: Ranks, tmp_path: Path
 ) -> None:
-    whole = ranks("tp1").run(metrics_of, tiny_run, blend, tmp_path / "all", teacher=None)[0]["sources"]
-    some = ranks("tp1").run(metrics_of, tiny_run, blend, tmp_path / "some", teacher=None, num_samples=11)[0]
+    whole = ranks("tp1").run(metrics_of, tiny_run, tiny_blend, tmp_path / "all", teacher=None)[0]["sources"]
+    some = ranks("tp1").run(metrics_of, tiny_run, tiny_blend, tmp_path / "some", teacher=None, num_samples=11)[0]
 
     windows = {name: each["tokens"] / SEQ_LENGTH for name, each in whole.items()}
     taken = {name: each["tokens"] / SEQ_LENGTH for name, each in some["sources"].items()}

@@ -71,7 +71,11 @@ def history(stage: str, tokens: int, loss: float, steps: int = 20) -> list[dict[
         records.append({**at, "loss": value, "lr": 1e-3, "grad_norm": None, "seconds": 0.5})
         if step % 5 == 0 and stage == "distill":
             validation = {"validation_divergence": value + 0.01, "validation_agreement": 0.2 + step / 40}
-            records.append({**at, "validation_loss": value + 2.85, **validation})
+            validation |= {"validation_loss": value + 2.85}
+            for source, more in (("stdlib", -0.1), ("a<b|$c", 0.3)):
+                validation[f"validation_loss/{source}"] = value + 2.85 + more
+                validation[f"validation_divergence/{source}"] = value + 0.01 + more
+            records.append(at | validation)
         elif step % 5 == 0:
             records.append({**at, "validation_loss": value + 0.02})
     return records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def make_artifacts(run: TinyRun, corpus: Path) -> None:
             model=run.teacher, importance=run.importance, target=TARGET, trainer=trainer, output=run.student
         )
     )
+
+
+def prepare_other_sources(run: TinyRun, folder: Path) -> list[dict[str, Any]]:
+    """`data.prepared` of the run's data and of two unequal sources of another kind of text."""
+    from minitron_nemo.stages import prepare_data
+
+    for name, records in (("poems", 120), ("lists", 55)):
+        lines = [json.dumps({"text": f"{name} {number * 7919} " * (9 + number % 5)}) for number in range(records)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    config = prepare_data.PrepareDataConfig(
+        corpus=[str(folder / "poems.jsonl"), str(folder / "lists.jsonl")],
+        tokenizer=f"{run.teacher}/tokenizer", validation_fraction=0.3, output=str(folder / "other"),
+    )  # fmt: skip
+    prepare_data.run(config)
+    return [{"path": run.data, "weight": 3}, {"path": str(folder / "other"), "weight": 1}]
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

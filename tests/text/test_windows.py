@@ -75,5 +75,5 @@ def test_asking_for_more_samples_than_there_are_names_the_number(prepared):
 
 
 def test_windows_score_answers_and_no_prompt(instructions):
-    for batch in batches(split_prefixes(instructions, "validation", SEQ_LENGTH), SEQ_LENGTH, 1):
+    for batch in batches(split_prefixes(instructions, "validation"), SEQ_LENGTH, 1):
         assert "A:" not in answers(instructions, batch)

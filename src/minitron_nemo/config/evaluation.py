@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
+
+from minitron_nemo.checks import did_you_mean, require
 
 PRESETS = ("papers", "quick")
 CODE_TASKS = ("humaneval", "mbpp")
@@ -50,6 +53,14 @@ PAPERS = (
 """Of arXiv:2408.11796. Its XL-Sum (English) is no task of lm_eval 0.4.13."""
 QUICK = (Asked("winogrande", 5, "acc"), Asked("arc_challenge", 25, "acc_norm"), Asked("hellaswag", 10, "acc_norm"))
 QUICK_LIMIT = 200  # documents of each task
+
+
+def require_metric(task: str, metric: str, known: Collection[str]) -> None:
+    """Raises: ValueError: names those there are."""
+    require(
+        metric in known,
+        f"evaluate.metrics: {task} has no {metric}; {did_you_mean(metric, known)}",
+    )
 
 
 def asked_by(preset: str | None) -> tuple[Asked, ...]:

@@ -98,7 +98,7 @@ class DepthConfig(Ranged):
     """Calibration samples over all data-parallel ranks; 256 as in arXiv:2504.11409."""
     task: str | None = None
     """JSONL file of multiple-choice questions for the accuracy: {"context", "options", "answer"} or Winogrande's own
-    fields, one question a line."""
+    fields, one question a line; or YAML of a multiple-choice task of lm_eval."""
     normalize: bool = False
     """Divide an option's log-likelihood by its number of characters (acc_norm of lm-evaluation-harness; else acc)."""
 
@@ -116,7 +116,7 @@ class DepthConfig(Ranged):
         require(
             (ACCURACY in self._estimated) == (self.task is not None),
             "accuracy is asked for (depth.metrics, depth.greedy.metric), but depth.task is not set; give it a JSONL "
-            "file of questions with options."
+            "file of questions with options, or a task's YAML."
             if self.task is None
             else f"depth.task={self.task} is read for the accuracy only; add accuracy to depth.metrics.",
         )

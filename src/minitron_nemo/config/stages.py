@@ -322,6 +322,9 @@ class EvaluateConfig(Ranged):
     """Of lm-evaluation-harness: names, YAML files, or folders of them."""
     preset: str | None = None
     """Tasks with their settings: papers (arXiv:2408.11796) or quick. It and `tasks` add up."""
+    metrics: dict[str, str] = field(default_factory=dict)
+    """Of a task in `tasks`, by its name in lm_eval, the metric that is quoted; of others acc_norm for ARC and
+    HellaSwag, else the task's first."""
     num_fewshot: int | None = ranged(None, at_least=0)
     """Examples before each question of `tasks`; null: what the task says."""
     limit: Any = None

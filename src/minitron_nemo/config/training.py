@@ -70,7 +70,7 @@ class DownstreamConfig(Ranged):
 
     file: str | None = None
     """JSONL file of multiple-choice questions, one a line: {"context", "options", "answer"} or Winogrande's own fields;
-    null: no task is watched."""
+    or YAML of a multiple-choice task of lm_eval; null: no task is watched."""
     every: int = ranged(1, at_least=1)
     """Validations per evaluation."""
     normalize: bool = False

@@ -30,6 +30,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from minitron_nemo.by_source import SourceSums
 from minitron_nemo.checks import require
 from minitron_nemo.config.distillation import DistillationConfig
 from minitron_nemo.distillation.balance import StepSums
@@ -97,6 +98,8 @@ class TeacherStudent(MegatronModule):
         self._sums = StepSums([DIVERGENCE, CROSS_ENTROPY, TEACHER_CROSS_ENTROPY, AGREEMENT, *hidden_parts])
         self._validation: StepSums | None = None
         """Of the running validation."""
+        self.by_source: SourceSums | None = None
+        """What a validation adds to of each source of a blend, beside its own sums; None: they are not asked for."""
         self._riders: dict[int, Tensor] = {}
         """Hidden states that came with the message, by pair."""
         self._last_step: dict[str, Tensor] = {}
@@ -117,6 +120,7 @@ class TeacherStudent(MegatronModule):
         attention_mask: Tensor | None,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
+        source: Tensor | None = None,
         **arguments: Any,
     ) -> Tensor | Loss:
         """One micro-batch through this stage.
@@ -124,6 +128,7 @@ class TeacherStudent(MegatronModule):
         Args:
             input_ids, position_ids, labels: [b, s/cp]; labels are read on the last stage only.
             loss_mask: [b, s/cp], on every stage, weight of each token's loss; None: every token counts 1.
+            source: [b], of which source of a blend each sample is; read on the last stage, in a validation.
             arguments: what the teacher reads of the batch, on the last stage, in training; all others are handed to
                 both models (packed_seq_params, ...).
         Returns:
@@ -137,7 +142,7 @@ class TeacherStudent(MegatronModule):
         if self.post_process and labels is None:
             return self.student(*tokens, **arguments)
         if not self.training:
-            return self._evaluate(tokens, labels, weights, arguments)
+            return self._evaluate(tokens, labels, weights, source, arguments)
         self._begin_micro_batch()
         hidden = self.hidden_states
         riders: list[Tensor] = []
@@ -175,7 +180,12 @@ class TeacherStudent(MegatronModule):
 
     @torch.no_grad()
     def _evaluate(
-        self, tokens: Tokens, labels: Tensor | None, weights: Tensor, model_arguments: dict[str, Any]
+        self,
+        tokens: Tokens,
+        labels: Tensor | None,
+        weights: Tensor,
+        source: Tensor | None,
+        model_arguments: dict[str, Any],
     ) -> Tensor:
         """`forward` in evaluation: the student's own loss, or message; in a validation the teacher runs beside it."""
         sums, teacher_output = self._validation, None
@@ -195,7 +205,10 @@ class TeacherStudent(MegatronModule):
         answer, config = self.teacher.answer(teacher_output, {}), self.distillation.divergence
         losses = fused_linear_divergence(head, answer, config, labels=labels.t(), with_agreement=True, **walk)
         assert losses.agreement is not None and losses.cross_entropy is not None
-        self._add(sums, {DIVERGENCE: losses.divergence.t(), AGREEMENT: losses.agreement.t()}, weights)
+        compared = {DIVERGENCE: losses.divergence.t(), AGREEMENT: losses.agreement.t()}
+        self._add(sums, compared, weights)
+        if self.by_source is not None and source is not None:
+            self.by_source.add(compared, weights, source)
         return losses.cross_entropy.t().contiguous()
 
     # ---- what a step was -----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +40,12 @@ def compare(
     parameters: int,
     teacher: Mapping[str, dict[str, Any]] | None = None,
     teacher_parameters: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Comparison:
-    """Args:
-    scores, teacher: task -> headline, as in an evaluation's metrics.
+    """
+    Args:
+        scores, teacher: task -> headline, as in an evaluation's metrics.
+        notes: what a person who quotes the scores must know.
     """
     rows, shares, unlike = [], [], []
     for task, score in scores.items():
@@ -69,6 +72,7 @@ def compare(
         )
     if unlike:
         verdict.append(f"Asked otherwise of the teacher, and not compared: {', '.join(unlike)}.")
+    verdict += notes
     return Comparison(headers, rows, verdict)
 
 

@@ -85,11 +85,19 @@ class MegatronLM(TemplateLM):
     Args:
         together: gives a task to every rank and returns the answer.
         max_length: tokens the model reads at once.
+        template: name of the chat template; None: the tokenizer's default.
     """
 
-    def __init__(self, together: Callable[[Scoring | Writing], list[Any]], tokenizer: Tokenizer, max_length: int):
+    def __init__(
+        self,
+        together: Callable[[Scoring | Writing], list[Any]],
+        tokenizer: Tokenizer,
+        max_length: int,
+        template: str | None = None,
+    ) -> None:
         super().__init__()
         self._together, self.tokenizer, self.max_length = together, tokenizer, max_length
+        self._template = template
         self.max_gen_toks = 256  # as lm_eval's own class for transformers
 
     @property
@@ -114,6 +122,7 @@ class MegatronLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text: str = self.tokenizer.apply_chat_template(
             chat_history,
+            chat_template=self._template,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,

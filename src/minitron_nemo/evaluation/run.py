@@ -8,6 +8,7 @@ question's text alone: a student that is evaluated with a teacher's cache gets t
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import numpy as np
 
 from minitron_nemo import platform
 from minitron_nemo.checks import Interrupted
-from minitron_nemo.config.evaluation import QUICK_LIMIT, asked_by
+from minitron_nemo.config.evaluation import QUICK_LIMIT, asked_by, require_metric
 from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.parallel import rank_zero_leads, rank_zero_works
 from minitron_nemo.resuming import Unfinished
@@ -35,7 +36,7 @@ def evaluate_core(config: EvaluateConfig, source: Any, core: Any, tokenizer: Any
         source: the model's `ModelInput`.
     Communicates: all ranks. Raises: Interrupted, on every rank: told to stop. Mistake: a task does not work.
     """
-    with _at_work():
+    with at_work():
         from minitron_nemo.evaluation import models
 
         stop = Stop()
@@ -67,7 +68,7 @@ def evaluate_core(config: EvaluateConfig, source: Any, core: Any, tokenizer: Any
             return between(task) if isinstance(task, str) else answer(task)
 
         def lead(together: Callable[[Any], Any]) -> Results:
-            lm = models.MegatronLM(together, tokenizer, source.shape.seq_length)
+            lm = models.MegatronLM(together, tokenizer, source.shape.seq_length, named_template(config))
             return _each_task(config, lm, unfinished, together)
 
         return rank_zero_leads(lead, take_part)
@@ -77,7 +78,7 @@ def evaluate_hf(config: EvaluateConfig, unfinished: Unfinished) -> Results:
     """Every task on a Hugging Face folder, by lm_eval's own class in one process. Every rank calls."""
 
     def work() -> Results:
-        with _at_work():
+        with at_work():
             from minitron_nemo.evaluation.models import HuggingFace
 
             precision = {"auto": "auto", "bf16": "bfloat16", "fp32": "float32"}[config.trainer.precision]
@@ -86,6 +87,7 @@ def evaluate_hf(config: EvaluateConfig, unfinished: Unfinished) -> Results:
                 device=str(platform.device()),
                 dtype=precision,
                 batch_size=config.batch_size,
+                chat_template_args={"chat_template": named_template(config)},
             )
             return _each_task(config, lm, unfinished)
 
@@ -96,11 +98,9 @@ def _each_task(
     config: EvaluateConfig, lm: Any, unfinished: Unfinished, between: Callable[[str], Any] = lambda over: None
 ) -> Results:
     """In one process; `between` is called with what is over, before the next task begins."""
-    from lm_eval.evaluator import evaluate
-
     from minitron_nemo.evaluation import tasks as of
 
-    every, manager = of.wanted(config.tasks or (), asked_by(config.preset), config.num_fewshot)
+    every, manager = of.wanted(config.tasks or (), asked_by(config.preset), config.num_fewshot, config.metrics)
     of.require_fit(every, run_code=config.run_code)
     limit = QUICK_LIMIT if config.limit is None and config.preset == "quick" else config.limit
     results: Results = {}
@@ -110,24 +110,33 @@ def _each_task(
             continue
         if results:
             between(next(reversed(results)))
-        random.seed(0)  # as lm_eval's own command, for tasks that draw their documents
-        np.random.seed(1234)
-        built = of.build(each, manager)
-        of.say(built.notes)
-        template = config.chat_template
-        found = evaluate(
-            lm=lm,
-            task_dict=built.loaded,
-            limit=limit,
-            bootstrap_iters=1000,
-            log_samples=False,
-            apply_chat_template={None: False, "default": True}.get(template, template),
-            fewshot_as_multiturn=template is not None,
-            confirm_run_unsafe_code=config.run_code,
-        )
-        results[each.name] = {"tasks": _headlines(built, found), "all": _plain(found), "notes": list(built.notes)}
+        with _code_may_run(config.run_code):
+            results[each.name] = _one_task(config, lm, each, manager, limit)
         unfinished.keep(each.name, results[each.name])
     return results
+
+
+def _one_task(config: EvaluateConfig, lm: Any, each: Any, manager: Any, limit: Any) -> dict[str, Any]:
+    from lm_eval.evaluator import evaluate
+
+    from minitron_nemo.evaluation import tasks as of
+
+    random.seed(0)  # as lm_eval's own command, for tasks that draw their documents
+    np.random.seed(1234)
+    built = of.build(each, manager)
+    of.say(built.notes)
+    templated = config.chat_template is not None
+    found = evaluate(
+        lm=lm,
+        task_dict=built.loaded,
+        limit=limit,
+        bootstrap_iters=1000,
+        log_samples=False,
+        apply_chat_template=templated,  # which one, the model knows
+        fewshot_as_multiturn=templated,
+        confirm_run_unsafe_code=config.run_code,
+    )
+    return {"tasks": _headlines(built, found), "all": _plain(found), "notes": list(built.notes)}
 
 
 def _headlines(built: Any, found: dict[str, Any]) -> dict[str, Any]:
@@ -137,14 +146,21 @@ def _headlines(built: Any, found: dict[str, Any]) -> dict[str, Any]:
     return {name: headline for name in names if (headline := _headline(name, built.metric, found, whole)) is not None}
 
 
+_NORMED = ("arc_", "hellaswag")  # tasks whose acc_norm is quoted, as in the papers
+
+
 def _headline(name: str, metric: str | None, found: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any] | None:
-    keys = [key for key in whole[name] if "," in key and not key.partition(",")[0].endswith("_stderr")]
-    normed = name.startswith(("arc_", "hellaswag"))  # as in the papers
-    wanted = metric or ("acc_norm" if normed else None)
-    chosen = next((key for key in keys if key.partition(",")[0] == wanted), keys[0] if keys else None)
-    if chosen is None:
+    keys: dict[str, str] = {}
+    for key in whole[name]:  # <metric>,<filter>; of several filters the first
+        known, comma, _ = key.partition(",")
+        if comma and not known.endswith("_stderr"):
+            keys.setdefault(known, key)
+    if not keys:
         return None
-    quoted, _, answers = chosen.partition(",")
+    first = "acc_norm" if name.startswith(_NORMED) and "acc_norm" in keys else next(iter(keys))
+    require_metric(name, metric or first, keys)
+    quoted = metric or first
+    answers = keys[quoted].partition(",")[2]
     stderr = whole[name].get(f"{quoted}_stderr,{answers}")
     below = (found.get("group_subtasks") or {}).get(name) or [name]
     counts = [found["n-samples"][each]["effective"] for each in _leaves(below, found)]
@@ -152,7 +168,7 @@ def _headline(name: str, metric: str | None, found: dict[str, Any], whole: dict[
     better = found["higher_is_better"].get(name) or {}
     return {
         "metric": quoted,
-        "value": float(whole[name][chosen]),
+        "value": float(whole[name][keys[quoted]]),
         "stderr": float(stderr) if isinstance(stderr, int | float) else None,
         "higher_is_better": bool(better.get(quoted, True)),
         "num_fewshot": shots.pop() if len(shots) == 1 else None,
@@ -185,8 +201,30 @@ def _json(value: Any) -> Any:
     return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
 
 
+def named_template(config: EvaluateConfig) -> str | None:
+    """What transformers calls the chat template; None: the default."""
+    return None if config.chat_template == "default" else config.chat_template
+
+
 @contextmanager
-def _at_work() -> Iterator[None]:
+def _code_may_run(allowed: bool) -> Iterator[None]:
+    """`evaluate`, which runs what a model wrote, asks the environment whether it may, when it is loaded already."""
+    before = os.environ.get(_MAY_RUN)
+    if allowed:
+        os.environ[_MAY_RUN] = "1"
+    try:
+        yield
+    finally:
+        if allowed:
+            del os.environ[_MAY_RUN]
+            os.environ |= {} if before is None else {_MAY_RUN: before}
+
+
+_MAY_RUN = "HF_ALLOW_CODE_EVAL"
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
     """lm_eval, datasets and their friends keep still."""
     import datasets
     from tqdm.std import tqdm

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron.core.models.gpt import GPTModel as MCoreGPTModel
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.runtime.generation import Sampling, generate
 
@@ -19,6 +19,20 @@ if TYPE_CHECKING:
     from minitron_nemo.text.tokenizer import Tokenizer
 
 GREEDY, SAMPLED = "greedy", "sampled"
+
+
+def require_chat_template(config: EvaluateConfig, tokenizer: Tokenizer) -> None:
+    """Raises: ValueError: the tokenizer has none, or none of the name."""
+    name, templates = config.chat_template, tokenizer.chat_template
+    if name is None:
+        return
+    said = f"evaluate.chat_template={name}, and the tokenizer of evaluate.model={config.model} has"
+    require(bool(templates), f"{said} no chat template. Set it to null.")
+    known = list(templates) if isinstance(templates, dict) else []
+    require(
+        name in ("default", *known),
+        f"{said} no template of that name; {did_you_mean(name, ['default', *known])}",
+    )
 
 
 def require_can_sample(config: EvaluateConfig, tokenizer: Tokenizer) -> None:
@@ -30,11 +44,6 @@ def require_can_sample(config: EvaluateConfig, tokenizer: Tokenizer) -> None:
         trainer.context_parallel_size == 1 and not trainer.sequence_parallel,
         "evaluate.prompts are continued a token at a time, which cannot be split. Set trainer.sequence_parallel=false "
         "and trainer.context_parallel_size=1, or leave the prompts out.",
-    )
-    require(
-        config.chat_template is None or bool(tokenizer.chat_template),
-        f"evaluate.chat_template={config.chat_template}, and the tokenizer of evaluate.model={config.model} has no "
-        "chat template. Set it to null.",
     )
     for prompt in config.prompts:
         tokens = len(_ids_of(prompt, config, tokenizer))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from minitron_nemo.checks import Mistake, NothingThere, require
-from minitron_nemo.config.evaluation import CODE_TASKS, Asked
+from minitron_nemo.checks import Mistake, NothingThere, did_you_mean, require
+from minitron_nemo.config.evaluation import CODE_TASKS, Asked, require_metric
 
 _FEWSHOT_SEED = 1234  # lm_eval's own default
+KEY = "evaluate.tasks"
+_NO_METRICS: Mapping[str, str] = {}
 _FROM_FILES = ("json", "csv", "parquet", "text", "arrow")
 """What `dataset_path` says where a task's data are files."""
 
@@ -43,20 +45,28 @@ class Wanted:
     """One entry of `evaluate.tasks` or of a preset, before its data is read."""
 
     name: str
-    spec: Any
-    """A name, a YAML file, or a dict of changes, for `TaskManager.load`."""
+    spec: str
+    """A name or a YAML file, for `TaskManager.load`."""
     config: dict[str, Any]
     """What its YAML says, functions unresolved."""
     num_fewshot: int | None
     metric: str | None = None
     file: Path | None = None
     """Its YAML, where it is the user's own."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of its config that are other than its YAML says."""
     runs_code: bool = False
+    key: str = KEY
+    """The user's config key that named it, for messages."""
 
 
-def wanted(tasks: Sequence[str], asked: Sequence[Asked], num_fewshot: int | None) -> tuple[list[Wanted], TaskManager]:
+def wanted(
+    tasks: Sequence[str], asked: Sequence[Asked], num_fewshot: int | None, metrics: Mapping[str, str] = _NO_METRICS
+) -> tuple[list[Wanted], TaskManager]:
     """What is asked for, in order; nothing is read but YAML.
 
+    Args:
+        num_fewshot, metrics: of `tasks`; the others say theirs.
     Raises: Mistake: no such task or file, or one that is no task.
     """
     files = {entry: _files_of(entry) for entry in tasks}
@@ -73,20 +83,37 @@ def wanted(tasks: Sequence[str], asked: Sequence[Asked], num_fewshot: int | None
     found = []
     for entry in tasks:
         if not files[entry]:
-            found.append(Wanted(entry, entry, index[entry].cfg or {}, num_fewshot, runs_code=_is_code(entry)))
+            config, metric = index[entry].cfg or {}, metrics.get(entry)
+            found.append(Wanted(entry, entry, config, num_fewshot, metric, runs_code=_is_code(entry)))
         for file in files[entry]:
-            config = _read(file)
-            name = str(config.get("task", config.get("group")))
-            runs_code = bool(config.get("unsafe_code"))
-            found.append(Wanted(name, str(file), config, num_fewshot, file=file, runs_code=runs_code))
-    for each in asked:
-        spec: Any = {"task": each.task, **each.changes} if each.changes else each.task
-        config = index[each.task].cfg or {}
-        found.append(Wanted(each.task, spec, config, each.num_fewshot, each.metric, runs_code=each.runs_code))
+            each = wanted_of_file(file, num_fewshot)
+            found.append(replace(each, metric=metrics.get(each.name)))
+    found += [
+        Wanted(
+            by_preset.task,
+            by_preset.task,
+            index[by_preset.task].cfg or {},
+            by_preset.num_fewshot,
+            by_preset.metric,
+            changes=by_preset.changes,
+            runs_code=by_preset.runs_code,
+        )
+        for by_preset in asked
+    ]
     names = [each.name for each in found]
     twice = next((name for name in names if names.count(name) > 1), None)
     require(twice is None, f"evaluate.tasks: {twice} is named twice. Leave one of them out.")
+    own = names[: len(names) - len(asked)]
+    for name in metrics:
+        require(name in own, f"evaluate.metrics: {name} is none of evaluate.tasks; {did_you_mean(name, own)}")
     return found, manager
+
+
+def wanted_of_file(file: Path, num_fewshot: int | None = None, *, key: str = KEY) -> Wanted:
+    """Raises: Mistake: it is no YAML of lm_eval's."""
+    config = _read(file, key)
+    name = str(config.get("task", config.get("group")))
+    return Wanted(name, str(file), config, num_fewshot, file=file, runs_code=bool(config.get("unsafe_code")), key=key)
 
 
 def _is_code(name: str) -> bool:
@@ -110,12 +137,12 @@ def _files_of(entry: str) -> list[Path]:
     return []
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path, key: str = KEY) -> dict[str, Any]:
     try:
         config = load_yaml(file, resolve_func=False)
     except Exception as error:
-        raise Mistake(f"evaluate.tasks: {file} is no YAML that lm_eval reads ({_first_line(error)}).") from error
-    require(isinstance(config, dict), f"evaluate.tasks: {file} is no task: it holds no keys.")
+        raise Mistake(f"{key}: {file} is no YAML that lm_eval reads ({_first_line(error)}).") from error
+    require(isinstance(config, dict), f"{key}: {file} is no task: it holds no keys.")
     return config
 
 
@@ -124,13 +151,13 @@ def require_fit(every: Sequence[Wanted], *, run_code: bool) -> None:
     for each in every:
         require(
             run_code or not each.runs_code,
-            f"evaluate.tasks: {each.name} runs on this machine what the model wrote. Set evaluate.run_code=true where "
+            f"{each.key}: {each.name} runs on this machine what the model wrote. Set evaluate.run_code=true where "
             "that may be, or leave it out.",
         )
         for file in _data_files(each.config):
             require(
                 file.exists(),
-                f"evaluate.tasks: {each.name} reads {file.absolute()}, which does not exist. Put the data there, or "
+                f"{each.key}: {each.name} reads {file.absolute()}, which does not exist. Put the data there, or "
                 "correct dataset_kwargs.data_files, which goes from the folder in which the command runs.",
                 NothingThere,
             )
@@ -158,17 +185,31 @@ def build(each: Wanted, manager: TaskManager) -> Built:
         raise
     except (OSError, ValueError) as error:  # of `datasets`: ConnectionError, FileNotFoundError, and its own
         raise NothingThere(
-            f"evaluate.tasks: the data of {each.name} cannot be had ({_first_line(error)}). It looked for "
+            f"{each.key}: the data of {each.name} cannot be had ({_first_line(error)}). It looked for "
             f"{where or 'the data sets of its tasks'} in {_cache()}. Run once with HF_HUB_OFFLINE=0 where there "
             "is a network, here or with the cache copied here (HF_HOME), or give a local YAML with dataset_path: json."
         ) from error
     except Exception as error:
-        raise Mistake(f"evaluate.tasks: {each.name} cannot be built ({_first_line(error)}).") from error
+        raise Mistake(f"{each.key}: {each.name} cannot be built ({_first_line(error)}).") from error
+    _require_metric(each, loaded)
     notes: list[str] = []
     for task in loaded["tasks"].values():
+        for key, value in each.changes.items():
+            task.set_config(key, value)
         _set_fewshot(task, each.num_fewshot)
         notes += _note(task)
     return Built(each.name, loaded, each.metric, tuple(dict.fromkeys(notes)))
+
+
+def _require_metric(wanted: Wanted, loaded: dict[str, Any]) -> None:
+    """Raises: Mistake: it has no metric of the name. Those of a function of the task's own show when it is over."""
+    group = (loaded.get("groups") or {}).get(wanted.name)
+    if group is not None:
+        named = [each.metric for each in group.aggregate_metric_list or []]
+    else:
+        named = [each["metric"] for task in loaded["tasks"].values() for each in task.config.metric_list or []]
+    if wanted.metric is not None and named and all(isinstance(name, str) for name in named):
+        require_metric(wanted.name, wanted.metric, named)
 
 
 def _cache() -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +29,11 @@ from minitron_nemo.checks import require, require_divisible
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works, undistributed
 from minitron_nemo.text.blend import (
+    held_out_sources,
     open_blend,
     require_documents_end_once,
     require_length,
     require_tokenizer_of,
-    split_prefixes,
     weighted_sources,
 )
 from minitron_nemo.text.corpus import TRAIN, VALIDATION
@@ -80,6 +80,8 @@ class PackedDataModule(PreTrainingDataModule):
     """As in `DataConfig`."""
     train_dataset: Callable[[int], Dataset] | None = None
     """Given the number of samples of the run, what it trains on; None: Megatron-core's shuffled windows."""
+    sources: Sequence[str] = ()
+    """Names of the held-out text's, as Megatron-core numbers them where there are several."""
 
     def build(
         self,
@@ -164,7 +166,7 @@ def build_data_module(
     index_dir: Path | str,
     train_dataset: Callable[[int], Dataset] | None = None,
     pin_memory: bool | None = None,
-) -> PreTrainingDataModule:
+) -> PackedDataModule:
     """NeMo's data module over the prepared files.
 
     Batches hold tokens, labels, position_ids [b, s] int64 and loss_mask [b, s] float32; no attention mask.
@@ -192,7 +194,8 @@ def build_data_module(
             require_documents_end_once(artifact)
         require_length(artifact, TRAIN, seq_length)
         require_length(artifact, VALIDATION, seq_length)
-    validation = [prefix for artifact, _ in blend for prefix in split_prefixes(artifact, VALIDATION, seq_length)]
+    sources = held_out_sources(blend, seq_length)
+    validation = list(sources.values())
     module = PackedDataModule(
         paths={TRAIN: _weighted(blend), VALIDATION: validation, "test": validation},
         seq_length=seq_length,
@@ -210,8 +213,8 @@ def build_data_module(
         eod_mask_loss=config.reset_at_documents,
         output_log=False,
     )
-    module.pad_documents_to = config.pad_documents_to
-    module.train_dataset = train_dataset
+    module.pad_documents_to, module.train_dataset = config.pad_documents_to, train_dataset
+    module.sources = list(sources)
     return module
 
 

@@ -9,7 +9,8 @@
     either of them           seconds, tokens_per_second, tflops_per_device (of the model's arithmetic, `ModelShape`),
                              mfu (its share of the device's peak, where that is known)
     a validation             step, tokens, validation_loss (cross-entropy); of a distillation validation_divergence and
-                             validation_agreement
+                             validation_agreement; where the held-out text is of several sources, the same of each:
+                             validation_loss/<source>, ...
     an evaluation of a task  step, tokens, downstream_accuracy
 
 The trainer's loggers (TensorBoard, Weights & Biases) get the same numbers under the same names, `parts/divergence` and
@@ -29,6 +30,7 @@ import lightning.pytorch as pl
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.teacher_student import teacher_student_in
 from minitron_nemo.nemo.load_balancing import LOAD_BALANCING, LoadBalancing
+from minitron_nemo.nemo.source_losses import SourceLosses
 from minitron_nemo.progress import Reporter
 
 
@@ -45,15 +47,18 @@ class History(pl.Callback):
         flops_per_step: int,
         peak_tflops: float | None = None,
         balancing: LoadBalancing | None = None,
+        by_source: SourceLosses | None = None,
     ) -> None:
         """
         Args:
             flops_per_step: over all devices.
             peak_tflops: of one device; None: not known.
             balancing: comes before this one among the callbacks; None: there are no routers to balance.
+            by_source: comes before this one too; None: the held-out text is of one source.
         """
         self.path, self.label, self.steps, self.tokens_per_step = path, label, steps, tokens_per_step
-        self.flops_per_step, self.peak_tflops, self.balancing = flops_per_step, peak_tflops, balancing
+        self.flops_per_step, self.peak_tflops = flops_per_step, peak_tflops
+        self.balancing, self.by_source = balancing, by_source
         self.records: list[dict[str, Any]] = []
         self.reporter: Reporter | None = None
         self.step_started = 0.0
@@ -130,6 +135,8 @@ class History(pl.Callback):
             if distillation := teacher_student_in(pl_module.module):
                 found = distillation.validation_losses()
                 record |= {f"validation_{name}": float(value) for name, value in found.items()}
+            if self.by_source is not None:
+                record |= self.by_source.of_last_validation
             self._write(trainer, record)
 
     def add(self, trainer: pl.Trainer, values: dict[str, float]) -> None:

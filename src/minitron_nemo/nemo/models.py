@@ -29,8 +29,10 @@ from nemo.collections.llm.gpt.model.qwen3 import Qwen3MoEConfig
 from nemo.lightning.megatron_parallel import MaskedTokenLossReduction
 
 from minitron_nemo import platform
+from minitron_nemo.by_source import SOURCE, SourceSums
 from minitron_nemo.checks import require
 from minitron_nemo.config.trainer import Layout
+from minitron_nemo.distillation.loss import LOSS
 from minitron_nemo.divergence.cross_entropy import leave_out_padding
 from minitron_nemo.layer_spec import FUSED_BLOCK_SPEC, plain_block_spec, transformer_fields, uneven_stages
 from minitron_nemo.rope import apply_rope_scaling, require_known_scaling
@@ -108,9 +110,14 @@ def _has_layers_of_both_kinds(shape: ModelShape) -> bool:
 class CountedTokens(MaskedTokenLossReduction):
     """NeMo's own, where a token whose mask is 0 does not exist: infinity times 0 would be NaN."""
 
+    by_source: SourceSums | None = None
+    """What to add each source's losses to, in a validation; None: they are not asked for."""
+
     def forward(
         self, batch: dict[str, torch.Tensor], forward_out: Any
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        if self.by_source is not None:
+            self.by_source.add({LOSS: forward_out}, batch["loss_mask"], batch[SOURCE])
         return super().forward(batch, torch.where(batch["loss_mask"] != 0, forward_out, 0.0))
 
 

@@ -30,10 +30,12 @@ from minitron_nemo.checks import require_divisible
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
+from minitron_nemo.nemo.data_module import PackedDataModule
 from minitron_nemo.nemo.downstream import Downstream
 from minitron_nemo.nemo.history import History
 from minitron_nemo.nemo.load_balancing import LoadBalancing
 from minitron_nemo.nemo.models import EngineModel
+from minitron_nemo.nemo.source_losses import SourceLosses
 from minitron_nemo.nemo.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
 from minitron_nemo.parallel import is_rank_zero, local_rank, rank, ranks_per_node, world_size
 from minitron_nemo.platform.peak import peak_tflops_here
@@ -224,7 +226,7 @@ def _finish_wandb() -> None:
         wandb.finish()
 
 
-def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> list[dict[str, Any]]:
+def fit(model: EngineModel, data: PackedDataModule, run: TrainingRun) -> list[dict[str, Any]]:
     """Run all steps; resume if `run.directory` holds a checkpoint of a run that was cut off.
 
     Args:
@@ -243,7 +245,8 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
     )
     directory.mkdir(parents=True, exist_ok=True)
     balancing = _balancing(model, run)
-    history = _history(model, run, balancing)
+    by_source = SourceLosses(data.sources) if len(data.sources) > 1 else None
+    history = _history(model, run, balancing, by_source)
     checkpoints = ResumableCheckpoints(
         directory / CHECKPOINTS, training.checkpoint_every, also_the_last=training.keep_optimizer
     )
@@ -251,8 +254,7 @@ def fit(model: EngineModel, data: pl.LightningDataModule, run: TrainingRun) -> l
     stop = StopWhenAsked(checkpoints, run.pause_at)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
     callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
-    if balancing is not None:
-        callbacks.insert(0, balancing)
+    callbacks[:0] = [each for each in (balancing, by_source) if each is not None]
     if run.questions:
         rows = config.micro_batch_size
         callbacks.append(Downstream(training.downstream, run.questions, history, directory, rows=rows))
@@ -280,7 +282,9 @@ def _balancing(model: EngineModel, run: TrainingRun) -> LoadBalancing | None:
     return LoadBalancing(model.shape, micro_batches=micro_batches)
 
 
-def _history(model: EngineModel, run: TrainingRun, balancing: LoadBalancing | None) -> History:
+def _history(
+    model: EngineModel, run: TrainingRun, balancing: LoadBalancing | None, by_source: SourceLosses | None
+) -> History:
     config = run.trainer
     peak = peak_tflops_here() if platform.dtype_of(config.precision) == torch.bfloat16 else None
     return History(
@@ -291,4 +295,5 @@ def _history(model: EngineModel, run: TrainingRun, balancing: LoadBalancing | No
         flops_per_step=model.training_flops_per_token(config.seq_length) * config.tokens_per_step,
         peak_tflops=config.peak_tflops or peak,
         balancing=balancing,
+        by_source=by_source,
     )

@@ -28,16 +28,21 @@ class History:
     validation_divergence: Curve
     """From the teacher; empty where it was not measured, as the next."""
     validation_agreement: Curve
+    source_losses: dict[str, Curve]
+    """Of validations by source of the text, in nats per token; empty where that is of one source."""
+    source_divergences: dict[str, Curve]
 
 
 def read_history(file: Path) -> History:
     """Read history.jsonl: training lines hold `loss`, validation lines `validation_loss`, both nats per token, and of a
-    distillation `validation_divergence` and `validation_agreement`, a share.
+    distillation `validation_divergence` and `validation_agreement`, a share; of several sources also
+    `validation_loss/<source>` and so on of each.
 
     Raises: Mistake: a line is not a JSON object with whole `step` and `tokens`.
     """
     keys = ("loss", "validation_loss", "validation_divergence", "validation_agreement")
     found: dict[str, dict[int, tuple[int, float]]] = {key: {} for key in keys}
+    by_source: dict[str, dict[str, dict[int, tuple[int, float]]]] = {key: {} for key in keys}
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         if not line.strip():
             continue
@@ -49,10 +54,17 @@ def read_history(file: Path) -> History:
                 f"{file} line {number} is not a history record (a JSON object with step and tokens): {line[:80]!r}. "
                 "Run the stage that wrote it again, or remove the line."
             ) from error
-        for key in keys:
-            if key in record:
-                found[key][step] = tokens, _number(record[key])
-    return History(*(_curve(found[key]) for key in keys))
+        for name, value in record.items():
+            key, _, source = name.partition("/")
+            if key in keys:
+                points = by_source[key].setdefault(source, {}) if source else found[key]
+                points[step] = tokens, _number(value)
+    losses, divergences = (
+        {source: _curve(points) for source, points in by_source[key].items()}
+        for key in ("validation_loss", "validation_divergence")
+    )
+    training, validation, divergence, agreement = (_curve(found[key]) for key in keys)
+    return History(training, validation, divergence, agreement, losses, divergences)
 
 
 def _curve(by_step: dict[int, tuple[int, float]]) -> Curve:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from minitron_nemo.report.correlation import between_aggregations, between_artifacts, between_depth_metrics
 from minitron_nemo.report.figures.candidates import Tried, front_of_sizes, ranks_over_tokens
 from minitron_nemo.report.figures.layer_bars import layer_bars
-from minitron_nemo.report.figures.loss_curves import Series, loss_curves
+from minitron_nemo.report.figures.loss_curves import Series, loss_curves, source_curves
 from minitron_nemo.report.figures.rank_tables import agreement_tables
 from minitron_nemo.report.figures.score_maps import expert_map, head_map, hidden_profile, neuron_map
 from minitron_nemo.report.figures.svg import SERIES, TEACHER
@@ -71,7 +71,18 @@ def curves(run: Run, teacher_loss: float | None) -> Markup | None:
             " Its dots are that distance on validation text; agreement is the share of validation tokens for which "
             "student and teacher find the same next token likeliest."
         )
-    return _figure(loss_curves(series, teacher_loss), caption)
+    return _figure(loss_curves(series, teacher_loss), caption) + _source_curves(series)
+
+
+def _source_curves(series: list[Series]) -> Markup:
+    several = [each for each in series if each.history.source_losses]
+    if not several:
+        return Markup("")
+    caption = (
+        "Validation loss of each source of the text, in the colours of the models above. A source that falls more "
+        "slowly than the others has too small a share of the training text, or is less like the teacher's own."
+    )
+    return _figure(source_curves(several), caption)
 
 
 def _series(run: Run) -> list[Series]:

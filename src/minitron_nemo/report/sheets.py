@@ -12,6 +12,7 @@ from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import reading
 from minitron_nemo.evaluation.comparison import compare
 from minitron_nemo.report import pictures
+from minitron_nemo.report.histories import Curve
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheet import Sheet
 from minitron_nemo.report.table import UNKNOWN, count
@@ -21,7 +22,8 @@ _MEND = "Make the artifact again, or copy it again."
 
 def sheets(run: Run, values: dict[str, Any]) -> list[Sheet]:
     """Those there are, in the order they are shown."""
-    found = [_tasks(run, values), *_throughput(run), _recovery(run, values), _sources(run, values), *_searches(run)]
+    found = [_tasks(run, values), *_throughput(run), _recovery(run, values), _sources(run, values), _by_source(run)]
+    found += _searches(run)
     return [sheet for sheet in found if sheet.rows]
 
 
@@ -179,6 +181,34 @@ def _sources(run: Run, values: dict[str, Any]) -> Sheet:
         "unevenly where the training text is not like the teacher's."
     )
     return Sheet("sources", "Loss and distance to the teacher by source", ["model", *heads], rows, [remark])
+
+
+def _by_source(run: Run) -> Sheet:
+    """From the first validation of a training to its last."""
+    histories = {model.label: history for model in run.models if (history := run.history(model.name)) is not None}
+    names = list(dict.fromkeys(name for history in histories.values() for name in history.source_losses))
+    rows = [
+        [
+            label,
+            *(
+                _from_to(curves.get(name))
+                for name in names
+                for curves in (history.source_losses, history.source_divergences)
+            ),
+        ]
+        for label, history in histories.items()
+        if history.source_losses
+    ]
+    heads = [f"{name}: {what}" for name in names for what in ("loss", "distance")]
+    remark = (
+        "From a training's first validation to its last, in nats per token: the loss, and of a distillation the "
+        "distance from the teacher."
+    )
+    return Sheet("by-source", "Training by source", ["model", *heads], rows, [remark])
+
+
+def _from_to(curve: Curve | None) -> str:
+    return UNKNOWN if curve is None else f"{_number(curve.values[0])} → {_number(curve.values[-1])}"
 
 
 # ---- search ----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from minitron_nemo.by_source import SOURCE
 from minitron_nemo.distillation.loss import Loss
 from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.text.documents import DOCUMENT_STARTS, documents_of, documents_on_rank
@@ -27,19 +28,22 @@ def on_this_rank(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """One micro-batch on this rank's device: tokens, labels, loss_mask, position_ids, each [b, s/cp].
 
     Where the teacher's answers are stored, these too, [b, s/cp, ...]; where samples hold several documents that do not
-    see each other, also packed_seq_params.
+    see each other, also packed_seq_params; where text is blended, SOURCE [b].
     """
     wanted = {"tokens", "position_ids", "labels", "loss_mask", *STORED}
     on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
-    if DOCUMENT_STARTS not in batch:
-        local: dict[str, Any] = get_batch_on_this_cp_rank(on_device)
-        return local
-    return documents_on_rank(
-        on_device,
-        documents_of(batch[DOCUMENT_STARTS]),
-        rank=parallel_state.get_context_parallel_rank(),
-        size=parallel_state.get_context_parallel_world_size(),
-    )
+    if DOCUMENT_STARTS in batch:
+        local = documents_on_rank(
+            on_device,
+            documents_of(batch[DOCUMENT_STARTS]),
+            rank=parallel_state.get_context_parallel_rank(),
+            size=parallel_state.get_context_parallel_world_size(),
+        )
+    else:
+        local = get_batch_on_this_cp_rank(on_device)
+    if SOURCE in batch:
+        local[SOURCE] = batch[SOURCE].long().cuda(non_blocking=True)
+    return local
 
 
 def data_step(dataloader_iter: Iterator[Any]) -> dict[str, Any]:
@@ -57,7 +61,9 @@ def forward_step(model: Any, batch: Mapping[str, Any]) -> Tensor:
 def distillation_step(model: Any, batch: Mapping[str, Any]) -> Tensor | Loss:
     """As `forward_step`, of a model that forms its gradients with the loss and must know how tokens are weighed."""
     stored = {key: batch[key] for key in STORED if key in batch}
-    output: Tensor | Loss = model(**model_inputs(batch), loss_mask=batch["loss_mask"], **stored)
+    output: Tensor | Loss = model(
+        **model_inputs(batch), loss_mask=batch["loss_mask"], source=batch.get(SOURCE), **stored
+    )
     return output
 
 

@@ -10,13 +10,13 @@ from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, open_artifact, writing
 from minitron_nemo.config.importance import ACCURACY
 from minitron_nemo.config.stages import EstimateImportanceConfig
+from minitron_nemo.evaluation.questions import open_questions
 from minitron_nemo.importance.depth import require_depth_fits
 from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.resuming import Unfinished
 from minitron_nemo.runtime.depth_sweep import estimate_depth
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.stages.scoring import Calibration
-from minitron_nemo.text.questions import read_questions
 
 
 def run(config: EstimateImportanceConfig) -> Artifact:
@@ -33,11 +33,8 @@ def run(config: EstimateImportanceConfig) -> Artifact:
     blend, questions = calibration.blend, []
     require_depth_fits(depth, source.shape)
     if depth.task is not None:
-        questions = read_questions(
-            depth.task,
-            calibration.encoder.prompt,
-            prefix=calibration.encoder.prefix,
-            seq_length=source.shape.seq_length,
+        questions = open_questions(
+            depth.task, calibration.encoder, seq_length=source.shape.seq_length, key="depth.task"
         )
     prepare_layout(trainer, source.shape, seq_length=trainer.seq_length, seed=config.seed)
     width_samples = calibration.samples(samples)

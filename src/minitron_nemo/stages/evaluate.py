@@ -17,7 +17,7 @@ from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, writing
 from minitron_nemo.checks import require
 from minitron_nemo.config.stages import EvaluateConfig
 from minitron_nemo.evaluation.held_out import measure_held_out
-from minitron_nemo.evaluation.samples import require_can_sample, write_samples
+from minitron_nemo.evaluation.samples import require_can_sample, require_chat_template, write_samples
 from minitron_nemo.hf.check import number_of_parameters
 from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.resuming import Unfinished
@@ -41,6 +41,7 @@ def run(config: EvaluateConfig) -> Artifact:
         require_tokenizer_of(blend[0][0], tokenizer)
         if teacher is not None:
             require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
+    require_chat_template(config, tokenizer)
     require_can_sample(config, tokenizer)
     prepare_layout(config.trainer, source.shape, seq_length=config.trainer.seq_length)
     core = engine.open_core(source, config.trainer, platform.dtype_of(config.trainer.precision))
@@ -74,6 +75,7 @@ def _run_hugging_face(config: EvaluateConfig, against: list[Artifact]) -> Artifa
         f"evaluate.model={config.model} is a Hugging Face folder, whose held-out loss is not measured here. Name "
         "evaluate.tasks or a preset, or import it: minitron import-hf.",
     )
+    require_chat_template(config, load_tokenizer(config.model))
     platform.activate()
     inputs = [*([open_artifact(config.model, key="evaluate.model")] if is_artifact(config.model) else []), *against]
     unfinished = Unfinished(Path(config.output), config, inputs)
@@ -145,8 +147,9 @@ def _write_tasks(directory: Path, results: dict[str, Any], parameters: int, agai
     """lm_eval's own numbers, and the table, which is shown too."""
     from minitron_nemo.evaluation.comparison import compare
 
-    of_teacher = (against[0].metrics["tasks"], against[0].metrics["parameters"]) if against else (None, None)
-    comparison = compare(_headlines(results), parameters, *of_teacher)
+    teacher, teacher_parameters = (against[0].metrics[key] if against else None for key in ("tasks", "parameters"))
+    notes = [note for entry in results.values() for note in entry["notes"]]
+    comparison = compare(_headlines(results), parameters, teacher, teacher_parameters, notes)
     (directory / RESULTS).write_text(json.dumps(results, indent=2, sort_keys=True) + "\n")
     (directory / TABLE).write_text(comparison.markdown())
     Console().print(comparison.table())

@@ -20,6 +20,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig, lr_multiplier
+from minitron_nemo.evaluation.questions import open_questions
 from minitron_nemo.layer_spec import layers_of_stages
 from minitron_nemo.parallel import is_rank_zero, rank_zero_says, rank_zero_works
 from minitron_nemo.runtime.layout import require_tokens_split
@@ -35,7 +36,7 @@ from minitron_nemo.runtime.training_run import (
 )
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.text.encoding import Encoder
-from minitron_nemo.text.questions import Question, read_questions
+from minitron_nemo.text.questions import Question
 from minitron_nemo.text.tokenizer import load_tokenizer, vocabulary_size
 
 TRAINING_STAGES = ("pretrain", "correct-teacher", "distill")
@@ -164,9 +165,7 @@ def _questions(config: DownstreamConfig, trainee: Trainee) -> list[Question]:
     if config.file is None:
         return []
     encoder, key = Encoder(load_tokenizer(trainee.tokenizer)), "training.downstream.file"
-    return read_questions(
-        config.file, encoder.prompt, prefix=encoder.prefix, seq_length=trainee.shape.seq_length, key=key
-    )
+    return open_questions(config.file, encoder, seq_length=trainee.shape.seq_length, key=key)
 
 
 def _phase_before(path: str, shape: ModelShape, config: Any) -> Artifact:

@@ -62,12 +62,12 @@ def weighted_sources(blend: list[tuple[Artifact, float]]) -> list[tuple[Artifact
     return shares
 
 
-def split_prefixes(artifact: Artifact, split: str, seq_length: int = 0) -> list[str]:
-    """Paths of a split's .bin/.idx pairs, without their endings: one per source with a sample of seq_length there."""
+def split_prefixes(artifact: Artifact, split: str) -> list[str]:
+    """Paths of a split's .bin/.idx pairs, without their endings: one per source with text there."""
     return [
         os.path.abspath(artifact.path / source[split])
         for source in artifact.facts["sources"]
-        if source[f"{split}_tokens"] > seq_length
+        if source[f"{split}_tokens"] > 0
     ]
 
 

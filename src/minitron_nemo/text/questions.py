@@ -71,7 +71,8 @@ def read_questions(
         context, options, answer, blank = _parse(record, where)
         continuations = []
         for option in options:
-            continuation = _tokenise(*_place(context, option, blank), encode, prefix)
+            read, scored = _place(context, option, blank)
+            continuation = tokenise(read, scored, encode, prefix, num_characters=len(scored.strip()))
             require(
                 continuation.num_scored > 0,
                 f"{where}: nothing is left to score for option {option!r}: the tokenizer gives context and text "
@@ -140,13 +141,16 @@ def _place(context: str, option: str, blank: str | None) -> tuple[str, str]:
     return context, f" {option}" if context else option
 
 
-def _tokenise(context: str, scored: str, encode: Callable[[str], list[int]], prefix: int) -> Continuation:
+def tokenise(
+    context: str, scored: str, encode: Callable[[str], list[int]], prefix: int, *, num_characters: int
+) -> Continuation:
+    """Context and scored text as lm-evaluation-harness reads them; arguments as those of `read_questions`."""
     bare = context.rstrip()
     text = context[len(bare) :] + scored
     before, whole = encode(bare) if bare else [prefix], encode(bare + text)
     if not bare and whole[:1] != before:
         whole = before + whole
-    return Continuation(tuple(whole), max(0, len(whole) - len(before)), len(scored.strip()))
+    return Continuation(tuple(whole), max(0, len(whole) - len(before)), num_characters)
 
 
 def micro_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,10 +68,39 @@ def loss_curves(series: Sequence[Series], teacher_loss: float | None) -> str:
             bottom.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
             bottom.grid(True)
         bottom.set_xlabel("training tokens")
-        bottom.set_xlim(left=0)
-        bottom.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_count(value)))
-        bottom.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        _count_tokens(bottom)
         return as_svg(figure, "curves", "Loss curves over training tokens")
+
+
+def source_curves(series: Sequence[Series]) -> str:
+    """Validation loss over tokens, of each source of the text on axes of its own; the colours are the models'."""
+    names = list(dict.fromkeys(name for each in series for name in each.history.source_losses))
+    with styled():
+        rows = -(-len(names) // 2)
+        figure = Figure(figsize=(7.6, 0.6 + 2.3 * rows), layout="constrained")
+        grid = figure.subplots(rows, 2, sharex=True, squeeze=False)
+        for axes, name in itertools.zip_longest(grid.flat, names):
+            if name is None:
+                axes.set_axis_off()
+                continue
+            for each in series:
+                if curve := each.history.source_losses.get(name):
+                    _validation(axes, curve, each.colour)
+            axes.set_title(name, fontsize=10, loc="left", parse_math=False)
+            axes.grid(True)
+            _count_tokens(axes)
+        for each in series:
+            grid[0][0].plot([], [], color=each.colour, marker="o", markersize=3.5, label=each.label)
+        figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=9)
+        figure.supylabel("cross-entropy (nats/token)", fontsize=10)
+        figure.supxlabel("training tokens", fontsize=10)
+        return as_svg(figure, "source-curves", "Validation loss of each source over training tokens")
+
+
+def _count_tokens(axes: Axes) -> None:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _round_count(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 def _cross_entropies(axes: Axes, series: Sequence[Series], teacher_loss: float | None) -> None:
