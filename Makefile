@@ -9,7 +9,7 @@
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
-#                     bench-bridge, bench-both-lines, bench-build-memory;
+#                     bench-bridge, bench-both-lines, bench-build-memory, bench-throughput;
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make gpu-check    the limits that only an accelerator can measure (benchmarks/gpu_check.py); make gpu-check-tiny runs
 #                     the same with small shapes on a CPU

@@ -93,6 +93,7 @@ def measure(directory: Path, tiny: bool, offload: bool, precision: str) -> dict[
     import torch
 
     from minitron_nemo import platform
+    from minitron_nemo.platform.memory import peak_bytes, reset_peak
 
     platform.activate()
     dtype = platform.dtype_of(precision)
@@ -102,13 +103,13 @@ def measure(directory: Path, tiny: bool, offload: bool, precision: str) -> dict[
         forward(built, dtype)
     del built
     reset_peak()
-    before = peak()
+    before = peak_bytes()
     model = build(directory, tiny, offload=offload, dtype=dtype)
     both = sum(shape.num_parameters for shape in shapes(tiny)) * dtype.itemsize
-    found = {"bytes": both, "built": peak() - before}
+    found = {"bytes": both, "built": peak_bytes() - before}
     with torch.no_grad():
         forward(model, dtype)
-    return found | {"passed": peak() - before}
+    return found | {"passed": peak_bytes() - before}
 
 
 def forward(model: Any, dtype: Any) -> None:
@@ -121,32 +122,6 @@ def forward(model: Any, dtype: Any) -> None:
     with torch.no_grad():
         for _ in range(2):
             teacher.run((tokens, tokens, None))
-
-
-def peak() -> int:
-    import torch
-
-    from minitron_nemo import platform
-
-    if platform.has_accelerator():
-        return torch.cuda.max_memory_allocated()
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmHWM"].split()[0]) * 1024
-
-
-def reset_peak() -> None:
-    """The peak so far becomes what is held now."""
-    import gc
-
-    import torch
-
-    from minitron_nemo import platform
-
-    gc.collect()
-    if platform.has_accelerator():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> int:

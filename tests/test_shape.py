@@ -8,39 +8,19 @@ import json
 import pytest
 import torch
 
+from minitron_nemo.published import PUBLISHED as SHAPES
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY, TINY_EXPERTS, bare_model, start_alone
 
-LLAMA_3_1_8B = ModelShape(
-    family="llama",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    padded_vocab_size=128256,
-    rotary_base=500000.0,
-)
-MISTRAL_NEMO_12B = dataclasses.replace(
-    LLAMA_3_1_8B, family="mistral", num_layers=40, hidden_size=5120, padded_vocab_size=131072, rotary_base=1e6
-)
-NEMOTRON_4_15B = ModelShape(
-    family="nemotron",
-    num_layers=32,
-    hidden_size=6144,
-    ffn_hidden_size=24576,
-    num_attention_heads=48,
-    num_query_groups=8,
-    kv_channels=128,
-    padded_vocab_size=256000,
-    normalization="LayerNorm1p",
-    activation="squared_relu",
-    gated_linear_unit=False,
-    rotary_percent=0.5,
-)
+LLAMA_3_1_8B = SHAPES["Llama-3.1-8B"]
 MIXTRAL_8X7B = dataclasses.replace(
-    LLAMA_3_1_8B, family="mixtral", padded_vocab_size=32000, rotary_base=1e6, num_moe_experts=8, moe_router_topk=2
+    LLAMA_3_1_8B,
+    family="mixtral",
+    padded_vocab_size=32000,
+    rotary_base=1e6,
+    rope_scaling=None,
+    num_moe_experts=8,
+    moe_router_topk=2,
 )
 QWEN3_30B_A3B = ModelShape(
     family="qwen3_moe",
@@ -57,33 +37,18 @@ QWEN3_30B_A3B = ModelShape(
     moe_router_topk=8,
 )
 
-PUBLISHED = {  # name: shape, all parameters, those that are not embeddings
-    "Llama-3.1-8B": (LLAMA_3_1_8B, 8_030_261_248, 6_979_588_096),
-    "Llama-3.1-Minitron-4B-Width": (
-        LLAMA_3_1_8B.pruned_to(hidden_size=3072, ffn_hidden_size=9216),
-        4_512_746_496,
-        3_724_741_632,
-    ),
-    "Llama-3.1-Minitron-4B-Depth": (LLAMA_3_1_8B.pruned_to(num_layers=16), 4_540_469_248, 3_489_796_096),
-    "Mistral-NeMo-12B": (MISTRAL_NEMO_12B, 12_247_782_400, 10_905_605_120),
-    "MN-Minitron-8B": (
-        MISTRAL_NEMO_12B.pruned_to(hidden_size=4096, ffn_hidden_size=11520),
-        8_414_105_600,
-        7_340_363_776,
-    ),
-    "Nemotron-4 15B": (NEMOTRON_4_15B, 15_628_775_424, 12_483_047_424),
-    "Minitron 8B": (
-        NEMOTRON_4_15B.pruned_to(hidden_size=4096, ffn_hidden_size=16384),
-        8_271_699_968,
-        6_174_547_968,
-    ),
-    "Minitron 4B": (
-        NEMOTRON_4_15B.pruned_to(hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24),
-        4_190_509_056,
-        2_617_645_056,
-    ),
-    "Mixtral-8x7B": (MIXTRAL_8X7B, 46_702_792_704, 46_440_648_704),
+COUNTS = {  # all parameters, those that are not embeddings
+    "Llama-3.1-8B": (8_030_261_248, 6_979_588_096),
+    "Llama-3.1-Minitron-4B-Width": (4_512_746_496, 3_724_741_632),
+    "Llama-3.1-Minitron-4B-Depth": (4_540_469_248, 3_489_796_096),
+    "Mistral-NeMo-12B": (12_247_782_400, 10_905_605_120),
+    "MN-Minitron-8B": (8_414_105_600, 7_340_363_776),
+    "Nemotron-4 15B": (15_628_775_424, 12_483_047_424),
+    "Minitron 8B": (8_271_699_968, 6_174_547_968),
+    "Minitron 4B": (4_190_509_056, 2_617_645_056),
+    "Mixtral-8x7B": (46_702_792_704, 46_440_648_704),
 }
+PUBLISHED = SHAPES | {"Mixtral-8x7B": MIXTRAL_8X7B}
 
 VARIANTS = {  # what else a shape can say, in small
     "tied": {"share_embeddings_and_output_weights": True},
@@ -104,14 +69,13 @@ VARIANTS = {  # what else a shape can say, in small
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_of_published_models_are_exact(name: str) -> None:
-    shape, total, non_embedding = PUBLISHED[name]
-    assert shape.num_parameters == total
-    assert shape.num_non_embedding_parameters == non_embedding
+    shape = PUBLISHED[name]
+    assert (shape.num_parameters, shape.num_non_embedding_parameters) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_counts_equal_the_real_megatron_model_at_full_size(name: str) -> None:
-    shape, _, _ = PUBLISHED[name]
+    shape = PUBLISHED[name]
     start_alone()
     with torch.device("meta"):
         model = bare_model(shape)

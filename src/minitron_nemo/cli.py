@@ -28,6 +28,7 @@ DOORS = (
     "distill",
     "evaluate",
     "export-hf",
+    "throughput",
     "report",
     "submit",
 )

@@ -42,6 +42,7 @@ from minitron_nemo.config import stages
 from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.slurm import SlurmConfig
+from minitron_nemo.config.throughput import ThroughputConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.quiet import imports_held_back
 
@@ -58,6 +59,7 @@ STAGES: dict[str, type] = {
     "distill": stages.DistillConfig,
     "evaluate": stages.EvaluateConfig,
     "export-hf": stages.ExportHfConfig,
+    "throughput": ThroughputConfig,
     "report": stages.ReportConfig,
 }
 """Stage -> the dataclass of its sections; its module is `minitron_nemo.stages.<stage>`."""

@@ -6,6 +6,7 @@ runs them and the tests of other rooms that take an accelerator's path where the
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +18,18 @@ from torch import Tensor
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.distillation import DivergenceConfig
+from minitron_nemo.config.throughput import ThroughputConfig, TimedModel
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.distillation.offload import keep_on_host
 from minitron_nemo.divergence.streamed import divergence
+from minitron_nemo.evaluation.throughput import measure
+from minitron_nemo.hf.config import hf_config
 from minitron_nemo.parallel import Groups
+from minitron_nemo.platform.memory import available_bytes, held_bytes
 from minitron_nemo.platform.peak import peak_tflops_here
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.stages.throughput import timed_model, write_shape
 from minitron_nemo.weights import load_full_parameters
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, run_gpt, smaller, start_alone
 from support.tiny import TinyChain
@@ -125,6 +131,19 @@ def test_a_teacher_on_the_host_takes_two_layers_of_the_device(place: Place) -> N
             assert run_gpt(model, tokens) is not None
     activations = 64 * tokens.numel() * max(shape.ffn_hidden_size, shape.padded_vocab_size) * 4
     assert torch.cuda.max_memory_allocated() - before <= 2.1 * layer + activations
+
+
+def test_a_model_is_timed_and_its_memory_is_what_it_holds(place: Place, tmp_path: Path) -> None:
+    config = ThroughputConfig(
+        dtype="fp32", batch_size=2, prompt_tokens=6, new_tokens=5, repeats=1, warmup=0, max_batch_size=4
+    )
+    folder = write_shape(tmp_path / "it", hf_config(place.teacher))
+    clock = itertools.accumulate([0, 1, 2] * 2).__next__
+    same, largest = measure([timed_model(folder, TimedModel(str(folder)), config)], config, clock)["rows"]
+    assert (same["batch_size"], largest["batch_size"]) == (2, 4)
+    if place.device == "cuda":
+        assert 4 * same["parameters"] <= same["peak_memory_bytes"] <= largest["peak_memory_bytes"]
+    assert available_bytes() > held_bytes()
 
 
 # ---- random numbers --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
 from minitron_nemo.config.pruning import BudgetConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.ranges import SEEDS, Ranged, ranged
+from minitron_nemo.config.throughput import ThroughputConfig
 from minitron_nemo.config.trainer import Calibrating, Layout, Loading, Passing, TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 
@@ -455,7 +456,7 @@ class ReportConfig:
 
 def runs_in_one_process(config: Any) -> bool:
     """Whether one process does all that a stage does, so that others would only wait for it."""
-    return isinstance(config, PrepareDataConfig | PruneHfConfig | ReportConfig) or (
+    return isinstance(config, PrepareDataConfig | PruneHfConfig | ReportConfig | ThroughputConfig) or (
         isinstance(config, PruneConfig) and config.offline
     )
 

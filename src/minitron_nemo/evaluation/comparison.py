@@ -20,9 +20,10 @@ class Comparison:
     rows: list[list[str]]
     verdict: list[str]
     """Sentences below the table."""
+    title: str = "Tasks"
 
     def table(self) -> Table:
-        table = Table(title="Tasks", title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=self.title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.caption = Text("\n".join(self.verdict))
         for number, header in enumerate(self.headers):
             table.add_column(header, justify="left" if number < 2 else "right")

@@ -87,14 +87,13 @@ def _read_throughput(run: Run) -> list[dict[str, Any]]:
 
 def _throughput(run: Run) -> list[Sheet]:
     labels = {model.name: model.label for model in run.models}
-    labels |= {str(run.artifacts[name].path): label for name, label in labels.items() if name in run.artifacts}
     heads = ["model", "parameters", "engine", "batch", "prompt + new", "prefill tokens/s", "decode tokens/s",
              "first token (s)", "peak memory (GiB)"]  # fmt: skip
     found = []
     for number, measured in enumerate(_read_throughput(run)):
         rows = [
             [
-                labels.get(str(row["model"]), str(row["model"])), count(row["parameters"]),
+                labels.get(_timed(run, row) or "", row["label"]), count(row["parameters"]),
                 f"{row['engine']}, {row['dtype']}",
                 f"{row['batch_size']}" + (" (largest)" if row.get("largest") else ""),
                 f"{row['prompt_tokens']} + {row['new_tokens']}", _number(row["prefill_tokens_per_s"], "{:,.0f}"),
@@ -104,25 +103,41 @@ def _throughput(run: Run) -> list[Sheet]:
             for row in measured["rows"]
         ]  # fmt: skip
         key = "speed" if number == 0 else f"speed-{number}"
-        found.append(Sheet(key, "Speed", heads, rows, [f"Measured on {measured['machine']}."]))
+        found.append(Sheet(key, "Speed", heads, rows, [f"Measured on {measured['machine']}.", *measured["remarks"]]))
     return found
 
 
+def _timed(run: Run, row: dict[str, Any]) -> str | None:
+    """The run's model that a row timed: of an export the one it was made from, of a folder the one it became."""
+    imported = [name for name in run.lineage.made_by("import-hf") if _imported(run, name) == row["model"]]
+    name = next(iter(imported), run.lineage.name_of(row["model"]))
+    return None if name is None else run.lineage.nearest(name, [model.name for model in run.models])
+
+
+def _imported(run: Run, name: str) -> str | None:
+    folder = run.artifacts[name].manifest.get("config", {}).get("model")
+    return None if folder is None else str(folder)
+
+
 def speed_up(run: Run, student: str, teacher: str) -> list[str]:
-    """How much faster the student decodes at the same batch and engine, where it was measured."""
-    names = {student: run.artifacts[student], teacher: run.artifacts[teacher]}
+    """How much faster the student decodes at the same batch and engine, where a model of its shape was measured."""
     for measured in _read_throughput(run):
-        by_model: dict[str, dict[tuple[Any, ...], float]] = {student: {}, teacher: {}}
-        for row in measured["rows"]:
-            for name, artifact in names.items():
-                if str(row["model"]) in (name, artifact.path.name, str(artifact.path)) and not row.get("largest"):
-                    same = row["engine"], row["dtype"], row["batch_size"], row["prompt_tokens"], row["new_tokens"]
-                    by_model[name][same] = row["decode_tokens_per_s"]
-        for same, speed in by_model[student].items():
-            if by_model[teacher].get(same):
-                times = speed / by_model[teacher][same]
-                return [f"It writes {speed:,.0f} tokens/s at batch {same[2]} ({same[0]}), {times:.2f}x the teacher's."]
+        rows = [row for row in measured["rows"] if not row["largest"]]
+        of_student, of_teacher = (
+            next((row for row in rows if _is_of(run, row, name)), None) for name in (student, teacher)
+        )
+        if of_student is not None and of_teacher is not None:
+            speed = of_student["decode_tokens_per_s"]
+            batch, engine = of_student["batch_size"], of_student["engine"]
+            times = speed / of_teacher["decode_tokens_per_s"]
+            return [f"It writes {speed:,.0f} tokens/s at batch {batch} ({engine}), {times:.2f}x the teacher's."]
     return []
+
+
+def _is_of(run: Run, row: dict[str, Any], name: str) -> bool:
+    """Whether a row timed this model, or another of its shape, which is as fast."""
+    timed, shape = _timed(run, row), run.shape(name)
+    return timed is not None and (timed == name or (shape is not None and run.shape(timed) == shape))
 
 
 # ---- the way back ----------------------------------------------------------------------------------------------------

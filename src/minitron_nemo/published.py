@@ -1,0 +1,74 @@
+"""Shapes of the papers' models, by the names that the papers give them.
+
+    Nemotron-4 15B            arXiv:2402.16819;  Minitron 8B and 4B: arXiv:2407.14679, table of architectures
+    Llama-3.1-8B              config.json on the Hugging Face hub;  its two students: arXiv:2408.11796, table 3
+    Mistral-NeMo-12B          config.json on the Hugging Face hub;  its student: arXiv:2408.11796, table 3
+
+Rotary bases, scaling and contexts are those of the config.json files; the depth-pruned student's, which was not at
+hand, are its teacher's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from minitron_nemo.shape import ModelShape
+
+_LLAMA_3_1_8B = ModelShape(
+    family="llama",
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    padded_vocab_size=128256,
+    seq_length=131072,
+    rotary_base=500000.0,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+)
+_MISTRAL_NEMO_12B = ModelShape(
+    family="mistral",
+    num_layers=40,
+    hidden_size=5120,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    padded_vocab_size=131072,
+    seq_length=131072,
+    rotary_base=1e6,
+)
+_NEMOTRON_4_15B = ModelShape(
+    family="nemotron",
+    num_layers=32,
+    hidden_size=6144,
+    ffn_hidden_size=24576,
+    num_attention_heads=48,
+    num_query_groups=8,
+    kv_channels=128,
+    padded_vocab_size=256000,
+    normalization="LayerNorm1p",
+    activation="squared_relu",
+    gated_linear_unit=False,
+    rotary_percent=0.5,
+)
+
+PUBLISHED: dict[str, ModelShape] = {
+    "Llama-3.1-8B": _LLAMA_3_1_8B,
+    "Llama-3.1-Minitron-4B-Width": _LLAMA_3_1_8B.pruned_to(hidden_size=3072, ffn_hidden_size=9216),
+    "Llama-3.1-Minitron-4B-Depth": _LLAMA_3_1_8B.pruned_to(num_layers=16),
+    "Mistral-NeMo-12B": _MISTRAL_NEMO_12B,
+    "MN-Minitron-8B": dataclasses.replace(
+        _MISTRAL_NEMO_12B.pruned_to(hidden_size=4096, ffn_hidden_size=11520), seq_length=8192
+    ),
+    "Nemotron-4 15B": _NEMOTRON_4_15B,
+    "Minitron 8B": _NEMOTRON_4_15B.pruned_to(hidden_size=4096, ffn_hidden_size=16384),
+    "Minitron 4B": _NEMOTRON_4_15B.pruned_to(hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24),
+}
