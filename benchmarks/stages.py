@@ -1,4 +1,4 @@
-"""What benchmarks of whole compressions share: stages of the quickstart recipe, and held-out losses of its models."""
+"""What benchmarks of whole compressions share: stages of a recipe, and held-out losses of its models."""
 
 from __future__ import annotations
 
@@ -30,21 +30,22 @@ def begin() -> float:
 
 
 class Stages:
-    """Stages of the quickstart recipe with other values; what stands in `run_dir` already is taken."""
+    """Stages of a recipe with other values; what stands in `run_dir` already is taken."""
 
-    def __init__(self, run_dir: Path, shared: list[str]) -> None:
+    def __init__(self, run_dir: Path, shared: list[str], recipe: str = "quickstart") -> None:
         """
         Args:
             shared: overrides of every stage.
         """
         self.run_dir = run_dir
-        self.shared = ["recipe=quickstart", f"run_dir={run_dir}", f"trainer.precision={PRECISION}", *shared]
+        self.shared = [f"recipe={recipe}", f"run_dir={run_dir}", f"trainer.precision={PRECISION}", *shared]
 
     def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
         own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
         config, steps = compose([*self.shared, *overrides, *own])
-        values = config_of(steps[section], config)
-        return open_artifact(values.output) if serves(values) else stage_module(steps[section].stage).run(values)
+        step = steps[section]
+        values = config_of(step, config)
+        return open_artifact(values.output) if serves(step, values) else stage_module(step.stage).run(values)
 
     def held_out(self, model: Artifact, data: str = "data") -> list[float]:
         """Held-out loss of every micro-batch, nats per token, kept beside the model."""

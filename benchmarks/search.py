@@ -1,0 +1,216 @@
+"""Which cheap number says what shape is best at a size, and is a search's winner better than the nearest size?
+
+The embedded teacher and the stage `search`, unattended: every shape of a grid of widths and depths within 3% of 60% of
+its parameters is cut, measured, and distilled by successive halving; then the same command distils all of them in full,
+which says who is best. From one run:
+
+    ranks      Spearman's correlation, over all candidates, of the loss after the full distillation with (a) how near a
+               shape comes to the wanted parameters, which is the rule of the peer (Model-Optimizer 0.47), (b) the loss
+               after the papers' cut, (c) after the calibrated cut, (d) after a quarter of the distillation, and with
+               less of it
+    winner     the halving's winner and the nearest shape, both distilled in full: at equal tokens
+    cost       tokens that the halving spent, beside all candidates in full
+
+(d) is the same run at its first quarter, as a search sees it, not a run of its own with a schedule that ends there. A
+second seed (order of the data) says how far the full ranking itself can be trusted.
+
+`make bench-search`, about half an hour on one core; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
+what was cut off goes on. It exits 1 where the halving's winner is not that of the full distillations, costs more than a
+quarter of their tokens, or does not beat the nearest shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform as machine
+import statistics
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo.report.correlation import spearman
+from stages import Stages, begin
+
+SIZE, TOLERANCE = 0.6, 0.03
+SPACE = {
+    "hidden_size": [144, 160, 176, 192, 208],
+    "ffn_hidden_size": [256, 384, 512, 640],
+    "num_attention_heads": [4, 8],
+    "num_layers": [3, 4, 5, 6],
+}
+SEEDS = (1234, 4321)
+PARTS = (16, 8, 4, 1)
+"""Rungs: the whole run divided by these."""
+ALL = 1000
+Search = dict[str, Any]
+"""search.json, see docs/search.md."""
+
+
+class Bench(Stages):
+    def __init__(self, run_dir: Path, steps: int) -> None:
+        rungs = [steps // part for part in PARTS]
+        shared = [
+            "trainer.precision=fp32",  # bf16 without bf16 kernels takes several times as long
+            "trainer.tensorboard=false",
+            "trainer.global_batch_size=8",
+            "estimate_importance.depth.greedy.metric=squared_error",
+            "estimate_importance.depth.greedy.drop=3",
+            "estimate_importance.depth.num_samples=64",
+            f"search.parameters={SIZE}",
+            f"search.tolerance={TOLERANCE}",
+            *(f"+search.space.{dim}={sizes}".replace(" ", "") for dim, sizes in SPACE.items()),
+            "search.depth.metric=greedy",
+            "search.pricing.num_samples=64",
+            f"search.pricing.measured={ALL}",
+            f"search.halving.survivors={ALL}",
+            f"search.halving.rungs={rungs}".replace(" ", ""),
+            f"search.training.steps={steps}",
+            "search.training.validation_batches=16",
+            f"search.training.optim.decay_steps={steps // 4}",
+            "prune.depth.metric=greedy",
+        ]
+        super().__init__(run_dir, shared, recipe="search")
+
+    def prepare(self) -> None:
+        for section in ("import_hf", "prepare_data", "estimate_importance"):
+            self.stage(section)
+
+    def searched(self, seed: int, keep: float) -> Search:
+        """What a search finds that lets this share of a rung's candidates go on; all of one seed share trainings."""
+        kept = self.run_dir / f"search_{seed}_keep_{keep}.json"
+        if not kept.is_file():
+            found = self.stage("search", f"seed={seed}", f"search.halving.keep={keep}", output=f"search_{seed}")
+            kept.write_text((found.path / "search.json").read_text())
+            found.path.rename(self.run_dir / kept.stem)  # its trainings stand in <output>.search, for the next
+        result: Search = json.loads(kept.read_text())
+        return result
+
+    def plain_cut(self, candidate: dict[str, Any]) -> float:
+        """Held-out loss after the papers' cut, nats per token."""
+        teacher = open_artifact(self.run_dir / "teacher").facts["shape"]
+        smaller = {dim: size for dim, size in candidate["dims"].items() if size < teacher[dim]}
+        target = [f"+prune.target.{dim}={size}" for dim, size in smaller.items()]
+        cut: Artifact = self.stage("prune", *target, output=f"plain_{candidate['id']}")
+        return statistics.mean(self.held_out(cut))
+
+
+def numbers_of(full: Search, plain: dict[str, float]) -> dict[str, list[float]]:
+    """What each rule ranks candidates by, lowest first, in the order of the candidates."""
+    wanted, candidates = SIZE * full["teacher"]["parameters"], full["candidates"]
+    found = {
+        "(a) nearness to the wanted parameters": [abs(each["parameters"] - wanted) for each in candidates],
+        "(b) loss after the papers' cut": [plain[each["id"]] for each in candidates],
+        "(c) loss after the calibrated cut": [each["loss_cut"] for each in candidates],
+        "price from single cuts": [each["price"] for each in candidates],
+    }
+    for place, part in enumerate(PARTS[:-1]):
+        name = f"loss after 1/{part} of the distillation"
+        found[f"(d) {name}" if part == 4 else name] = [each["curve"][place][1] for each in candidates]
+    return found
+
+
+def correlation(first: list[float], second: list[float]) -> float:
+    return float(spearman(torch.tensor([first, second], dtype=torch.float64))[0, 1])
+
+
+def in_full(search: Search) -> dict[str, float]:
+    """Candidate -> loss after the full distillation."""
+    return {each["id"]: each["curve"][-1][1] for each in search["candidates"]}
+
+
+def verdict(halved: Search, full: Search, plain: dict[str, float]) -> dict[str, Any]:
+    losses, wanted = in_full(full), SIZE * full["teacher"]["parameters"]
+    nearest = min(full["candidates"], key=lambda each: abs(each["parameters"] - wanted))
+    best = min(losses, key=lambda name: losses[name])
+    return {
+        "rank_correlation_with_full": {
+            rule: correlation(values, list(losses.values())) for rule, values in numbers_of(full, plain).items()
+        },
+        "winner": {
+            "of_halving": halved["winner"],
+            "of_all_in_full": best,
+            "nearest_to_the_wanted_parameters": nearest["id"],
+            "loss_of_halving": losses[halved["winner"]],
+            "loss_of_all_in_full": losses[best],
+            "loss_of_nearest": losses[nearest["id"]],
+            "median_loss": statistics.median(losses.values()),
+        },
+        "tokens": {
+            "halving": halved["tokens_spent"],
+            "all_in_full": full["tokens_spent"],
+            "share": halved["tokens_spent"] / full["tokens_spent"],
+        },
+    }
+
+
+def problems_of(found: dict[str, Any]) -> list[str]:
+    winner, share = found["winner"], found["tokens"]["share"]
+    problems = []
+    if winner["of_halving"] != winner["of_all_in_full"]:
+        problems.append(f"halving finds {winner['of_halving']}, all in full {winner['of_all_in_full']}")
+    if share > 0.25:
+        problems.append(f"halving takes {share:.2f} of the tokens of all in full")
+    if winner["loss_of_halving"] >= winner["loss_of_nearest"]:
+        problems.append("the searched student is not better than the shape nearest to the wanted parameters")
+    return problems
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=160, help="of 8 x 256 tokens, of a full distillation")
+    parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1))
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--save", action="store_true")
+    given = parser.parse_args()
+    began = begin()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(given.run_dir or Path(folder), given.steps)
+        bench.prepare()
+        searches = {seed: (bench.searched(seed, 0.34), bench.searched(seed, 1.0)) for seed in SEEDS[: given.seeds]}
+        candidates = searches[SEEDS[0]][1]["candidates"]
+        plain = {each["id"]: bench.plain_cut(each) for each in candidates}
+    found = {str(seed): verdict(halved, full, plain) for seed, (halved, full) in searches.items()}
+    result = {
+        "command": f"make bench-search (--steps {given.steps} --seeds {given.seeds})",
+        "date": date.today().isoformat(),
+        "machine": f"{machine.machine()}, one thread, fp32",
+        "torch": torch.__version__,
+        "minutes": round((time.monotonic() - began) / 60, 1),
+        "wanted_share_of_parameters": SIZE,
+        "candidates": [
+            {"id": each["id"], "parameters": each["parameters"], "after_the_papers_cut": plain[each["id"]]}
+            | {"after_the_calibrated_cut": each["loss_cut"], "price": each["price"]}
+            | {"curve_of_seed": {str(seed): curve_of(full, each["id"]) for seed, (_, full) in searches.items()}}
+            for each in candidates
+        ],
+        "by_seed": found,
+    }
+    if given.seeds > 1:
+        first, second = (in_full(searches[seed][1]) for seed in SEEDS)
+        between = correlation([first[name] for name in first], [second[name] for name in first])
+        result["rank_correlation_of_full_between_seeds"] = between
+    print(json.dumps({key: value for key, value in result.items() if key != "candidates"}, indent=2))
+    for each in result["candidates"]:
+        print(each["id"], each["after_the_papers_cut"], each["after_the_calibrated_cut"], each["curve_of_seed"])
+    if given.save:
+        path = Path(__file__).parent / "results" / "search.json"
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    problems = [f"seed {seed}: {words}" for seed, each in found.items() for words in problems_of(each)]
+    print("\n".join(problems) or "the halving found the best shape, cheaper, and better than the nearest one")
+    return 1 if problems else 0
+
+
+def curve_of(search: Search, name: str) -> list[list[float]]:
+    curve: list[list[float]] = next(each["curve"] for each in search["candidates"] if each["id"] == name)
+    return curve
+
+
+if __name__ == "__main__":
+    sys.exit(main())
