@@ -9,7 +9,8 @@
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
-#                     bench-bridge, bench-both-lines, bench-build-memory, bench-throughput;
+#                     bench-bridge, bench-both-lines, bench-build-memory, bench-search,
+#                     bench-search-space, bench-throughput;
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make gpu-check    the limits that only an accelerator can measure (benchmarks/gpu_check.py); make gpu-check-tiny runs
 #                     the same with small shapes on a CPU
@@ -47,7 +48,7 @@ real: $(STAMP)
 	$(BIN)/minitron compress recipe=real import_hf.model="$$($(BIN)/python -c '$(REAL_FILE)')"
 	for model in teacher distilled export; do \
 	    $(BIN)/minitron evaluate recipe=real evaluate.model=runs/real/$$model evaluate.num_samples=0 \
-	        "evaluate.tasks=[docs/tasks/what_follows.yaml]" evaluate.output=runs/real/tasks_of_$$model || exit 1; \
+	        "evaluate.tasks=[docs/tasks]" evaluate.output=runs/real/tasks_of_$$model || exit 1; \
 	done
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.

@@ -9,10 +9,10 @@ import pytest
 
 from minitron_nemo.checks import Mistake
 from minitron_nemo.config.search import ConstraintsConfig
+from minitron_nemo.published import PUBLISHED
 from minitron_nemo.search.constraints import constraints_of, feasible
 from minitron_nemo.search.space import Space
 from minitron_nemo.shape import ModelShape
-from test_shape import NEMOTRON_4_15B
 
 TINY = ModelShape(
     family="llama",
@@ -75,11 +75,13 @@ def dims_of(shape: ModelShape) -> tuple[int, int, int, int]:
 
 
 def test_the_papers_8b_space_has_their_fifteen_candidates() -> None:
-    assert {dims_of(shape) for shape in of(NEMOTRON_4_15B, GRID_8B, parameters=["7.8B", "8.5B"])} == PUBLISHED_8B
+    assert {
+        dims_of(shape) for shape in of(PUBLISHED["Nemotron-4 15B"], GRID_8B, parameters=["7.8B", "8.5B"])
+    } == PUBLISHED_8B
 
 
 def test_the_papers_4b_space_has_eighteen_candidates_the_published_model_among_them() -> None:
-    found = [dims_of(shape) for shape in of(NEMOTRON_4_15B, GRID_4B, parameters=["3.8B", "4.2B"])]
+    found = [dims_of(shape) for shape in of(PUBLISHED["Nemotron-4 15B"], GRID_4B, parameters=["3.8B", "4.2B"])]
     assert len(found) == 18
     assert (32, 24, 9216, 3072) in found
 
