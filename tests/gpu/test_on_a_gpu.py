@@ -28,6 +28,7 @@ from minitron_nemo.parallel import Groups
 from minitron_nemo.platform.memory import available_bytes, held_bytes
 from minitron_nemo.platform.peak import peak_tflops_here
 from minitron_nemo.runtime.layout import prepare_layout
+from minitron_nemo.runtime.timings import timings_of
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.throughput import timed_model, write_shape
 from minitron_nemo.weights import load_full_parameters
@@ -144,6 +145,13 @@ def test_a_model_is_timed_and_its_memory_is_what_it_holds(place: Place, tmp_path
     if place.device == "cuda":
         assert 4 * same["parameters"] <= same["peak_memory_bytes"] <= largest["peak_memory_bytes"]
     assert available_bytes() > held_bytes()
+
+
+def test_a_layer_is_timed_as_a_search_does(place: Place) -> None:
+    shape = smaller(place.teacher, num_layers=1)
+    prepare_layout(Layout(), shape, seed=0)
+    found = timings_of(engine.new_core(shape, Layout(), torch.float32), batch_size=2, seq_length=8, repeats=2)
+    assert found["prompt mlp"] > 0 and found["token mlp"] > 0 and len(found) == 6
 
 
 # ---- random numbers --------------------------------------------------------------------------------------------------
