@@ -15,7 +15,8 @@ from minitron_nemo.standing import serves
 HELD_OUT = 256
 """Samples of the validation split."""
 PRECISION = "bf16"
-"""Of every stage and loss: what `auto` is on an accelerator and on a CPU with AMX, and on every other CPU is not."""
+"""Of every stage and loss, unless a benchmark says otherwise: what `auto` is on an accelerator and on a CPU with AMX, and
+on every other CPU is not."""
 
 
 def begin() -> float:
@@ -32,13 +33,15 @@ def begin() -> float:
 class Stages:
     """Stages of a recipe with other values; what stands in `run_dir` already is taken."""
 
-    def __init__(self, run_dir: Path, shared: list[str], recipe: str = "quickstart") -> None:
+    def __init__(
+        self, run_dir: Path, shared: list[str], recipe: str = "quickstart", precision: str = PRECISION
+    ) -> None:
         """
         Args:
             shared: overrides of every stage.
         """
-        self.run_dir = run_dir
-        self.shared = [f"recipe={recipe}", f"run_dir={run_dir}", f"trainer.precision={PRECISION}", *shared]
+        self.run_dir, self.precision = run_dir, precision
+        self.shared = [f"recipe={recipe}", f"run_dir={run_dir}", f"trainer.precision={precision}", *shared]
 
     def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
         own = [] if output is None else [f"{section}.output={self.run_dir / output}"]
@@ -51,12 +54,12 @@ class Stages:
         """Held-out loss of every micro-batch, nats per token, kept beside the model."""
         kept = model.path.with_name(f"{model.path.name}.on_{data}.json")
         if not kept.is_file():
-            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data)))
+            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data, self.precision)))
         losses: list[float] = json.loads(kept.read_text())
         return losses
 
 
-def held_out_losses(model: Artifact, data: Path) -> list[float]:
+def held_out_losses(model: Artifact, data: Path, precision: str) -> list[float]:
     from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.runtime.forward import loss_sums
@@ -66,7 +69,7 @@ def held_out_losses(model: Artifact, data: Path) -> list[float]:
     from minitron_nemo.text.windows import batches
 
     source = engine.open_model(model.path, key="model")
-    trainer = TrainerConfig(precision=PRECISION, seq_length=source.shape.seq_length, micro_batch_size=8)
+    trainer = TrainerConfig(precision=precision, seq_length=source.shape.seq_length, micro_batch_size=8)
     prepare_layout(trainer, source.shape)
     held_out = batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0)
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
