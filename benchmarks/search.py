@@ -34,7 +34,8 @@ from typing import Any
 
 import torch
 
-from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo import engine
+from minitron_nemo.artifact import Artifact
 from minitron_nemo.report.correlation import spearman
 from stages import Stages, begin
 
@@ -94,8 +95,8 @@ class Bench(Stages):
 
     def plain_cut(self, candidate: dict[str, Any]) -> float:
         """Held-out loss after the papers' cut, nats per token."""
-        teacher = open_artifact(self.run_dir / "teacher").facts["shape"]
-        smaller = {dim: size for dim, size in candidate["dims"].items() if size < teacher[dim]}
+        teacher = engine.open_model(self.run_dir / "teacher", key="teacher").shape
+        smaller = {dim: size for dim, size in candidate["dims"].items() if size < getattr(teacher, dim)}
         target = [f"+prune.target.{dim}={size}" for dim, size in smaller.items()]
         cut: Artifact = self.stage("prune", *target, output=f"plain_{candidate['id']}")
         return statistics.mean(self.held_out(cut))

@@ -15,8 +15,8 @@ from minitron_nemo.standing import serves
 HELD_OUT = 256
 """Samples of the validation split."""
 PRECISION = "bf16"
-"""Of every stage and loss, unless a benchmark says otherwise: what `auto` is on an accelerator and on a CPU with AMX, and
-on every other CPU is not."""
+"""Of every stage and loss unless a benchmark says otherwise: what `auto` is on an accelerator and on a CPU with AMX,
+and on every other CPU is not."""
 
 
 def begin() -> float:
