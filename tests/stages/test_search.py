@@ -193,7 +193,6 @@ def test_what_was_measured_under_other_values_is_measured_again(
         (["search.halving.max_tokens=100"], r"3 candidates on [\d,]+ tokens.*search.halving.max_tokens=100"),
         (["search.halving.rungs=[3,2]"], "must rise to training.steps=4"),
         (["+search.space.num_layers=[3,4]"], "search.depth.metric"),
-        (["search.constraints.throughput=9T"], r"throughput=.*met by none.*nearest have [\d,]+ \("),
         (
             ["trainer.pipeline_model_parallel_size=2"],
             "time_to_first_token: a search times one layer, which has no",
@@ -207,7 +206,7 @@ def test_what_cannot_be_searched_is_said_before_a_model_is_loaded(
 ) -> None:
     command = overrides(tiny_chain, tmp_path / "it")
     if "search.parameters=null" in changed:
-        command = [each for each in command if not each.startswith("+search.space")]
+        command = [each for each in command if "search.space" not in each and "search.constraints" not in each]
     found = door(*command, *changed).mistake
     assert re.search(said, found, flags=re.DOTALL), found
     assert not [*tmp_path.iterdir()]
