@@ -484,8 +484,10 @@ def loss_at(output: Path, step: int) -> float | None:
         for file in (output / HISTORY, directory_of_run(output) / HISTORY):
             if file.is_file():
                 records = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-                found = {each["step"]: each["validation_loss"] for each in records if "validation_loss" in each}
-                return found.get(step)
+                found = [
+                    each["validation_loss"] for each in records if "validation_loss" in each and each["step"] == step
+                ]
+                return found[0] if found else None  # a run that goes on validates there again, on other samples
         return None
 
     return rank_zero_works(look)
