@@ -66,6 +66,11 @@ def files(of: Artifact) -> dict[str, Any]:
     return {name: file for name, file in of.manifest["files"].items() if not name.endswith(of_the_run)}
 
 
+def validations(of: Artifact) -> list[tuple[int, float]]:
+    records = [json.loads(line) for line in (of.path / "history.jsonl").read_text().splitlines()]
+    return [(each["step"], each["validation_loss"]) for each in records if "validation_loss" in each]
+
+
 @pytest.fixture(scope="module")
 def searched(door: Door, tiny_chain: TinyChain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     """One search that nothing disturbed."""
@@ -109,6 +114,8 @@ def test_the_best_of_a_size_is_found_and_its_recipe_runs(
     assert again.metrics["parameters"] == cut.metrics["parameters"] and files(again) == files(cut)
     paused = open_artifact(f"{output}.search/candidates/{found['winner']}/distilled")
     assert files(open_artifact(run_dir / "distilled")) == files(paused), "a rung's pause changes nothing"
+    undisturbed, resumed = (validations(model) for model in (open_artifact(run_dir / "distilled"), paused))
+    assert undisturbed == resumed and [step for step, _ in resumed] == list(RUNGS), "and is no second measurement"
 
 
 def test_a_report_shows_the_search(door: Door, searched: tuple[Done, Path], tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ class History(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.reporter is not None and "val_loss" in trainer.callback_metrics:
             step = trainer.global_step
+            if any(each["step"] == step and "validation_loss" in each for each in self.records):
+                return  # Lightning validates once more where a run goes on, by samples that come later
             record = {"step": step, "tokens": step * self.tokens_per_step}
             record["validation_loss"] = float(trainer.callback_metrics["val_loss"])
             if distillation := teacher_student_in(pl_module.module):
