@@ -33,6 +33,7 @@ from minitron_nemo.nemo.models import (
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
+from minitron_nemo.published import PUBLISHED
 from minitron_nemo.runtime.forward import estimate_importance
 from minitron_nemo.runtime.model_artifact import CONTEXT, TOKENIZER
 from minitron_nemo.scores import Importance
@@ -73,16 +74,7 @@ SHAPES = {
     ),
     "qwen3_moe": smaller(TINY_EXPERTS, qk_layernorm=True, moe_router_pre_softmax=True),
 }
-LLAMA_31_8B = ModelShape(
-    family="llama",
-    num_layers=32,
-    hidden_size=4096,
-    ffn_hidden_size=14336,
-    num_attention_heads=32,
-    num_query_groups=8,
-    kv_channels=128,
-    padded_vocab_size=128256,
-)
+LLAMA_31_8B = PUBLISHED["Llama-3.1-8B"]
 
 
 @pytest.fixture(autouse=True)

@@ -74,8 +74,8 @@ def measure_held_out(
             f"evaluate.model={source.path} one of {source.shape.padded_vocab_size}; KL compares them token by token. "
             "Give the teacher the model was pruned from, or leave evaluate.teacher out.",
         )
-        theirs = engine.open_core(teacher, config.trainer, platform.dtype_of(config.trainer.precision))
-        teaching = TeacherStates(theirs)
+        dtype = platform.dtype_of(config.trainer.precision)
+        teaching = TeacherStates(engine.open_core(teacher, config.trainer, dtype))
     found = {}
     for name, samples in _samples(texts, config).items():
         held_out = batches(

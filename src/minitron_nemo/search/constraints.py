@@ -49,6 +49,11 @@ class Feasible:
     """Constraint -> candidates left after it and those before it."""
 
     @property
+    def met(self) -> list[str]:
+        """The constraints, in the order they were asked in."""
+        return [words for words in self.left if words != _ALL]
+
+    @property
     def count(self) -> int:
         return len(self.numbers)
 
@@ -63,7 +68,7 @@ def feasible(space: Space, constraints: Sequence[Constraint], of: Feasible | Non
         of: candidates that met others before; None: all of the space.
     Raises: Mistake: none is left; names the constraint that removed the last, and the nearest values.
     """
-    before = {} if of is None else {words: count for words, count in of.left.items() if words != _ALL}
+    before = {} if of is None else {words: of.left[words] for words in of.met}
     left = {_ALL: 0, **before, **{each.words: 0 for each in constraints}}
     found, nearest = [], _Nearest()
     for columns in space.chunks() if of is None else [space.columns(of.numbers)]:

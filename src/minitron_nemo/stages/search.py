@@ -421,7 +421,7 @@ class _Search:
         distilled = [each for each in candidates if each.curve]
         return {
             "target": self._target(),
-            "constraints": [words for words in self.feasible.left if words != "every shape"],
+            "constraints": self.feasible.met,
             "counts": {
                 "space": len(self.feasible.space),
                 "feasible": self.feasible.count,
@@ -484,10 +484,8 @@ def loss_at(output: Path, step: int) -> float | None:
         for file in (output / HISTORY, directory_of_run(output) / HISTORY):
             if file.is_file():
                 records = [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
-                found = [
-                    each["validation_loss"] for each in records if "validation_loss" in each and each["step"] == step
-                ]
-                return found[0] if found else None  # a run that goes on validates there again, on other samples
+                found = {each["step"]: each["validation_loss"] for each in records if "validation_loss" in each}
+                return found.get(step)
         return None
 
     return rank_zero_works(look)
