@@ -260,7 +260,7 @@ def basis_on_rank() -> tuple[int, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         eigh = torch.linalg.eigh
         patch.setattr(torch.linalg, "eigh", lambda matrix: (made.append(1), eigh(matrix))[1])
-        basis = prune._basis_of_rank_zero(torch.eye(7).cumsum(0) @ torch.eye(7).cumsum(0).t(), 3, keeps_mean=False)
+        basis = prune.shared_basis(torch.eye(7).cumsum(0) @ torch.eye(7).cumsum(0).t(), 3, keeps_mean=False)
     return len(made), basis
 
 

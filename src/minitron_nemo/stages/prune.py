@@ -118,15 +118,20 @@ class Scores:
             self.importance = replace(self.importance, moments={**self.importance.moments, **moments})
 
     def basis(self, second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
-        """`principal_basis` of the stream, made once: it takes minutes of every core, and of nearly equal axes another
-        processor may find others. Communicates: all ranks."""
+        """`shared_basis` of the stream, made once."""
         if (keep, keeps_mean) not in self._bases:
-            made: list[Tensor] = []
-            rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
-            basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
-            # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
-            self._bases[keep, keeps_mean] = agree(basis.contiguous().to(platform.device())).cpu()
+            self._bases[keep, keeps_mean] = shared_basis(second_moment, keep, keeps_mean=keeps_mean)
         return self._bases[keep, keeps_mean]
+
+
+def shared_basis(second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
+    """`principal_basis`, made by rank 0 alone: it takes minutes of every core, and of nearly equal axes another
+    processor may find others. Communicates: all ranks."""
+    made: list[Tensor] = []
+    rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
+    basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
+    # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
+    return agree(basis.contiguous().to(platform.device())).cpu()
 
 
 class Job:
