@@ -22,6 +22,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig, lr_multiplier
 from minitron_nemo.nemo.survival import ResumableCheckpoints
+from minitron_nemo.nemo.trainer import StepEnds
 from minitron_nemo.stages import pretrain
 from minitron_nemo.stages.training import continue_only_the_same
 from support.door import Door, environment
@@ -31,6 +32,7 @@ from support.tiny import SEQ_LENGTH
 from support.tiny_run import TinyRun, read_weights, trainer_values
 
 STEPS, EVERY = 8, 2
+NOTHING = torch.zeros(())
 OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3}
 
 
@@ -174,6 +176,46 @@ def run_and_stop(run: TinyRun, output: str) -> str:
     with changed_losses(signal_in_step_3), pytest.raises(Interrupted) as stopped:
         run_pretrain(run, output)
     return str(stopped.value)
+
+
+@pytest.mark.parametrize("layout", ["single", "dp2"])
+def test_where_a_run_goes_on_it_validates_once_and_as_if_undisturbed(
+    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path, layout: str
+) -> None:
+    """Killed behind the checkpoint of step 4, before its validation and after it."""
+    whole, before, after = (str(tmp_path / name) for name in ("whole", "before", "after"))
+    expected = ranks(layout).run(run_and_watch_validations, tiny_run, whole)
+    assert expected[0] == [2, 4, 6, 8]
+
+    for output, killed, resumed in ((before, "validation", [4, 6, 8]), (after, "step", [6, 8])):
+        ranks(layout).run(run_and_die_at_4, tiny_run, output, killed)
+        assert not Path(output).exists()
+        found = ranks(layout).run(run_and_watch_validations, tiny_run, output)
+        assert all(each == resumed for each in found)
+        assert history(output) == history(whole)
+
+
+def run_and_watch_validations(run: TinyRun, output: str) -> list[int]:
+    """Returns: the steps it validates after."""
+    steps: list[int] = []
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(StepEnds, "on_validation_epoch_end", lambda _, trainer, __: steps.append(trainer.global_step))
+        run_pretrain(run, output, validation_every=2)
+    return steps
+
+
+def run_and_die_at_4(run: TinyRun, output: str, where: str) -> None:
+    def die(step: int, loss: torch.Tensor) -> torch.Tensor:
+        if step > 4:
+            raise RuntimeError("killed")
+        return loss
+
+    with pytest.MonkeyPatch.context() as changed, pytest.raises(RuntimeError, match="killed"):
+        if where == "step":
+            with changed_losses(die):
+                run_pretrain(run, output, validation_every=2)
+        changed.setattr(StepEnds, "on_validation_start", lambda _, trainer, __: die(trainer.global_step + 1, NOTHING))
+        run_pretrain(run, output, validation_every=2)
 
 
 @contextmanager

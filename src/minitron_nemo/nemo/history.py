@@ -91,6 +91,10 @@ class History(pl.Callback):
         self.reporter = Reporter(self.label, self.steps)
         self.reporter.__enter__()
 
+    def validated(self, step: int) -> bool:
+        """Whether the validation after this step has been written; on rank 0, once training has started."""
+        return any(record["step"] == step and "validation_loss" in record for record in self.records)
+
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         self.step_started = time.monotonic()
         self.lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the step's end it is already the next one's
@@ -130,8 +134,6 @@ class History(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.reporter is not None and "val_loss" in trainer.callback_metrics:
             step = trainer.global_step
-            if any(each["step"] == step and "validation_loss" in each for each in self.records):
-                return  # Lightning validates once more where a run goes on, by samples that come later
             record = {"step": step, "tokens": step * self.tokens_per_step}
             record["validation_loss"] = float(trainer.callback_metrics["val_loss"])
             if distillation := teacher_student_in(pl_module.module):

@@ -1,18 +1,20 @@
 """What a training run survives: being killed, being told to stop, and steps whose gradient is not finite.
 
-    killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`)
+    killed at any moment       continues from the newest whole checkpoint (`ResumableCheckpoints`), and validates there
+                               only what is still to be (`ResumedValidation`)
     told to stop (stopping.py) ends after the step at hand with a checkpoint and `Interrupted`, which the doors make
                                exit code 75 (`StopWhenAsked`); the same command continues it
     asked to pause at a step   validates there and ends with a checkpoint and `Paused`
     a gradient not finite      changes no weight; too many in a row end the run (`SkippedSteps`, `optim.py`)
 
-Communication: every rank, one number a step, in `StopWhenAsked`; a checkpoint's own.
+Communication: every rank, one number a step, in `StopWhenAsked`; one where a run goes on; a checkpoint's own.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,35 @@ class ResumableCheckpoints(pl.Callback):
                 shutil.rmtree(previous)
 
         rank_zero_works(replace)
+
+
+class ResumedValidation(pl.Callback):
+    """Validates where a run goes on if that was still to be, by the samples of every other validation.
+
+    By itself Lightning 2.4 to 2.6 validates there whenever the step is one that validates, and reads on behind the
+    samples of the validation before the checkpoint.
+    """
+
+    def __init__(self, validated: Callable[[int], bool]) -> None:
+        """
+        Args:
+            validated: whether a step's validation has been written, asked on rank 0.
+        """
+        self.validated = validated
+        self._batches: int | float = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Communicates: all ranks."""
+        loop = trainer.fit_loop.epoch_loop
+        if not (loop.restarting and trainer.enable_validation):
+            return
+        loop.val_loop.restarting = False
+        if rank_zero_works(lambda: self.validated(trainer.global_step)):
+            self._batches, trainer.limit_val_batches = trainer.limit_val_batches, 0
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._batches:
+            self._batches, trainer.limit_val_batches = 0, self._batches
 
 
 class StopWhenAsked(pl.Callback):

@@ -36,7 +36,7 @@ from minitron_nemo.nemo.history import History
 from minitron_nemo.nemo.load_balancing import LoadBalancing
 from minitron_nemo.nemo.models import EngineModel
 from minitron_nemo.nemo.source_losses import SourceLosses
-from minitron_nemo.nemo.survival import ResumableCheckpoints, SkippedSteps, StopWhenAsked
+from minitron_nemo.nemo.survival import ResumableCheckpoints, ResumedValidation, SkippedSteps, StopWhenAsked
 from minitron_nemo.parallel import is_rank_zero, local_rank, rank, ranks_per_node, world_size
 from minitron_nemo.platform.peak import peak_tflops_here
 from minitron_nemo.runtime.checkpoint_metadata import as_data
@@ -253,7 +253,8 @@ def fit(model: EngineModel, data: PackedDataModule, run: TrainingRun) -> list[di
     checkpoints.directory.mkdir(exist_ok=True)
     stop = StopWhenAsked(checkpoints, run.pause_at)
     skipped = SkippedSteps(model.optim, checkpoints, training.max_skipped_steps, config.global_batch_size)
-    callbacks = [StepEnds(), history, skipped, checkpoints, stop, MessageWidths()]
+    resumed = ResumedValidation(history.validated)
+    callbacks = [StepEnds(), history, resumed, skipped, checkpoints, stop, MessageWidths()]
     callbacks[:0] = [each for each in (balancing, by_source) if each is not None]
     if run.questions:
         rows = config.micro_batch_size
