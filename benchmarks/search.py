@@ -1,8 +1,8 @@
 """Which cheap number says what shape is best at a size, and is a search's winner better than the nearest size?
 
 The embedded teacher and the stage `search`, unattended: every shape of a grid of widths and depths within 3% of 60% of
-its parameters is cut, measured, and distilled by successive halving; then the same command distils all of them in full,
-which says who is best. From one run:
+its parameters, then of 50%, is cut, measured, and distilled by successive halving; then the same command distils all of
+them in full, which says who is best. For each size, from one run:
 
     ranks      Spearman's correlation, over all candidates, of the loss after the full distillation with (a) how near a
                shape comes to the wanted parameters, which is the rule of the peer (Model-Optimizer 0.47), (b) the loss
@@ -15,7 +15,7 @@ which says who is best. From one run:
 (d) is the same run at its first quarter, as a search sees it, not a run of its own with a schedule that ends there. A
 second seed (order of the data) says how far the full ranking itself can be trusted.
 
-`make bench-search`, about half an hour on one core; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
+`make bench-search`, RUNTIME on one core; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
 what was cut off goes on. It exits 1 where the halving's winner is not that of the full distillations, costs more than a
 quarter of their tokens, or is worse than the nearest shape, or no better than that is on average.
 """
@@ -40,7 +40,7 @@ from minitron_nemo.artifact import Artifact
 from minitron_nemo.report.correlation import spearman
 from stages import Stages, begin
 
-SIZE, TOLERANCE = 0.6, 0.03
+SIZES, TOLERANCE = (0.6, 0.5), 0.03
 SPACE = {
     "hidden_size": [144, 160, 176, 192, 208],
     "ffn_hidden_size": [256, 384, 512, 640],
@@ -64,7 +64,6 @@ class Bench(Stages):
             "estimate_importance.depth.greedy.metric=squared_error",
             "estimate_importance.depth.greedy.drop=3",
             "estimate_importance.depth.num_samples=64",
-            f"search.parameters={SIZE}",
             f"search.tolerance={TOLERANCE}",
             *(f"+search.space.{dim}={sizes}".replace(" ", "") for dim, sizes in SPACE.items()),
             "search.depth.metric=greedy",
@@ -85,11 +84,14 @@ class Bench(Stages):
         for section in ("import_hf", "prepare_data", "estimate_importance"):
             self.stage(section)
 
-    def searched(self, seed: int, keep: float) -> Search:
-        """What a search finds that lets this share of a rung's candidates go on; all of one seed share trainings."""
-        kept = self.run_dir / f"search_{seed}_keep_{keep}.json"
+    def searched(self, size: float, seed: int, keep: float) -> Search:
+        """What a search finds that lets this share of a rung's candidates go on; all of one size and seed share
+        trainings."""
+        name = f"search_{size}_{seed}"
+        kept = self.run_dir / f"{name}_keep_{keep}.json"
         if not kept.is_file():
-            found = self.stage("search", f"seed={seed}", f"search.halving.keep={keep}", output=f"search_{seed}")
+            asked = (f"search.parameters={size}", f"seed={seed}", f"search.halving.keep={keep}")
+            found = self.stage("search", *asked, output=name)
             kept.write_text((found.path / "search.json").read_text())
             found.path.rename(self.run_dir / kept.stem)  # its trainings stand in <output>.search, for the next
         result: Search = json.loads(kept.read_text())
@@ -104,9 +106,9 @@ class Bench(Stages):
         return statistics.mean(self.held_out(cut))
 
 
-def numbers_of(full: Search, plain: dict[str, float]) -> dict[str, list[float]]:
+def numbers_of(full: Search, wanted: float, plain: dict[str, float]) -> dict[str, list[float]]:
     """What each rule ranks candidates by, lowest first, in the order of the candidates."""
-    wanted, candidates = SIZE * full["teacher"]["parameters"], full["candidates"]
+    candidates = full["candidates"]
     found = {
         "(a) nearness to the wanted parameters": [abs(each["parameters"] - wanted) for each in candidates],
         "(b) loss after the papers' cut": [plain[each["id"]] for each in candidates],
@@ -128,13 +130,13 @@ def in_full(search: Search) -> dict[str, float]:
     return {each["id"]: each["curve"][-1][1] for each in search["candidates"]}
 
 
-def verdict(halved: Search, full: Search, plain: dict[str, float]) -> dict[str, Any]:
-    losses, wanted = in_full(full), SIZE * full["teacher"]["parameters"]
+def verdict(size: float, halved: Search, full: Search, plain: dict[str, float]) -> dict[str, Any]:
+    losses, wanted = in_full(full), size * full["teacher"]["parameters"]
     nearest = min(full["candidates"], key=lambda each: abs(each["parameters"] - wanted))
     best = min(losses, key=lambda name: losses[name])
     return {
         "rank_correlation_with_full": {
-            rule: correlation(values, list(losses.values())) for rule, values in numbers_of(full, plain).items()
+            rule: correlation(values, list(losses.values())) for rule, values in numbers_of(full, wanted, plain).items()
         },
         "winner": {
             "of_halving": halved["winner"],
@@ -145,7 +147,7 @@ def verdict(halved: Search, full: Search, plain: dict[str, float]) -> dict[str, 
             "loss_of_nearest": losses[nearest["id"]],
             "median_loss": statistics.median(losses.values()),
         },
-        "nearest_over_the_band": nearest_over_the_band(full, losses),
+        "nearest_over_the_band": nearest_over_the_band(wanted, full, losses),
         "tokens": {
             "halving": halved["tokens_spent"],
             "all_in_full": full["tokens_spent"],
@@ -154,13 +156,12 @@ def verdict(halved: Search, full: Search, plain: dict[str, float]) -> dict[str, 
     }
 
 
-def nearest_over_the_band(full: Search, losses: dict[str, float], sizes: int = 601) -> dict[str, float]:
+def nearest_over_the_band(wanted: float, full: Search, losses: dict[str, float], sizes: int = 601) -> dict[str, float]:
     """What the peer's rule finds at every size of the band, as a person could have asked for any of them."""
     picked = []
     for number in range(sizes):
-        share = SIZE * (1 - TOLERANCE + 2 * TOLERANCE * number / (sizes - 1))
-        wanted = share * full["teacher"]["parameters"]
-        picked.append(min(full["candidates"], key=lambda each: abs(each["parameters"] - wanted))["id"])
+        asked = wanted * (1 - TOLERANCE + 2 * TOLERANCE * number / (sizes - 1))
+        picked.append(min(full["candidates"], key=lambda each: abs(each["parameters"] - asked))["id"])
     best = min(losses, key=lambda name: losses[name])
     return {
         "mean_loss": statistics.mean(losses[name] for name in picked),
@@ -182,9 +183,30 @@ def problems_of(found: dict[str, Any]) -> list[str]:
     return problems
 
 
+def of_size(bench: Bench, size: float, seeds: tuple[int, ...]) -> dict[str, Any]:
+    searches = {seed: (bench.searched(size, seed, 0.34), bench.searched(size, seed, 1.0)) for seed in seeds}
+    candidates = searches[seeds[0]][1]["candidates"]
+    plain = {each["id"]: bench.plain_cut(each) for each in candidates}
+    result: dict[str, Any] = {
+        "candidates": [
+            {"id": each["id"], "parameters": each["parameters"], "after_the_papers_cut": plain[each["id"]]}
+            | {"after_the_calibrated_cut": each["loss_cut"], "price": each["price"]}
+            | {"curve_of_seed": {str(seed): curve_of(full, each["id"]) for seed, (_, full) in searches.items()}}
+            for each in candidates
+        ],
+        "by_seed": {str(seed): verdict(size, *both, plain) for seed, both in searches.items()},
+    }
+    if len(seeds) > 1:
+        first, second = (in_full(searches[seed][1]) for seed in seeds)
+        between = correlation([first[name] for name in first], [second[name] for name in first])
+        result["rank_correlation_of_full_between_seeds"] = between
+    return result
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=160, help="of 8 x 256 tokens, of a full distillation")
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="shares of the teacher's parameters")
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1))
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--save", action="store_true")
@@ -193,36 +215,29 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given.run_dir or Path(folder), given.steps)
         bench.prepare()
-        searches = {seed: (bench.searched(seed, 0.34), bench.searched(seed, 1.0)) for seed in SEEDS[: given.seeds]}
-        candidates = searches[SEEDS[0]][1]["candidates"]
-        plain = {each["id"]: bench.plain_cut(each) for each in candidates}
-    found = {str(seed): verdict(halved, full, plain) for seed, (halved, full) in searches.items()}
+        by_size = {size: of_size(bench, size, SEEDS[: given.seeds]) for size in given.sizes}
     result = {
         "command": f"make bench-search (--steps {given.steps} --seeds {given.seeds})",
         "date": date.today().isoformat(),
         "machine": f"{machine.machine()}, one thread, fp32",
         "torch": torch.__version__,
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "wanted_share_of_parameters": SIZE,
-        "candidates": [
-            {"id": each["id"], "parameters": each["parameters"], "after_the_papers_cut": plain[each["id"]]}
-            | {"after_the_calibrated_cut": each["loss_cut"], "price": each["price"]}
-            | {"curve_of_seed": {str(seed): curve_of(full, each["id"]) for seed, (_, full) in searches.items()}}
-            for each in candidates
-        ],
-        "by_seed": found,
+        "by_share_of_parameters": {str(size): found for size, found in by_size.items()},
     }
-    if given.seeds > 1:
-        first, second = (in_full(searches[seed][1]) for seed in SEEDS)
-        between = correlation([first[name] for name in first], [second[name] for name in first])
-        result["rank_correlation_of_full_between_seeds"] = between
-    print(json.dumps({key: value for key, value in result.items() if key != "candidates"}, indent=2))
-    for each in result["candidates"]:
-        print(each["id"], each["after_the_papers_cut"], each["after_the_calibrated_cut"], each["curve_of_seed"])
+    for size, found in by_size.items():
+        for each in found["candidates"]:
+            cuts = [each["after_the_papers_cut"], each["after_the_calibrated_cut"]]
+            print(size, each["id"], *cuts, each["curve_of_seed"])
+        print(json.dumps({key: value for key, value in found.items() if key != "candidates"}, indent=2))
     if given.save:
         path = Path(__file__).parent / "results" / "search.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
-    problems = [f"seed {seed}: {words}" for seed, each in found.items() for words in problems_of(each)]
+    problems = [
+        f"{size} of the parameters, seed {seed}: {words}"
+        for size, found in by_size.items()
+        for seed, each in found["by_seed"].items()
+        for words in problems_of(each)
+    ]
     print("\n".join(problems) or "the halving found the best shape, cheaper; no nearest shape is better")
     return 1 if problems else 0
 
