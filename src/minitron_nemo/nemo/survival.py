@@ -69,8 +69,8 @@ class ResumableCheckpoints(pl.Callback):
 class ResumedValidation(pl.Callback):
     """Validates where a run goes on if that was still to be, by the samples of every other validation.
 
-    By itself Lightning 2.4 to 2.6 validates there whenever the step is one that validates, and reads on behind the
-    samples of the validation before the checkpoint.
+    By itself Lightning 2.4 validates there whenever the step is one that validates, and reads on behind the samples of
+    the validation before the checkpoint: one batch, or none.
     """
 
     def __init__(self, validated: Callable[[int], bool]) -> None:
