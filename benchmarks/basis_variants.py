@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from minitron_nemo.axes import norm_number, norm_of
 from minitron_nemo.axis_expressions import norm_gamma
-from minitron_nemo.cli import quieten
+from minitron_nemo.cli import set_up_environment
 from minitron_nemo.config.pruning import SurgeryConfig
 from minitron_nemo.places import EMBEDDING, FINAL_NORM, OUTPUT, norms_in
 from minitron_nemo.plan import PruningPlan
@@ -165,7 +165,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", action="store_true")
     save = parser.parse_args().save
-    quieten()
+    set_up_environment()
     hush()
     table: dict[str, dict[int, float]] = {}
     with tempfile.TemporaryDirectory() as folder:

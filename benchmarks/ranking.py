@@ -25,7 +25,7 @@ from megatron.core.models.gpt import GPTModel
 
 from minitron_nemo import engine
 from minitron_nemo.aggregation import Aggregation
-from minitron_nemo.cli import quieten
+from minitron_nemo.cli import set_up_environment
 from minitron_nemo.config.importance import DepthConfig, GreedyConfig, ImportanceConfig
 from minitron_nemo.config.pruning import CompensationConfig, DepthChoice, SurgeryConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
@@ -280,7 +280,7 @@ def is_better(margin: dict[str, dict[str, Any]]) -> bool:
 
 
 def main() -> int:
-    quieten()
+    set_up_environment()
     hush()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from minitron_nemo.artifact import Artifact, open_artifact
-from minitron_nemo.cli import quieten
+from minitron_nemo.cli import set_up_environment
 from minitron_nemo.quiet import hush
 from minitron_nemo.recipe import compose, config_of, stage_module
 from minitron_nemo.standing import serves
@@ -21,7 +21,7 @@ and on every other CPU is not."""
 
 def begin() -> float:
     """Make this process ready for stages; returns the time by the monotonic clock."""
-    quieten()
+    set_up_environment()
     from minitron_nemo.config.trainer import Layout
     from minitron_nemo.runtime.layout import start
 

@@ -64,3 +64,17 @@ def test_a_door_imports_what_it_needs_alone(door: str, tmp_path: Path) -> None:
     found, modules = json.loads(seen.read_text())
     assert found == code, done.stdout
     assert {name.partition(".")[0] for name in modules} & set(SLOW) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_that_wait_leave_the_core_to_others_soon(given: dict[str, str], spins: str) -> None:
+    """As libgomp says itself when torch loads it."""
+    variables = {name: value for name, value in environment().items() if name != "GOMP_SPINCOUNT"}
+    load = "from minitron_nemo.cli import set_up_environment; set_up_environment(); import torch"
+    command = [sys.executable, "-c", load]
+    done = run_patiently(command, env=variables | given | {"OMP_DISPLAY_ENV": "verbose"}, stderr=subprocess.STDOUT)
+    if "GOMP" not in done.stdout:
+        pytest.skip("this torch has another OpenMP than libgomp")
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stdout, done.stdout

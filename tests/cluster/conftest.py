@@ -9,6 +9,7 @@ import pytest
 
 from support.slurm import SingleNodeSlurm, single_node_slurm, why_no_slurm
 
+
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SingleNodeSlurm]:
     """One SLURM for the whole run; tests that ask for it carry the marker `slurm`."""

@@ -32,7 +32,6 @@ from support.tiny import SEQ_LENGTH
 from support.tiny_run import TinyRun, read_weights, trainer_values
 
 STEPS, EVERY = 8, 2
-NOTHING = torch.zeros(())
 OPTIM = {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3}
 
 
@@ -205,17 +204,21 @@ def run_and_watch_validations(run: TinyRun, output: str) -> list[int]:
 
 
 def run_and_die_at_4(run: TinyRun, output: str, where: str) -> None:
+    """A run that ends by an error once its checkpoint of step 4 stands: before the validation there, or in step 5."""
+
     def die(step: int, loss: torch.Tensor) -> torch.Tensor:
         if step > 4:
             raise RuntimeError("killed")
         return loss
 
-    with pytest.MonkeyPatch.context() as changed, pytest.raises(RuntimeError, match="killed"):
-        if where == "step":
-            with changed_losses(die):
-                run_pretrain(run, output, validation_every=2)
-        changed.setattr(StepEnds, "on_validation_start", lambda _, trainer, __: die(trainer.global_step + 1, NOTHING))
-        run_pretrain(run, output, validation_every=2)
+    def die_at_validation(_: StepEnds, trainer: Any, __: Any) -> None:
+        die(trainer.global_step + 1, torch.empty(0))
+
+    with pytest.MonkeyPatch.context() as changed, changed_losses(die):
+        if where == "validation":
+            changed.setattr(StepEnds, "on_validation_start", die_at_validation)
+        with pytest.raises(RuntimeError, match="killed"):
+            run_pretrain(run, output, validation_every=2)
 
 
 @contextmanager
