@@ -67,8 +67,8 @@ _QUIET = {
 
 
 _SPINS = "1000"
-"""Turns for which a thread of libgomp, torch's OpenMP on a CPU, waits awake for the others; by default for milliseconds,
-in which it holds the core that they need where other processes run too. On two busy cores a step is so 2 to 20 times as
+"""Turns for which a thread of libgomp, torch's OpenMP on a CPU, waits awake for the others; by default milliseconds, in
+which it holds the core that they need where other processes run too. On two busy cores a step is so 2 to 20 times as
 fast, and alone as fast (docs/log.md)."""
 
 
