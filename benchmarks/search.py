@@ -217,7 +217,8 @@ def main() -> int:
         bench.prepare()
         by_size = {size: of_size(bench, size, SEEDS[: given.seeds]) for size in given.sizes}
     result = {
-        "command": f"make bench-search (--steps {given.steps} --seeds {given.seeds})",
+        "command": f"benchmarks/search.py --steps {given.steps} --seeds {given.seeds} --sizes "
+        + " ".join(map(str, given.sizes)),
         "date": date.today().isoformat(),
         "machine": f"{machine.machine()}, one thread, fp32",
         "torch": torch.__version__,
@@ -230,7 +231,8 @@ def main() -> int:
             print(size, each["id"], *cuts, each["curve_of_seed"])
         print(json.dumps({key: value for key, value in found.items() if key != "candidates"}, indent=2))
     if given.save:
-        path = Path(__file__).parent / "results" / "search.json"
+        name = "_".join(["search", *(str(size) for size in given.sizes if tuple(given.sizes) != SIZES)])
+        path = Path(__file__).parent / "results" / f"{name}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
     problems = [
         f"{size} of the parameters, seed {seed}: {words}"
