@@ -21,7 +21,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Processes that `make test` runs tests in; each takes up to WORKERSIZE GB with the ranks that it starts.
+# Processes that `make test` runs tests in; each takes up to 8 GB with the ranks that it starts.
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -55,7 +55,7 @@ real: $(STAMP)
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(WORKERS) --dist worksteal --durations=20
 
 # tests/gpu, and what other rooms' tests take an accelerator's path in where there is one.
 ON_A_GPU := tests/gpu tests/distillation/test_offload.py tests/divergence/test_triton_kernels.py \

@@ -19,6 +19,11 @@ from support.tiny import TinyChain, compress_once, write_corpus, write_teacher
 from support.tiny_run import TinyRun, make_artifacts, prepare_other_sources
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process of `pytest -n` is left alone with it; all else in its order."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Real gloo ranks: `ranks("tp2").run(function, *args)` returns one result a rank; see support/ranks.py."""
