@@ -15,7 +15,7 @@ them in full, which says who is best. For each size, from one run:
 (d) is the same run at its first quarter, as a search sees it, not a run of its own with a schedule that ends there. A
 second seed (order of the data) says how far the full ranking itself can be trusted.
 
-`make bench-search`, RUNTIME on one core; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
+`make bench-search`, an hour and more on one core; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
 what was cut off goes on. It exits 1 where the halving's winner is not that of the full distillations, costs more than a
 quarter of their tokens, or is worse than the nearest shape, or no better than that is on average.
 """
