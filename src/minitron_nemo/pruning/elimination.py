@@ -4,10 +4,10 @@
     R        upper factor of C + lambda: its rows of the inputs that surely stay                 [f - q, f]
 
 Dropping a block B raises the error by tr(W'_B [P_BB]^-1 W'_B^T) and leaves W' - W'_B [P_BB]^-1 P_B and
-P - P_B^T [P_BB]^-1 P_B (optimal brain surgeon, Hassibi and Stork 1993, for all outputs at once). Three things make it fast:
+P - P_B^T [P_BB]^-1 P_B (optimal brain surgeon, Hassibi and Stork 1993, for all outputs at once). What makes it fast:
 
-- *Candidates.* Inputs that would cost most even if all surely kept ones stood in for them are kept unseen: a blocked
-  Cholesky factorisation takes them for pivots, C + lambda of the others is what it leaves, and only the others have a P.
+- *Candidates.* Single inputs that would cost too much even if the sure ones stood in for them are sure themselves. A
+  blocked Cholesky factorisation takes them for pivots; the others are the candidates, and only they have a P.
 - *Rounds.* The `POOL` cheapest blocks of a round are dropped one by one, exactly, by their own small P and W'^T W', up
   to half of them; everything else learns of it in one product of matrices.
 - W' of the sure inputs follows in the end from R.
@@ -25,9 +25,11 @@ from torch import Tensor
 from minitron_nemo.pruning.ridge import STRIP, cholesky, shift_of
 
 CANDIDATES = 1.25
-"""Inputs that may be dropped, at least, for each that is."""
+"""Inputs that may be dropped, at least, for each that is; `POOL` more are."""
 MARGIN = 1.4
-"""How many times what the last one to be dropped may cost an input has to cost to stay for sure."""
+"""How many times what the last one to be dropped may cost an input has to cost to stay for sure. Of inputs that differ
+in size nothing is lost already at 1.2; of 1536 inputs all alike, where it matters least what is kept, 1.2 left an error
+up to 3% above that of one-by-one elimination from all inputs and 1.4 up to 1%."""
 PANEL = 512
 """Pivots found at once."""
 POOL, POOL_BLOCKS = 512, 16
@@ -63,8 +65,6 @@ class Elimination:
     """[pools] int64, candidates that are left of each pool."""
     keep: Tensor
     """[pools] int64, candidates that stay in the end."""
-    factor: Tensor
-    """Lower factor of what R leaves of all candidates' C + lambda, [q, q]."""
     cost: Tensor
     """Sum of the rises so far, a float64 scalar: the objective's minimum."""
 
@@ -81,9 +81,13 @@ class Elimination:
         own, others = self.rows.split([len(sure), len(candidates)], dim=1)
         said = others @ whole[:, candidates].t()  # [f - q, h]
         power = _energy_by_factor(own, whole[:, sure].t(), said)
-        power += _energy_by_factor(self.factor.t(), whole[:, candidates].t(), None)
-        kept, new = self._inputs_of(self.blocks[self.alive]), torch.zeros_like(whole)
-        new[:, candidates[kept]] = left = self.weight[:, self._inputs_of(self.alive)]
+        here, kept = self._inputs_of(self.alive), self._inputs_of(self.blocks[self.alive])
+        new = torch.zeros_like(whole)
+        new[:, candidates[kept]] = left = self.weight[:, here]
+        # Dropped too, what is left would cost W'_A [P_AA]^-1 W'_A^T, and all that candidates say would be lost.
+        factor = torch.linalg.cholesky(self.inverse[here][:, here].double()).to(left.dtype)
+        last = torch.linalg.solve_triangular(factor, left.t(), upper=False)
+        power += self.cost + last.square().sum(dtype=torch.float64)
         said.addmm_(others[:, kept], left.t(), alpha=-1)
         new[:, sure] = whole[:, sure] + _solve_upper(own, said).t()
         return new, power
@@ -153,19 +157,17 @@ def _begin(
     for start in range(0, len(matrix) if num_sure else 0, STRIP):
         some = theirs[:, start : start + STRIP]
         matrix[start:, start : start + STRIP].addmm_(theirs[:, start:].t(), some, alpha=-1)
-    factor = cholesky(matrix, ridge)
     return Elimination(
         width=features // blocks,
         order=order,
         rows=rows,
         weight=weight[:, candidate].to(dtype),
-        inverse=torch.cholesky_inverse(factor),
+        inverse=torch.cholesky_inverse(cholesky(matrix, ridge, features)),
         blocks=torch.arange(blocks - num_sure, device=moment.device),
         alive=torch.ones(blocks - num_sure, dtype=torch.bool, device=moment.device),
         pool_of_block=pool_of_block[num_sure:],
         left=left - num_sure,
         keep=keep_of_pool - num_sure,
-        factor=factor,
         cost=moment.new_zeros(()),
     )
 
@@ -176,8 +178,8 @@ def _sure_inputs(
     """The inputs in order, first those that surely stay, and R of these.
 
     What an input costs here is |W_i|^2 times what the sure inputs leave of its variance. It is sure where that is
-    `MARGIN` times what the `to_drop`-th cheapest costs. Such inputs are taken a panel at a time, the costliest first, and
-    put back if they cost less beside those before them: of two copies of one input, the second.
+    `MARGIN` times what the `to_drop`-th cheapest costs. Such inputs are taken a panel at a time, the costliest first,
+    and put back if they cost less beside those before them: of two copies of one input, the second.
     """
     features, shift = len(moment), shift_of(moment, ridge)
     most, done = features - int(CANDIDATES * to_drop) - POOL, 0
@@ -194,7 +196,7 @@ def _sure_inputs(
         block = moment[rest[panel]].to(dtype)[:, rest]
         block[torch.arange(len(panel), device=panel.device), panel] += shift
         block.addmm_(rows[:done, done:][:, panel].t(), rows[:done, done:], alpha=-1)
-        own, found, left_over = _panel_rows(block, panel, variance, ridge)
+        own, found, left_over = _panel_rows(block, panel, variance, ridge, features)
         cost = power[rest] * left_over
         cost[panel] = power[rest[panel]] * own.diagonal().square()
         stays = cost[panel] >= MARGIN * cost.kthvalue(to_drop).values
@@ -202,11 +204,10 @@ def _sure_inputs(
             break
         if not bool(stays.all()):
             panel = panel[stays]
-            _, found, left_over = _panel_rows(block[stays], panel, variance, ridge)
-        others = torch.ones_like(rest, dtype=torch.bool)
-        others[panel] = False
-        turned = torch.cat([panel, others.nonzero().flatten()])
-        rows[:done, done:] = rows[:done, done:][:, turned]
+            _, found, left_over = _panel_rows(block[stays], panel, variance, ridge, features)
+        turned = _to_the_front(panel, len(rest))
+        moved = (turned != torch.arange(len(rest), device=rest.device)).nonzero().flatten()
+        rows[:done, done + moved] = rows[:done, done + turned[moved]]
         rows[done : done + len(panel), done:] = found[:, turned]
         order[done:], variance = rest[turned], left_over[turned[len(panel) :]]
         done += len(panel)
@@ -216,9 +217,21 @@ def _sure_inputs(
     return torch.cat([order[:done], order[done:][ascending]]), rows
 
 
-def _panel_rows(block: Tensor, panel: Tensor, variance: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def _to_the_front(some: Tensor, number: int) -> Tensor:
+    """A permutation of `number` places that begins with `some` of them and moves few others."""
+    turned, width = torch.arange(number, device=some.device), len(some)
+    in_the_way = torch.ones(width, dtype=torch.bool, device=some.device)
+    in_the_way[some[some < width]] = False
+    turned[some[some >= width]] = turned[:width][in_the_way]
+    turned[:width] = some
+    return turned
+
+
+def _panel_rows(
+    block: Tensor, panel: Tensor, variance: Tensor, ridge: float, inputs: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The factor of a panel's own part of `block` [b, n], its rows of R and what they leave of `variance` [n]."""
-    own = cholesky(block[:, panel].double(), ridge)
+    own = cholesky(block[:, panel].double(), ridge, inputs)
     rows = torch.linalg.solve_triangular(own.to(block.dtype), block, upper=False)
     return own, rows, (variance - rows.square().sum(0, dtype=torch.float64)).clamp_min(0)
 
@@ -226,7 +239,7 @@ def _panel_rows(block: Tensor, panel: Tensor, variance: Tensor, ridge: float) ->
 def _rises(now: Elimination) -> Tensor:
     """What the loss of each block raises the error by, [n] float64; of a dropped one, anything."""
     if now.width == 1:
-        own, squares = now.inverse.diagonal(), now.weight.square().sum(0)
+        own, squares = now.inverse.diagonal(), sum(rows.square().sum(0) for rows in now.weight.split(64))
         return squares / own.where(now.alive, 1)
     weights = now.weight.view(len(now.weight), -1, now.width).movedim(1, 0)  # [n, h, c]
     squares, own = (weights.mT @ weights).double(), _diagonal_blocks(now.inverse, now.width).double()
@@ -261,7 +274,7 @@ def _drop_one_by_one(now: Elimination, pool: Tensor, number: int) -> Tensor:
         u, p, r = changes[:, :filled]
         p_row = inverse[here] - u[:, here].t() @ p
         g_row = gram[here] - u[:, here].t() @ r - r[:, here].t() @ u
-        update = torch.linalg.solve(own[block], p_row)
+        update = p_row / own[block] if width == 1 else torch.linalg.solve(own[block], p_row)
         change = torch.stack((update, p_row, g_row - g_row[:, here] @ update / 2))
         changes[:, filled : filled + width] = change
         u, p, r = change.unflatten(2, (len(pool), width)).movedim(2, 1)  # [n, c, c] each
@@ -295,11 +308,10 @@ def _solve_upper(factor: Tensor, right: Tensor) -> Tensor:
     return right
 
 
-def _energy_by_factor(factor: Tensor, right: Tensor, plus: Tensor | None) -> Tensor:
+def _energy_by_factor(factor: Tensor, right: Tensor, plus: Tensor) -> Tensor:
     """|factor right + plus|^2, of [n, n] upper and [n, m], a float64 scalar."""
     total = torch.zeros((), dtype=torch.float64, device=factor.device)
     for start in range(0, len(factor), STRIP):
         here = slice(start, start + STRIP)
-        part = factor[here, start:] @ right[start:]
-        total += (part if plus is None else part + plus[here]).square().sum(dtype=torch.float64)
+        total += torch.addmm(plus[here], factor[here, start:], right[start:]).square().sum(dtype=torch.float64)
     return total

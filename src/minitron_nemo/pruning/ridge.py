@@ -47,15 +47,15 @@ def shift_of(moment: Tensor, ridge: float) -> Tensor:
     return ridge * moment.diagonal().mean()
 
 
-def cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """Lower factor of C + lambda or of what is left of it, whose lower triangle is read.
+def cholesky(matrix: Tensor, ridge: float, inputs: int) -> Tensor:
+    """Lower factor of C + lambda of so many `inputs`, or of a part of it; the lower triangle is read.
 
     Raises: NotDefinite. Waits for the device.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if int(failed):
         raise NotDefinite(
-            f"the second moment of its {len(matrix)} inputs is not positive definite with ridge={ridge:g}: the "
+            f"the second moment of its {inputs} inputs is not positive definite with ridge={ridge:g}: the "
             "calibration tokens leave some directions unseen. Raise ridge (0.01, say) or num_samples."
         )
     return factor
