@@ -9,7 +9,7 @@
 
 The first should stay below 1.25; by FLOPs, and as measured on an accelerator, the command fails where it does not. On a
 CPU the products of a bf16 model's stream are float32, which its own matrices are not, so the ratio there says little.
-The second should take at most 1/8 of the time on a CPU, at an error at most 1% higher; the command fails where it does
+The second should take at most 1/5 of the time on a CPU, at an error at most 1% higher; the command fails where it does
 not. Its seconds are a core's own, which other processes do not lengthen; an accelerator's are by the clock. The inputs
 are correlated, their eigenvalues fall as i^-1.5 (6 orders at f = 14336), and they differ in size.
 `make bench-calibration-cost`; `--save` keeps the result in benchmarks/results/, `--only` runs one of the two.
@@ -42,7 +42,7 @@ from minitron_nemo.shape import ModelShape
 from support import one_by_one
 
 LIMIT = 1.25
-FASTER, ERROR_LIMIT = 8, 1.01
+FASTER, ERROR_LIMIT = 5, 1.01
 REPEATS = 7
 _LLAMA = {"family": "llama", "kv_channels": 128, "num_query_groups": 8, "padded_vocab_size": 128256}
 PUBLISHED = {

@@ -98,8 +98,8 @@ def eliminate_and_refit(
     of its own.
 
     Its `error` is the sum of what each drop cost, less what the ridge did; of the rounding to `weight`'s dtype it
-    counts what each input's column loses by itself. In float32 both errors are
-    unsure by 1e-3 of themselves, and by 1e-6.
+    counts what each input's column loses by itself. In float32 its errors are unsure by 1e-3 of
+    themselves and by 1e-6 of the output's energy.
     """
 
     def solve(dtype: torch.dtype) -> tuple[Tensor, Refit]:
