@@ -39,7 +39,7 @@ from minitron_nemo.config.pruning import CompensationConfig
 from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan, axes_of
-from minitron_nemo.pruning.least_squares import eliminate, refit
+from minitron_nemo.pruning.least_squares import Refit, eliminate_and_refit, refit
 from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, announced_batch
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt
@@ -177,8 +177,8 @@ def _compensate_layers(
         axis, index, seen = inputs.pop(0)
         if isinstance(seen, DenseInput):
             whole, moment = _Linear(axis, index, None, seen.name, seen.gather_weight()), seen.merge_over_ranks()
-            kept, problem = _choose(whole, moment, plan, config)
-            outcome, full = _refit(whole, moment, _gather_first_choice(kept, groups), problem, plan, config)
+            choice = _choose(whole, moment, plan, config)
+            outcome, full = _refit(whole, moment, _gather_first_choice(choice.kept, groups), choice, plan, config)
             seen.set_weight(full)
             local.append(outcome)
         else:
@@ -239,8 +239,8 @@ def _refit_experts(seen: ExpertInputs, plan: PruningPlan, groups: Groups, config
             continue
         name, weight = f"{seen.place}.experts.{expert}.linear_fc2", seen.gather_weight(expert)
         linear = _Linear("expert_ffn", seen.index, expert, name, weight)
-        kept, problem = _choose(linear, moment, plan, fit)
-        outcome, full = _refit(linear, moment, _gather_first_choice(kept, groups), problem, plan, fit)
+        choice = _choose(linear, moment, plan, fit)
+        outcome, full = _refit(linear, moment, _gather_first_choice(choice.kept, groups), choice, plan, fit)
         if few and outcome.problem is None:
             outcome, full = _only_cut(outcome, weight)
         seen.set_weight(expert, full)
@@ -260,13 +260,19 @@ class _Linear:
     """[h, f] in the model's dtype."""
 
 
-def _choose(
-    linear: _Linear, moment: Tensor, plan: PruningPlan, config: CompensationConfig
-) -> tuple[Tensor, str | None]:
-    """What stays of the cut axis, [k] int64 on the device, and what stands in the way of refitting."""
+@dataclass(frozen=True)
+class _Choice:
+    kept: Tensor
+    """[k] int64 on the device, what stays of the cut axis."""
+    refitted: Refit | None = None
+    """The linear refitted to that, where choosing has told."""
+    problem: str | None = None
+    """What stands in the way of refitting."""
+
+
+def _choose(linear: _Linear, moment: Tensor, plan: PruningPlan, config: CompensationConfig) -> _Choice:
     row = linear.layer if linear.expert is None else (linear.layer, linear.expert)
-    kept = getattr(plan, linear.axis)[row]
-    problem = None
+    kept, refitted, problem = getattr(plan, linear.axis)[row], None, None
     if not bool(moment.isfinite().all()):
         problem = (
             f"Inputs of {linear.name} are not finite (NaN or infinity) on the calibration samples; no weight can be "
@@ -274,10 +280,11 @@ def _choose(
         )
     elif config.chooses and bool(moment.diagonal().sum() > 0):
         try:
-            kept = eliminate(linear.weight, moment, *_pools(linear.axis, linear.layer, plan), config.ridge)
+            pools = _pools(linear.axis, linear.layer, plan)
+            kept, refitted = eliminate_and_refit(linear.weight, moment, *pools, config.ridge)
         except ValueError as error:
             problem = f"{linear.name}: {error}"
-    return kept.to(moment.device), problem
+    return _Choice(kept.to(moment.device), refitted, problem)
 
 
 def _gather_first_choice(local_kept: Tensor, groups: Groups) -> Tensor:
@@ -294,19 +301,21 @@ def _gather_first_choice(local_kept: Tensor, groups: Groups) -> Tensor:
 
 
 def _refit(
-    linear: _Linear, moment: Tensor, kept: Tensor, problem: str | None, plan: PruningPlan, config: CompensationConfig
+    linear: _Linear, moment: Tensor, kept: Tensor, mine: _Choice, plan: PruningPlan, config: CompensationConfig
 ) -> tuple[_Outcome, Tensor]:
     """One linear's outcome and its new full weight; where something stands in the way, it says so and `weight` stays.
+    `kept` is what all ranks agreed on; where that is this rank's own choice, nothing is solved again.
 
     Up to rounding the same on every rank that holds the linear.
     """
     place = (linear.axis, linear.layer, linear.expert)
-    if problem is None:
+    result, problem = mine.refitted, mine.problem
+    if problem is None and (result is None or not torch.equal(kept, mine.kept.cpu())):
         try:
             result = refit(linear.weight, moment, _columns(linear.axis, kept, plan), config.ridge)
         except ValueError as error:
             problem = f"{linear.name}: {error}"
-    if problem is not None:
+    if result is None or problem is not None:
         return _Outcome(RefittedLinear(*place, 0.0, 0.0), (), problem), linear.weight
     return _Outcome(RefittedLinear(*place, result.plain_error, result.error), tuple(kept.tolist())), result.weight
 
