@@ -104,7 +104,7 @@ def compensate(
     """
     config = config or CompensationConfig()
     _require_supported(plan)
-    axes = {axis for axis in axes_of(plan.source) if _is_cut(plan, axis)} & set(_AXES)
+    axes = {axis for axis in axes_of(plan.source) if is_cut(plan, axis)} & set(_AXES)
     if not axes:
         return Compensation(plan, ())
     gpt, outcomes = bare_gpt(model), []
@@ -118,7 +118,7 @@ def compensate(
 _AXES = ("head", "ffn", "shared_expert_ffn", "expert_ffn")
 
 
-def _is_cut(plan: PruningPlan, axis: str) -> bool:
+def is_cut(plan: PruningPlan, axis: str) -> bool:
     return getattr(plan.source, DIM_OF_AXIS[axis]) != getattr(plan.target, DIM_OF_AXIS[axis])
 
 
@@ -129,7 +129,7 @@ def _require_supported(plan: PruningPlan) -> None:
         "Use one of them: prune.merge_heads=false, or no compensation.",
     )
     require(
-        not _is_cut(plan, "layer"),
+        not is_cut(plan, "layer"),
         f"The plan drops {plan.source.num_layers - plan.target.num_layers} layers, whose output the layers after them "
         "would be fitted to. Drop the layers first, then compensate what is left.",
     )
@@ -274,7 +274,7 @@ def _choose(
         )
     elif config.chooses and bool(moment.diagonal().sum() > 0):
         try:
-            kept = eliminate(linear.weight, moment, *_pools(linear.axis, linear.layer, plan), config.ridge)
+            kept = eliminate(linear.weight, moment, *pools_of(linear.axis, linear.layer, plan), config.ridge)
         except ValueError as error:
             problem = f"{linear.name}: {error}"
     return kept.to(moment.device), problem
@@ -341,7 +341,7 @@ def _columns(axis: str, kept: Tensor, plan: PruningPlan) -> Tensor:
     return (kept.unsqueeze(1) * channels + torch.arange(channels)).flatten()
 
 
-def _pools(axis: str, layer: int, plan: PruningPlan) -> tuple[Tensor, Tensor]:
+def pools_of(axis: str, layer: int, plan: PruningPlan) -> tuple[Tensor, Tensor]:
     """The pool of each neuron or head, and how many of each pool stay: as many as in the plan, of heads by group."""
     source, target = plan.source, plan.target
     if axis != "head":
