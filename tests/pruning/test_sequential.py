@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
-from test_compensation import MASK, TOKENS, Weights, calibration, full_weights
+from test_compensation import MASK, TOKENS, Weights, assert_same_choice, calibration, full_weights
 from torch import Tensor
 
-from minitron_nemo.axes import norm_of
+from minitron_nemo.axes import norm_number, norm_of
+from minitron_nemo.axis_expressions import norm_gamma
 from minitron_nemo.config.pruning import SequentialConfig
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
@@ -22,7 +23,7 @@ from minitron_nemo.pruning.composition import split
 from minitron_nemo.pruning.sequential import SequentialRefit, refit_sequentially
 from minitron_nemo.shape import ModelShape
 from support.gathering_attention import build_context_parallel_gpt
-from support.megatron import TINY, build_gpt, run_gpt, smaller
+from support.megatron import TINY, TINY_EXPERTS, build_gpt, run_gpt, smaller
 from support.plans import random_plan, random_scores, turned
 from support.ranks import Ranks
 
@@ -38,6 +39,15 @@ PLANS: dict[str, PruningPlan] = {
     "turned": turned(random_plan(SHAPE, **WIDTH)),
     "turned, parted": turned(random_plan(TIED, **WIDTH)),
     "groups": random_plan(SHAPE, num_attention_heads=2, num_query_groups=1, hidden_size=14),
+    "biases, norms of heads": random_plan(smaller(SHAPE, add_bias_linear=True, qk_layernorm=True), **WIDTH),
+    "squared ReLU, turned": turned(
+        random_plan(
+            smaller(SHAPE, normalization="LayerNorm1p", gated_linear_unit=False, activation="squared_relu"), **WIDTH
+        )
+    ),
+    "LayerNorm, biases, turned": turned(
+        random_plan(smaller(SHAPE, normalization="LayerNorm", add_bias_linear=True, activation="gelu"), **WIDTH)
+    ),
     "neurons alone": random_plan(SHAPE, ffn_hidden_size=18),
 }
 
@@ -56,6 +66,17 @@ PLANS["layers, channels"] = plan_keeping(KEPT, **WIDTH)
 PLANS["layers, channels, some stages empty"] = plan_keeping([1, 2], hidden_size=14)
 
 
+EXPERTS = smaller(TINY_EXPERTS, num_moe_experts=6, moe_router_pre_softmax=True, layernorm_epsilon=1e-9)
+INSIDE = {"ffn_hidden_size": 18, "moe_ffn_hidden_size": 8, "moe_shared_expert_intermediate_size": 6}
+WITH_EXPERTS = {
+    "experts": random_plan(EXPERTS, hidden_size=14, num_moe_experts=4, **INSIDE),
+    "experts, turned": turned(random_plan(EXPERTS, hidden_size=14, num_moe_experts=4)),
+    "experts without a shared one": random_plan(
+        smaller(EXPERTS, moe_shared_expert_intermediate_size=None), hidden_size=14, moe_ffn_hidden_size=8
+    ),
+}
+
+
 def student_of(model: Any, found: SequentialRefit) -> Any:
     """Cut out of a refitted model as the prune stage does it."""
     student = build(found.plan.target, seed=1)
@@ -72,7 +93,7 @@ def build(shape: ModelShape, **options: Any) -> Any:
 
 def refitted(cut: str, **options: Any) -> tuple[Weights, SequentialRefit]:
     """The student's full weights on the current layout, and the outcome."""
-    plan = PLANS[cut]
+    plan = (PLANS | WITH_EXPERTS)[cut]
     model = build(plan.source)
     config = SequentialConfig(**{**RIDGE, "selection": "scores"} | options)
     found = refit_sequentially(model, plan, Groups.from_megatron(), calibration(model), config)
@@ -107,7 +128,9 @@ def ridge_toward(start: Tensor, inputs: Tensor, wanted: Tensor, shift: float) ->
     return torch.linalg.lstsq(left, torch.cat([wanted, pull * start.t()])).solution.t()
 
 
-def normed(stream: Tensor) -> Tensor:
+def normed(stream: Tensor, kind: str = "RMSNorm") -> Tensor:
+    if kind != "RMSNorm":
+        stream = stream - stream.mean(1, keepdim=True)
     return stream / (stream.square().mean(1, keepdim=True) + SHAPE.layernorm_epsilon).sqrt()
 
 
@@ -128,8 +151,8 @@ class ByHand:
         self.weights = full_weights(self.teacher, plan.source)
         self.p, self.scale = projection(plan), (plan.source.hidden_size / plan.target.hidden_size) ** 0.5
         for name, parameter in self.parameters.items():
-            if "layernorm.weight" in name:
-                parameter.data.fill_(self.scale)
+            if norm_number(name, plan.source) is not None:
+                parameter.data.fill_(self.scale - float(plan.source.normalization == "LayerNorm1p"))
 
     @torch.no_grad()
     def run(self) -> Weights:
@@ -144,24 +167,41 @@ class ByHand:
         return full_weights(cut, self.plan.target)
 
     def map_at(self, mine: str, theirs: str) -> Tensor:
-        gamma, inputs = self.weights[f"{theirs}.weight"].double(), self.scale * normed(seen(self.student)[mine])
-        wanted = gamma * normed(self.theirs[theirs])
+        kind = self.plan.source.normalization
+        gamma = norm_gamma(self.weights[f"{theirs}.weight"].double(), self.plan.source)
+        inputs = self.scale * normed(seen(self.student)[mine], kind)
+        wanted = gamma * normed(self.theirs[theirs], kind)
         shift = RIDGE["reader_ridge"] * float(inputs.square().sum(0).mean())
         return ridge_toward(gamma.unsqueeze(1) * self.p, inputs, wanted, shift)
 
     def read(self, layer: int, source: int, norm: str) -> None:
         mine, theirs = (f"decoder.layers.{index}.{norm}" for index in (layer, source))
         change = self.map_at(mine, theirs)
+        left = self.set_bias(mine, theirs, change)
         for name in self.weights:
-            if norm_of(name) == f"{theirs}.weight":
+            if norm_of(name) == f"{theirs}.weight" and name.endswith("weight"):
                 local = name.replace(f"layers.{source}.", f"layers.{layer}.")
                 self.parameters[local].data.copy_(self.weights[name].double() @ change)
+                bias = self.parameters.get(local.replace("weight", "bias"))
+                if bias is not None:
+                    bias.data += (self.weights[name].double() @ left).float()
+
+    def set_bias(self, mine: str, theirs: str, change: Tensor) -> Tensor:
+        """Of a norm; what does not come through `change` is returned, [h]."""
+        if f"{theirs}.bias" not in self.weights:
+            return torch.zeros(self.plan.source.hidden_size).double()
+        bias = self.weights[f"{theirs}.bias"].double()
+        said = torch.linalg.pinv(change) @ bias
+        self.parameters[f"{mine}.bias"].data.copy_(said)
+        return bias - change @ said
 
     def read_at_the_end(self) -> None:
         final = "decoder.final_layernorm"
         if not self.plan.target.share_embeddings_and_output_weights:
             output = self.weights.get("output_layer.weight", self.weights["embedding.word_embeddings.weight"])
-            self.parameters["output_layer.weight"].data.copy_(output.double() @ self.map_at(final, final))
+            change = self.map_at(final, final)
+            self.set_bias(final, final, change)
+            self.parameters["output_layer.weight"].data.copy_(output.double() @ change)
             return
         output, gamma = (
             self.weights["embedding.word_embeddings.weight"].double(),
@@ -185,6 +225,8 @@ class ByHand:
         else:
             after = self.theirs[theirs + behind]
         wanted = after @ self.p - here[mine + before]
+        if mine + name + ".bias" in self.parameters:
+            wanted = wanted - self.parameters[mine + name + ".bias"].double()
         start = self.p.t() @ self.weights[theirs + name + ".weight"].double()
         shift = RIDGE["writer_ridge"] * float(inputs.square().sum(0).mean())
         columns = self.columns(source, name)
@@ -228,9 +270,8 @@ def assert_near(found: Weights, expected: Weights, tolerance: float, where: str 
 @pytest.mark.parametrize("cut", PLANS)
 def test_every_reader_and_writer_is_least_squares_on_what_the_student_says(cut: str) -> None:
     found, outcome = refitted(cut)
-    tied = PLANS[cut].target.share_embeddings_and_output_weights  # its final norm is no reader's
     expected = by_hand(cut)
-    if not tied:
+    if cut == "neurons alone":
         found, expected = folded(found), folded(expected)
     assert_near(found, expected, 1e-4)  # float32 activations of another order of sums, through three layers
     assert len(outcome.places) == 4 * PLANS[cut].target.num_layers + 1
@@ -286,6 +327,28 @@ def test_channels_that_follow_from_those_kept_are_not_missed(shape: ModelShape) 
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cut", [*PLANS, *WITH_EXPERTS])
+def test_what_the_last_norm_misses_is_what_it_misses_in_the_student(cut: str) -> None:
+    """So all that stands before it was fitted to a stream that the student, once cut, really has."""
+    plan = (PLANS | WITH_EXPERTS)[cut]
+    model = build_gpt(plan.source)
+    found = refit_sequentially(model, plan, Groups.from_megatron(), calibration(model), SequentialConfig(**RIDGE))
+    streams = []
+    for each in (build_gpt(plan.source), student_of(model, found)):
+        entering: list[Tensor] = []
+        each.decoder.final_layernorm.register_forward_pre_hook(lambda _, args, to=entering: to.append(args[0]))
+        run_gpt(each, TOKENS)
+        streams.append(normed(entering[0][MASK.t() != 0].double(), plan.source.normalization))
+    stored = full_weights(build_gpt(plan.source), plan.source)["decoder.final_layernorm.weight"]
+    gamma, p = norm_gamma(stored.double(), plan.source), projection(plan)
+    scale = (plan.source.hidden_size / plan.target.hidden_size) ** 0.5
+    missing = gamma * (streams[0] - scale * streams[1] @ p.t())
+    assert found.places[-1].plain_error == pytest.approx(
+        float(missing.square().sum() / (gamma * streams[0]).square().sum()), rel=1e-3
+    )
+
+
+@torch.no_grad()
 def test_a_refitted_student_is_nearer_to_its_teacher_than_a_cut_one() -> None:
     for cut in ("channels", "channels, tied", "turned"):
         plan = PLANS[cut]
@@ -306,6 +369,7 @@ on_one_process = functools.cache(on_this_layout)
 
 LAYOUTS = [
     *itertools.product(["channels, tied", "turned", "turned, parted"], ["tp2", "tp2-sp", "pp2", "dp2", "cp2"]),
+    *itertools.product(["experts"], ["dp2-ep2", "tp2", "tp2-sp-ep2-etp1", "pp2"]),
     *itertools.product(["layers, channels", "layers, channels, some stages empty"], ["tp2-sp", "pp2"]),
 ]
 
@@ -316,8 +380,76 @@ def test_the_refit_is_the_same_on_every_layout(ranks: Ranks, cut: str, layout: s
     for rank, (weights, found) in enumerate(ranks(layout).run(on_this_layout, cut)):
         where = f"on rank {rank} of {layout}"
         assert_near(weights, expected, 3e-5 if "layers" in cut else 1e-5, where)  # of float32 sums, more the deeper
-        for axis in ("head", "ffn"):
-            assert torch.equal(getattr(found.plan, axis), getattr(outcome.plan, axis)), where
+        assert_same_choice(found.plan, outcome.plan, where)
         assert [place.name for place in found.places] == [place.name for place in outcome.places]
         errors = [place.error for place in outcome.places]
         assert [place.error for place in found.places] == pytest.approx(errors, rel=1e-3), where
+
+
+def refused(plan: PruningPlan, mask: Tensor = MASK, broken: bool = False, **options: Any) -> None:
+    model = build(plan.source)
+    for layer in model.decoder.layers:
+        if broken and layer.layer_number == 2:
+            layer.mlp.linear_fc1.weight.data[7] = float("nan")
+    run = calibration(model, mask=mask)
+    refit_sequentially(model, plan, Groups.from_megatron(), run, SequentialConfig(**options))
+
+
+def test_what_cannot_be_refitted_is_refused() -> None:
+    plan = PLANS["channels"]
+    merged = dataclasses.replace(plan, head_partner=torch.full_like(plan.head, -1))
+    with pytest.raises(ValueError, match=r"plan.head_partner merges dropped heads into kept ones, .* Use one of them"):
+        refused(merged)
+    norms = random_plan(smaller(SHAPE, normalization="LayerNorm"), **WIDTH)
+    with pytest.raises(ValueError, match=r"LayerNorm takes off the mean over all channels, .*basis=rotation"):
+        refused(norms)
+    few = torch.zeros_like(MASK)
+    few[0, :5] = 1
+    message = r"decoder.layers.0.input_layernorm: the second moment of its 14 inputs is not positive definite"
+    with pytest.raises(ValueError, match=message):
+        refused(plan, mask=few, reader_ridge=0.0)
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_activations_that_are_not_finite_are_named_on_every_rank(ranks: Ranks, layout: str) -> None:
+    message = r"decoder.layers.1.mlp.linear_fc2: activations are not finite \(NaN or infinity\)"
+    with pytest.raises(ValueError, match=message):
+        ranks(layout).run(refused, PLANS["channels"], MASK, True)
+
+
+def test_tokens_that_do_not_count_are_not_seen() -> None:
+    expected, _ = refitted("channels")
+    plan = PLANS["channels"]
+    ends = (MASK.cumsum(1) == MASK.sum(1, keepdim=True)) & (MASK == 0)  # after the last token that counts
+    model = build_gpt(plan.source)
+    run = calibration(model, torch.where(ends, 3, TOKENS), MASK, micro_batch=8)
+    config = SequentialConfig(**RIDGE, selection="scores")
+    found = refit_sequentially(model, plan, Groups.from_megatron(), run, config)
+    assert_near(full_weights(student_of(model, found), plan.target), expected, 1e-4)  # float32 sums
+
+
+def test_bf16_weights_stay_bf16_and_near_the_float32_solution() -> None:
+    plan, (expected, _) = PLANS["channels"], refitted("channels")
+    model = build_gpt(plan.source, dtype=torch.bfloat16)
+    config = SequentialConfig(**RIDGE, selection="scores")
+    refit_sequentially(model, plan, Groups.from_megatron(), calibration(model), config)
+    student = build_gpt(plan.target, dtype=torch.bfloat16, seed=1)
+    prune_into(model, student, dataclasses.replace(plan, norm_scale=None), Groups.from_megatron())
+    for name, full in full_weights(student, plan.target).items():
+        if "layers.0" in name and "linear" in name:  # deeper ones see other streams
+            assert full.dtype == torch.bfloat16
+            assert (full.float() - expected[name]).norm() < 0.05 * expected[name].norm(), name  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reader_ridge": -0.1}, r"surgery.sequential.reader_ridge=-0.1 must be at least 0; the default is 0.01"),
+        ({"writer_ridge": float("nan")}, r"surgery.sequential.writer_ridge=nan must be a finite number at least 0"),
+        ({"num_samples": 0}, r"surgery.sequential.num_samples=0 must be at least 1; try 256"),
+        ({"selection": "score"}, r"surgery.sequential.selection=score is not known; did you mean scores\?"),
+    ],
+)
+def test_a_config_that_cannot_work_says_what_would(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SequentialConfig(**options)

@@ -17,7 +17,8 @@ accelerator; of one linear at a time what compensation needs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -25,13 +26,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from minitron_nemo.activations.hooks import evaluating, on_input
+from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_input
+from minitron_nemo.activations.routing import Routing
 from minitron_nemo.axes import norm_of, parameter_axes
 from minitron_nemo.axis_expressions import Named
 from minitron_nemo.checks import require
-from minitron_nemo.config.pruning import SequentialConfig
-from minitron_nemo.parallel import Groups, group_rank, group_size, told_by
+from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
+from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, told_by
 from minitron_nemo.places import (
+    EXPERT,
     FINAL_NORM,
     INPUT_NORM,
     OUTPUT,
@@ -45,12 +48,18 @@ from minitron_nemo.places import (
     norm_in,
 )
 from minitron_nemo.plan import PruningPlan
-from minitron_nemo.pruning.compensation import is_cut, pools_of
+from minitron_nemo.pruning.compensation import (
+    is_cut,
+    pools_of,
+    refit_experts,
+    require_no_problem,
+    say_what_was_not_refitted,
+)
 from minitron_nemo.pruning.depth_correction import dropped_runs
 from minitron_nemo.pruning.kept_stream import KeptStream
 from minitron_nemo.pruning.least_squares import eliminate
 from minitron_nemo.pruning.refits import Fit, Reader, Writer
-from minitron_nemo.pruning.second_moments import CalibrationPass, announced_batch
+from minitron_nemo.pruning.second_moments import CalibrationPass, ExpertInputs, announced_batch
 from minitron_nemo.pruning.two_streams import TwoStreams, capture
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt, local_parameters
@@ -58,8 +67,8 @@ from minitron_nemo.weights import bare_gpt, local_parameters
 Through = Callable[[Any, Tensor, dict[str, Any]], Tensor]
 """(layer, stream entering, what layers are called with beside it) -> stream behind: of a half of a layer."""
 
-Kept: TypeAlias = dict[str, dict[int, tuple[int, ...]]]
-"""Axis -> layer -> the neurons or heads that stay, where some were cut."""
+Kept: TypeAlias = dict[str, dict[int | tuple[int, int], tuple[int, ...]]]
+"""Axis -> layer, or layer and expert -> the neurons or heads that stay, where some were cut."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,8 @@ def refit_sequentially(
             will, after the embedding.
         run: called once.
     Communicates: see the module's text; every rank takes part.
-    Raises: ValueError, on every rank: a plan that merges heads, drops experts or their neurons, or keeps channels of a
-        LayerNorm's stream; activations are not finite, or a second moment not positive definite (names the place).
+    Raises: ValueError, on every rank: a plan that merges heads, or keeps channels of a LayerNorm's stream; activations
+        are not finite, or a second moment not positive definite (names the place).
     """
     config = config or SequentialConfig()
     _require_supported(plan)
@@ -139,12 +148,6 @@ def _require_supported(plan: PruningPlan) -> None:
         "prune.surgery.refit=sequential needs the axes of the stream there. Set prune.surgery.basis=rotation, or "
         "prune.surgery.refit=none.",
     )
-    experts = [axis for axis in ("expert", "expert_ffn") if source.num_moe_experts is not None and is_cut(plan, axis)]
-    require(
-        not experts,
-        f"The plan cuts {' and '.join(DIM_OF_AXIS[axis] for axis in experts)}, and prune.surgery.refit=sequential does "
-        "not refit what experts write. Leave them whole, or set prune.surgery.refit=none.",
-    )
 
 
 def _plan_of(plan: PruningPlan, kept: Sequence[Kept]) -> PruningPlan:
@@ -153,8 +156,8 @@ def _plan_of(plan: PruningPlan, kept: Sequence[Kept]) -> PruningPlan:
     for of_stage in kept:
         for axis, rows in of_stage.items():
             entry = entries.setdefault(axis, getattr(plan, axis).clone())
-            for layer, row in rows.items():
-                entry[layer] = torch.tensor(row)
+            for place, row in rows.items():
+                entry[place] = torch.tensor(row)
     have, keep, norms = plan.source.hidden_size, plan.target.hidden_size, 2 * plan.source.num_layers + 1
     scale = None if have == keep else torch.full((norms,), (have / keep) ** 0.5, dtype=torch.float64)
     return dataclasses.replace(plan, norm_scale=scale, **entries)
@@ -224,11 +227,14 @@ class _Stage:
             reader.see(half.to(student.device), student, current)
             batch.student = student.cpu()
         self._set_readers(reader)
-        axis = "shared_expert_ffn" if self._plan.source.has_experts(index) else "ffn"
-        if axis == "ffn" or self._plan.source.moe_shared_expert_intermediate_size is not None:
-            self._refit_writer(layer, axis, think, streams.behind.get(index, behind))
-        for (batch, _, student, _), end in zip(streams.announced(), behind, strict=True):
-            batch.teacher, batch.student = end, think(layer, student, batch.beside).cpu()
+        wanted = streams.behind.get(index, behind)
+        with self._experts_of(layer):
+            if not self._plan.source.has_experts(index):
+                self._refit_writer(layer, "ffn", think, wanted)
+            elif self._plan.source.moe_shared_expert_intermediate_size is not None:
+                self._refit_writer(layer, "shared_expert_ffn", think, wanted)
+            for (batch, _, student, _), end in zip(streams.announced(), behind, strict=True):
+                batch.teacher, batch.student = end, think(layer, student, batch.beside).cpu()
 
     def _reader(self, layer: Any, norm: NormOfLayer) -> Reader:
         name = in_layer(layer.layer_number - 1, norm.name)
@@ -249,18 +255,71 @@ class _Stage:
         self._note(reader.name, fit)
         if stream.is_whole and not bool(fit.solution.any()):
             return
-        gamma = reader.norm.gamma().double()
-        for weight in self._readers_of(reader.name):
+        gamma, readers = reader.norm.gamma().double(), self._readers_of(reader.name)
+        self._set_bias(reader.norm, _map(gamma, fit.solution, stream), readers)
+        for weight in readers.values():
             weight.copy_(stream.spread(_read(weight, gamma, fit.solution, stream)))
         _set_gamma(reader.norm, torch.ones_like(gamma))
 
-    def _readers_of(self, norm: str) -> Iterable[Tensor]:
+    def _readers_of(self, norm: str) -> dict[str, Tensor]:
         """The matrices on this rank that read a norm."""
-        return [
-            parameter.data
+        return {
+            name: parameter.data
             for name, parameter in self._parameters.items()
             if norm_of(name) == f"{norm}.weight" and name.endswith(".weight")
-        ]
+        }
+
+    def _set_bias(self, norm: BuiltNorm, read: Tensor, readers: dict[str, Tensor]) -> None:
+        """Let a norm's bias come through A [h, k] as it came through gamma; what A cannot say, its readers' biases do.
+
+        Args:
+            readers: by name, as they were.
+        """
+        bias = norm.module.layer_norm_bias if norm.is_fused else norm.module.bias
+        if norm.config.normalization == "RMSNorm" or bias is None:
+            return
+        said = torch.linalg.lstsq(read, bias.data.double().unsqueeze(1)).solution
+        left = bias.data.double() - (read @ said).squeeze(1)
+        bias.data.copy_(self._stream.spread(said.squeeze(1)))
+        for name, weight in readers.items():
+            of_reader = self._parameters.get(name.removesuffix("weight") + "bias")
+            if of_reader is not None:
+                of_reader.data.add_((weight.double() @ left).to(of_reader.dtype))
+
+    @contextmanager
+    def _experts_of(self, layer: Any) -> Iterator[None]:
+        """The layer's experts as the student has them: none but the kept ones, and these refitted to their neurons."""
+        index, plan = layer.layer_number - 1, self._plan
+        if not plan.source.has_experts(index):
+            yield
+            return
+        assert plan.expert is not None
+        with routed_among(layer.mlp, plan.expert[index].tolist()):
+            if is_cut(plan, "expert_ffn"):
+                self._refit_experts(layer)
+            yield
+
+    def _refit_experts(self, layer: Any) -> None:
+        """Each to what it says with all its neurons, on the student's tokens that come to it, as compensation does."""
+        index, plan, groups, current = layer.layer_number - 1, self._plan, self._groups, announced_batch()
+        routing = Routing(index, layer.mlp, groups, current, sequence_parallel=layer.config.sequence_parallel)
+        seen = ExpertInputs(routing, layer.mlp, plan.source, groups)
+        with hooks_until_the_end() as handles:
+            routing.show(seen.see, handles)
+            for batch, _, student, _ in self._streams.announced():
+                current.announce(batch.mask)
+                think(layer, student, batch.beside)
+        config = CompensationConfig(ridge=self._config.writer_ridge, selection=self._config.selection)
+        everyone = gather_objects(refit_experts(seen, plan, groups, config), group=groups.ep)
+        outcomes = sorted((each for some in everyone for each in some), key=lambda each: each.linear.expert or 0)
+        require_no_problem(outcomes, groups)
+        say_what_was_not_refitted(outcomes, plan, self._config)
+        for outcome in outcomes:
+            linear = outcome.linear
+            assert linear.expert is not None
+            name = in_layer(index, f"mlp.{EXPERT.replace('{e}', str(linear.expert))}linear_fc2")
+            self.places.append(RefittedPlace(name, linear.plain_error, linear.error))
+            self.kept.setdefault("expert_ffn", {})[index, linear.expert] = outcome.kept
 
     def _refit_writer(self, layer: Any, axis: str, through: Through, wanted: Sequence[Tensor]) -> None:
         """
@@ -304,6 +363,7 @@ class _Stage:
         if self._plan.unties:
             fit = reader.solve(self._config.reader_ridge)
             self.output = _read(output, gamma, fit.solution, stream).to(output.dtype)
+            self._set_bias(norm, _map(gamma, fit.solution, stream), {})
             _set_gamma(norm, torch.ones_like(gamma))
         else:
             fit = reader.solve_tied(output, self._config.reader_ridge)
@@ -324,6 +384,22 @@ def think(layer: Any, stream: Tensor, beside: dict[str, Any]) -> Tensor:
     return _added(stream, layer.mlp(layer.pre_mlp_layernorm(stream)))
 
 
+@contextmanager
+def routed_among(mlp: Any, experts: Sequence[int]) -> Iterator[None]:
+    """Inside, a layer of experts routes tokens as if it had no others than these."""
+    gating, dropped = mlp.router.gating, sorted(set(range(mlp.config.num_moe_experts)) - set(experts))
+
+    def gate(tokens: Tensor) -> Tensor:
+        logits: Tensor = gating(tokens)
+        return logits.index_fill(-1, torch.tensor(dropped, dtype=torch.int64, device=logits.device), -torch.inf)
+
+    mlp.router.gating = gate
+    try:
+        yield
+    finally:
+        del mlp.router.gating
+
+
 def _added(stream: Tensor, output_and_bias: tuple[Tensor, Tensor | None]) -> Tensor:
     output, bias = output_and_bias
     return stream + (output if bias is None else output + bias)
@@ -339,6 +415,11 @@ def _read(weight: Tensor, gamma: Tensor, change: Tensor, stream: KeptStream) -> 
     """W A, [o, k] float64, of a matrix [o, h] that reads a norm: A = diag(gamma) P + change."""
     whole = weight.detach().double()
     return stream.coordinates(whole * gamma) + whole @ change
+
+
+def _map(gamma: Tensor, change: Tensor, stream: KeptStream) -> Tensor:
+    """A [h, k] float64."""
+    return _read(torch.eye(len(gamma), dtype=torch.float64, device=gamma.device), gamma, change, stream)
 
 
 def _set_gamma(norm: BuiltNorm, gamma: Tensor) -> None:
