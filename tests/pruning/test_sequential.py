@@ -23,7 +23,7 @@ from minitron_nemo.pruning.composition import split
 from minitron_nemo.pruning.sequential import SequentialRefit, refit_sequentially
 from minitron_nemo.shape import ModelShape
 from support.gathering_attention import build_context_parallel_gpt
-from support.megatron import TINY, TINY_EXPERTS, build_gpt, run_gpt, smaller
+from support.megatron import TINY, TINY_EXPERTS, build_gpt, fuse_norms, run_gpt, smaller
 from support.plans import random_plan, random_scores, turned
 from support.ranks import Ranks
 
@@ -415,6 +415,15 @@ def test_activations_that_are_not_finite_are_named_on_every_rank(ranks: Ranks, l
     message = r"decoder.layers.1.mlp.linear_fc2: activations are not finite \(NaN or infinity\)"
     with pytest.raises(ValueError, match=message):
         ranks(layout).run(refused, PLANS["channels"], MASK, True)
+
+
+@pytest.mark.parametrize("cut", ["channels", "LayerNorm, biases, turned"])
+def test_norms_inside_linears_are_refitted_alike(cut: str) -> None:
+    plan, (expected, _) = PLANS[cut], refitted(cut)
+    model = fuse_norms(build_gpt(plan.source))
+    config = SequentialConfig(**RIDGE, selection="scores")
+    found = refit_sequentially(model, plan, Groups.from_megatron(), calibration(model), config)
+    assert_near(full_weights(student_of(model, found), plan.target), expected, 1e-6)
 
 
 def test_tokens_that_do_not_count_are_not_seen() -> None:

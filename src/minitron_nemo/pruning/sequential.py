@@ -256,10 +256,10 @@ class _Stage:
         if stream.is_whole and not bool(fit.solution.any()):
             return
         gamma, readers = reader.norm.gamma().double(), self._readers_of(reader.name)
-        self._set_bias(reader.norm, _map(gamma, fit.solution, stream), readers)
+        self._set_bias(reader.name, _map(gamma, fit.solution, stream), readers)
         for weight in readers.values():
             weight.copy_(stream.spread(_read(weight, gamma, fit.solution, stream)))
-        _set_gamma(reader.norm, torch.ones_like(gamma))
+        self._set_gamma(reader, torch.ones_like(gamma))
 
     def _readers_of(self, norm: str) -> dict[str, Tensor]:
         """The matrices on this rank that read a norm."""
@@ -269,14 +269,19 @@ class _Stage:
             if norm_of(name) == f"{norm}.weight" and name.endswith(".weight")
         }
 
-    def _set_bias(self, norm: BuiltNorm, read: Tensor, readers: dict[str, Tensor]) -> None:
-        """Let a norm's bias come through A [h, k] as it came through gamma; what A cannot say, its readers' biases do.
+    def _set_gamma(self, reader: Reader, gamma: Tensor) -> None:
+        stored = self._parameters[f"{reader.name}.weight"]
+        stored.data.copy_(gamma - float(reader.norm.config.layernorm_zero_centered_gamma))
+
+    def _set_bias(self, norm: str, read: Tensor, readers: dict[str, Tensor]) -> None:
+        """Let a norm's bias, if it has one, come through A [h, k] as it came through gamma; what A cannot say, its
+        readers' biases do.
 
         Args:
             readers: by name, as they were.
         """
-        bias = norm.module.layer_norm_bias if norm.is_fused else norm.module.bias
-        if norm.config.normalization == "RMSNorm" or bias is None:
+        bias = self._parameters.get(f"{norm}.bias")
+        if bias is None:
             return
         said = torch.linalg.lstsq(read, bias.data.double().unsqueeze(1)).solution
         left = bias.data.double() - (read @ said).squeeze(1)
@@ -363,11 +368,11 @@ class _Stage:
         if self._plan.unties:
             fit = reader.solve(self._config.reader_ridge)
             self.output = _read(output, gamma, fit.solution, stream).to(output.dtype)
-            self._set_bias(norm, _map(gamma, fit.solution, stream), {})
-            _set_gamma(norm, torch.ones_like(gamma))
+            self._set_bias(reader.name, _map(gamma, fit.solution, stream), {})
+            self._set_gamma(reader, torch.ones_like(gamma))
         else:
             fit = reader.solve_tied(output, self._config.reader_ridge)
-            _set_gamma(norm, gamma + stream.spread(fit.solution))
+            self._set_gamma(reader, gamma + stream.spread(fit.solution))
         self._note(reader.name, fit)
 
     def _note(self, name: str, fit: Fit) -> None:
@@ -421,7 +426,3 @@ def _map(gamma: Tensor, change: Tensor, stream: KeptStream) -> Tensor:
     """A [h, k] float64."""
     return _read(torch.eye(len(gamma), dtype=torch.float64, device=gamma.device), gamma, change, stream)
 
-
-def _set_gamma(norm: BuiltNorm, gamma: Tensor) -> None:
-    stored: Any = norm.module.layer_norm_weight if norm.is_fused else norm.module.weight
-    stored.data.copy_(gamma - float(norm.config.layernorm_zero_centered_gamma))
