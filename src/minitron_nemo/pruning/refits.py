@@ -43,7 +43,7 @@ from minitron_nemo.parallel import (
     group_size,
 )
 from minitron_nemo.places import BuiltNorm
-from minitron_nemo.pruning.kept_stream import KeptStream, normalised
+from minitron_nemo.pruning.kept_stream import KeptStream, normalised, wide
 from minitron_nemo.pruning.least_squares import refit, regress
 from minitron_nemo.pruning.second_moments import DenseInput, SecondMoment, rows_that_count
 
@@ -156,7 +156,7 @@ class Writer:
 
     def see_output(self, teacher: Tensor, student: Tensor) -> None:
         """Add what the stream behind it should be, and what it is with the weight as it stands."""
-        missing = self._stream.coordinates(teacher) - self._stream.coordinates(student)
+        missing = self._stream.coordinates(wide(teacher) - wide(student))
         whole = torch.cat(all_gather_shards(missing.contiguous(), group=self._gathers))  # [s/cp, b, k]
         rows = rows_that_count(whole, self._current, self.name)
         self._products.add(rows, self._rows)

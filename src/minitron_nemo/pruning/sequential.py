@@ -425,4 +425,3 @@ def _read(weight: Tensor, gamma: Tensor, change: Tensor, stream: KeptStream) -> 
 def _map(gamma: Tensor, change: Tensor, stream: KeptStream) -> Tensor:
     """A [h, k] float64."""
     return _read(torch.eye(len(gamma), dtype=torch.float64, device=gamma.device), gamma, change, stream)
-
