@@ -328,8 +328,8 @@ def test_a_sequential_refit_says_what_each_place_misses(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (["prune.surgery.compensate=true"], "prune.surgery.compensate beside surgery.refit=sequential"),
-        (["prune.surgery.norm_scale=energy"], "prune.surgery.norm_scale beside surgery.refit=sequential"),
+        (["prune.surgery.compensate=true"], "prune.surgery.compensate beside prune.surgery.refit=sequential"),
+        (["prune.surgery.norm_scale=energy"], "prune.surgery.norm_scale beside prune.surgery.refit=sequential"),
         (["prune.offline=true"], "prune.surgery.correct_depth=false and prune.surgery.refit=none"),
         (["prune.merge_heads=true"], "prune.surgery.compensate=false and prune.surgery.refit=none"),
         (["prune.surgery.sequential.reader_ridge=-1"], "prune.surgery.sequential.reader_ridge=-1.0 must be at least 0"),
