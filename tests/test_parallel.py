@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from minitron_nemo.parallel import agree, barrier, rank, rank_zero_says, rank_zero_works, world_size
+from minitron_nemo.parallel import Groups, agree, barrier, rank, rank_zero_says, rank_zero_works, told_by, world_size
 from support.ranks import SOURCES, Ranks
 
 
@@ -112,6 +112,17 @@ assert (rank(), world_size(), is_rank_zero(), world()) == (0, 1, True, None)
 barrier()
 print(rank_zero_says("said"), rank_zero_works(lambda: "worked"), agree(torch.ones(1)).item())
 """
+
+
+def hear_one_after_the_other() -> list[str]:
+    pp = Groups.from_megatron().pp
+    return [told_by(f"rank {rank()}, {time}", source=source, group=pp) for time in range(2) for source in range(2)]
+
+
+def test_each_rank_of_a_group_tells_the_others_in_its_turn(ranks: Ranks) -> None:
+    first, second, third, fourth = ranks("pp2-dp2").run(hear_one_after_the_other)
+    assert first == third == ["rank 0, 0", "rank 2, 0", "rank 0, 1", "rank 2, 1"]  # stages are furthest apart
+    assert second == fourth == ["rank 1, 0", "rank 3, 0", "rank 1, 1", "rank 3, 1"]
 
 
 def test_a_plain_process_is_a_run_of_one_rank() -> None:

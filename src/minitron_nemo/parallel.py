@@ -214,6 +214,27 @@ def undistributed() -> Iterator[None]:
         dist.is_initialized = initialized
 
 
+def told_by(value: T, *, source: int, group: ProcessGroup | None) -> T:
+    """The small picklable value of the rank whose index within `group` is `source`, on every rank of it.
+
+    The others ask the run's store now and then whether it has come here, so that no time-out of a process group ends
+    work that takes long.
+    Communicates: group, once it is there.
+    """
+    store = default_store()
+    if group_size(group) == 1 or store is None:
+        return value
+    assert group is not None
+    teller = dist.get_global_rank(group, source)
+    turn = store.add(f"{_WORK}/heard/{teller}/{rank()}", 1)  # every rank counts, and all come to the same number
+    told = f"{_WORK}/told/{teller}/{turn}"
+    if rank() == teller:
+        store.set(told, "")
+    else:
+        _wait_for(store, told)
+    return gather_objects(value, group=group)[source]
+
+
 _at_work_for_all = False
 _WORK = "minitron_nemo/work"
 _LONGEST_PAUSE = 1.0  # seconds between two questions to the store

@@ -308,6 +308,40 @@ def test_a_calibrated_cut_measures_what_its_importance_lacks(door: Door, scored:
         torch.testing.assert_close(weights["without"][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
 
+SEQUENTIAL = ["prune.surgery.refit=sequential", *CALIBRATED[1:]]
+
+
+@pytest.mark.parametrize("basis", ["channels", "rotation"])
+def test_a_sequential_refit_says_what_each_place_misses(
+    door: Door, scored: list[str], tmp_path: Path, basis: str
+) -> None:
+    done = door("prune", *scored, *SEQUENTIAL, f"prune.surgery.basis={basis}", f"prune.output={tmp_path / 'refitted'}")
+    assert done.code == 0, done.err
+    student = open_artifact(tmp_path / "refitted")
+    plan = PruningPlan.load(student.path)
+    assert plan.has_basis == (basis == "rotation") and "refit=sequential" in plan.origin["surgery"]
+    places = student.facts["sequential_refit"]
+    assert len(places) == 4 * plan.target.num_layers + 1
+    assert all(each["error"] < each["plain_error"] for each in places)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (["prune.surgery.compensate=true"], "prune.surgery.compensate beside prune.surgery.refit=sequential"),
+        (["prune.surgery.norm_scale=energy"], "prune.surgery.norm_scale beside prune.surgery.refit=sequential"),
+        (["prune.offline=true"], "prune.surgery.correct_depth=false and prune.surgery.refit=none"),
+        (["prune.merge_heads=true"], "prune.surgery.compensate=false and prune.surgery.refit=none"),
+        (["prune.surgery.sequential.reader_ridge=-1"], "prune.surgery.sequential.reader_ridge=-1.0 must be at least 0"),
+        (["prune.surgery.refit=sequence"], "prune.surgery.refit=sequence is not known; did you mean sequential?"),
+    ],
+)
+def test_refits_that_cannot_work_are_refused(door: Door, scored: list[str], values: list[str], message: str) -> None:
+    done = door("prune", *scored, *SEQUENTIAL, *values, f"prune.output={run_dir(scored) / 'refused'}")
+    assert message in done.mistake
+    assert not (run_dir(scored) / "refused").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -13,9 +13,22 @@ COSTS = ("parameters", "non_embedding_parameters", "flops_per_token", "memory")
 SELECTIONS = ("scores", "compensated_error")
 DEPTH_CORRECTIONS = ("least_squares", "scale")
 METHODS: dict[str, dict[str, str | bool]] = {
-    "minitron": {"basis": "channels", "norm_scale": "none", "compensate": False, "correct_depth": False},
-    "calibrated": {"basis": "rotation", "norm_scale": "energy", "compensate": True, "correct_depth": True},
+    "minitron": {
+        "basis": "channels",
+        "norm_scale": "none",
+        "compensate": False,
+        "correct_depth": False,
+        "refit": "none",
+    },
+    "calibrated": {
+        "basis": "rotation",
+        "norm_scale": "energy",
+        "compensate": True,
+        "correct_depth": True,
+        "refit": "none",
+    },
 }
+REFITS = ("none", "sequential")
 
 
 @dataclass
@@ -83,6 +96,13 @@ class DepthChoice(Ranged):
     """Layers at the end that are never dropped."""
 
 
+def _require_selection(key: str, selection: str | None) -> None:
+    require(
+        selection is None or selection in SELECTIONS,
+        f"{key}.selection={selection} is not known; {did_you_mean(str(selection), SELECTIONS)}",
+    )
+
+
 @dataclass
 class CompensationConfig(Ranged):
     """How the weights that read cut neurons and heads are refitted."""
@@ -104,10 +124,33 @@ class CompensationConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.selection is None or self.selection in SELECTIONS,
-            f"{self.KEY}.selection={self.selection} is not known; {did_you_mean(str(self.selection), SELECTIONS)}",
-        )
+        _require_selection(self.KEY, self.selection)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether neurons and heads are chosen by what refitting could least make up for."""
+        return self.selection != "scores"
+
+
+@dataclass
+class SequentialConfig(Ranged):
+    """How all that reads and writes the residual stream is refitted, student beside teacher."""
+
+    KEY: ClassVar[str] = "surgery.sequential"
+
+    reader_ridge: float = ranged(1e-2, at_least=0)
+    """What keeps the matrices behind a norm near plain selection, as a fraction of the mean square of what they read.
+    Large: plain selection. 0 needs more calibration tokens than channels."""
+    writer_ridge: float = ranged(1e-2, at_least=0)
+    """The same of linear_proj and linear_fc2, of their inputs."""
+    num_samples: int = ranged(256, at_least=1, mend="try 256")
+    """Calibration samples, over all data-parallel ranks."""
+    selection: str | None = None
+    """Which neurons and heads stay, as `surgery.compensation.selection` says it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_selection(self.KEY, self.selection)
 
     @property
     def chooses(self) -> bool:
@@ -154,12 +197,17 @@ class SurgeryConfig:
     correct_depth: bool | None = None
     """Let the layer before dropped ones stand in for them; not a layer of experts."""
     depth_correction: DepthCorrectionConfig = field(default_factory=DepthCorrectionConfig)
+    refit: str | None = None
+    """none, or sequential: all that reads or writes the residual stream is refitted layer by layer, to bring the
+    student's stream to the teacher's; in place of compensate, correct_depth and norm_scale."""
+    sequential: SequentialConfig = field(default_factory=SequentialConfig)
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[str, ...]] = {
             "method": tuple(METHODS),
             "basis": ("channels", "rotation"),
             "norm_scale": ("none", "size", "energy"),
+            "refit": REFITS,
         }
         for option, values in known.items():
             value = getattr(self, option)
@@ -167,6 +215,14 @@ class SurgeryConfig:
                 value is None or value in values,
                 f"surgery.{option}={value} is not known; {did_you_mean(str(value), values)}",
             )
+        asked = {"compensate": self.compensate, "correct_depth": self.correct_depth}
+        asked["norm_scale"] = self.norm_scale not in (None, "size")
+        beside = [option for option, wanted in asked.items() if self.is_sequential and wanted]
+        require(
+            not beside,
+            f"surgery.{' and surgery.'.join(beside)} beside surgery.refit=sequential, which fits weights and norms "
+            "itself. Leave them out, or set surgery.refit=none.",
+        )
 
     def chosen(self, option: str) -> str | bool:
         """An option, or what the method says where it is not set."""
@@ -178,27 +234,41 @@ class SurgeryConfig:
         """Whether the residual stream is turned where it is cut."""
         return self.chosen("basis") == "rotation"
 
+    @property
+    def is_sequential(self) -> bool:
+        """Whether student and teacher run beside each other while weights are fitted."""
+        return self.chosen("refit") == "sequential"
+
+    @property
+    def scales_norms_by(self) -> str:
+        """`norm_scale`, or what a sequential refit goes by."""
+        return "size" if self.is_sequential else str(self.chosen("norm_scale"))
+
     def needs_stream(self, source: ModelShape, target: ModelShape) -> bool:
         """Whether the importance has to hold second moments of the stream for this cut."""
-        measured = self.turns or self.chosen("norm_scale") == "energy"
+        measured = self.turns or self.scales_norms_by == "energy"
         return measured and target.hidden_size < source.hidden_size
 
     def compensates(self, source: ModelShape, target: ModelShape) -> bool:
         """Whether this cut leaves something to compensate for."""
         fixed = ("hidden_size", "num_layers", "num_moe_experts")
         cut = [dim for dim in source.prunable_dims if getattr(source, dim) != getattr(target, dim) and dim not in fixed]
-        return bool(self.chosen("compensate")) and bool(cut)
+        return bool(self.chosen("compensate")) and bool(cut) and not self.is_sequential
 
     def corrects_depth(self, source: ModelShape, target: ModelShape) -> bool:
         """Whether this cut drops layers that others stand in for."""
         wanted = self.chosen("correct_depth")
         if self.correct_depth is None and source.num_moe_experts is not None:
             wanted = False  # experts' neurons see only the tokens routed to them
-        return bool(wanted) and target.num_layers < source.num_layers
+        return bool(wanted) and target.num_layers < source.num_layers and not self.is_sequential
+
+    def refits(self, source: ModelShape, target: ModelShape) -> bool:
+        """Whether this cut leaves something to refit layer by layer."""
+        return self.is_sequential and any(getattr(source, dim) != getattr(target, dim) for dim in source.prunable_dims)
 
     def runs_model(self, source: ModelShape, target: ModelShape) -> bool:
         """Whether this cut takes passes over calibration samples."""
-        return self.compensates(source, target) or self.corrects_depth(source, target)
+        return any(fits(source, target) for fits in (self.compensates, self.corrects_depth, self.refits))
 
     def describe(self) -> str:
         """For a plan's origin."""

@@ -188,16 +188,17 @@ class PruneConfig(Ranged):
         for hindrance, stands in hindrances.items():
             works = self.rounds == 1 or not stands
             require(works, f"prune.rounds={self.rounds}, but {hindrance}. Give up one of them.")
+        for fit in (self.surgery.compensation, self.surgery.sequential):
+            require(
+                self.plan is None or fit.selection != "compensated_error",
+                f"prune.plan={self.plan} says which neurons and heads stay, and prune.{fit.KEY}.selection="
+                "compensated_error chooses them anew. Leave selection out (or set it to scores) to refit what the plan "
+                "keeps, or prune by importance and target (prune.plan=null).",
+            )
         require(
-            self.plan is None or self.surgery.compensation.selection != "compensated_error",
-            f"prune.plan={self.plan} says which neurons and heads stay, and prune.surgery.compensation.selection="
-            "compensated_error chooses them anew. Leave selection out (or set it to scores) to refit what the plan "
-            "keeps, or prune by importance and target (prune.plan=null).",
-        )
-        require(
-            not (self.merge_heads and self.surgery.chosen("compensate")),
+            not (self.merge_heads and (self.surgery.chosen("compensate") or self.surgery.is_sequential)),
             "prune.surgery compensates for dropped heads, which prune.merge_heads=true merges into others. Set "
-            "prune.surgery.compensate=false, or prune.merge_heads=false.",
+            "prune.surgery.compensate=false and prune.surgery.refit=none, or prune.merge_heads=false.",
         )
 
 

@@ -35,7 +35,7 @@ from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_
 from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
-from minitron_nemo.config.pruning import CompensationConfig
+from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
 from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan, axes_of
@@ -104,21 +104,21 @@ def compensate(
     """
     config = config or CompensationConfig()
     _require_supported(plan)
-    axes = {axis for axis in axes_of(plan.source) if _is_cut(plan, axis)} & set(_AXES)
+    axes = {axis for axis in axes_of(plan.source) if is_cut(plan, axis)} & set(_AXES)
     if not axes:
         return Compensation(plan, ())
     gpt, outcomes = bare_gpt(model), []
     with evaluating(gpt):
         for layers in _turns(plan.source.num_layers, config.layers_at_once):
             outcomes += _compensate_layers(gpt, layers, axes, plan, groups, run, config)
-    _say_what_was_not_refitted(outcomes, plan)
+    say_what_was_not_refitted(outcomes, plan, config)
     return Compensation(_plan_of(plan, outcomes), tuple(outcome.linear for outcome in outcomes))
 
 
 _AXES = ("head", "ffn", "shared_expert_ffn", "expert_ffn")
 
 
-def _is_cut(plan: PruningPlan, axis: str) -> bool:
+def is_cut(plan: PruningPlan, axis: str) -> bool:
     return getattr(plan.source, DIM_OF_AXIS[axis]) != getattr(plan.target, DIM_OF_AXIS[axis])
 
 
@@ -129,7 +129,7 @@ def _require_supported(plan: PruningPlan) -> None:
         "Use one of them: prune.merge_heads=false, or no compensation.",
     )
     require(
-        not _is_cut(plan, "layer"),
+        not is_cut(plan, "layer"),
         f"The plan drops {plan.source.num_layers - plan.target.num_layers} layers, whose output the layers after them "
         "would be fitted to. Drop the layers first, then compensate what is left.",
     )
@@ -142,7 +142,7 @@ def _turns(num_layers: int, at_once: int) -> Iterator[range]:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     linear: RefittedLinear
     kept: tuple[int, ...]
     problem: str | None = None
@@ -158,7 +158,7 @@ def _compensate_layers(
     groups: Groups,
     run: CalibrationPass,
     config: CompensationConfig,
-) -> list[_Outcome]:
+) -> list[Outcome]:
     """Measure these layers in one pass and refit them; every rank gets the outcomes of all of them."""
     device = next(gpt.parameters()).device
     current = announced_batch()
@@ -172,7 +172,7 @@ def _compensate_layers(
             if layer.layer_number - 1 in layers:
                 inputs += _watch(layer, axes, plan, groups, current, handles)
         run(announce)
-    local: list[_Outcome] = []
+    local: list[Outcome] = []
     while inputs:  # a linear's moment is freed when it is refitted
         axis, index, seen = inputs.pop(0)
         if isinstance(seen, DenseInput):
@@ -182,19 +182,24 @@ def _compensate_layers(
             seen.set_weight(full)
             local.append(outcome)
         else:
-            local += _refit_experts(seen, plan, groups, config)
-    everyone: dict[tuple[int, int, int], _Outcome] = {}
+            local += refit_experts(seen, plan, groups, config)
+    everyone: dict[tuple[int, int, int], Outcome] = {}
     of_stage = [outcome for outcomes in gather_objects(local, group=groups.ep) for outcome in outcomes]
     for outcomes in gather_objects(of_stage, group=groups.pp):
         for outcome in outcomes:
             linear = outcome.linear
             everyone[linear.layer, _AXES.index(linear.axis), linear.expert or 0] = outcome
     ordered = [everyone[key] for key in sorted(everyone)]
-    problem = next((outcome.problem for outcome in ordered if outcome.problem is not None), None)
+    require_no_problem(ordered, groups)
+    return ordered
+
+
+def require_no_problem(outcomes: Iterable[Outcome], groups: Groups) -> None:
+    """Raises: ValueError, on every rank: the first thing that stood in the way. Communicates: tp, cp and dp."""
+    problem = next((outcome.problem for outcome in outcomes if outcome.problem is not None), None)
     for group in (groups.tp, groups.cp, groups.dp):
         problem = next((each for each in gather_objects(problem, group=group) if each is not None), None)
     require(problem is None, problem or "")
-    return ordered
 
 
 def _watch(
@@ -223,7 +228,7 @@ def _watch(
     return found
 
 
-def _refit_experts(seen: ExpertInputs, plan: PruningPlan, groups: Groups, config: CompensationConfig) -> list[_Outcome]:
+def refit_experts(seen: ExpertInputs, plan: PruningPlan, groups: Groups, config: CompensationConfig) -> list[Outcome]:
     """Refit the kept experts of one layer that are on this rank."""
     assert plan.expert is not None
     outcomes, tokens = [], seen.tokens_over_ranks()
@@ -280,7 +285,7 @@ def _choose(linear: _Linear, moment: Tensor, plan: PruningPlan, config: Compensa
         )
     elif config.chooses and bool(moment.diagonal().sum() > 0):
         try:
-            pools = _pools(linear.axis, linear.layer, plan)
+            pools = pools_of(linear.axis, linear.layer, plan)
             kept, refitted = eliminate_and_refit(linear.weight, moment, *pools, config.ridge)
         except ValueError as error:
             problem = f"{linear.name}: {error}"
@@ -302,7 +307,7 @@ def _gather_first_choice(local_kept: Tensor, groups: Groups) -> Tensor:
 
 def _refit(
     linear: _Linear, moment: Tensor, kept: Tensor, mine: _Choice, plan: PruningPlan, config: CompensationConfig
-) -> tuple[_Outcome, Tensor]:
+) -> tuple[Outcome, Tensor]:
     """One linear's outcome and its new full weight; where something stands in the way, it says so and `weight` stays.
     `kept` is what all ranks agreed on; where that is this rank's own choice, nothing is solved again.
 
@@ -316,29 +321,31 @@ def _refit(
         except ValueError as error:
             problem = f"{linear.name}: {error}"
     if result is None or problem is not None:
-        return _Outcome(RefittedLinear(*place, 0.0, 0.0), (), problem), linear.weight
-    return _Outcome(RefittedLinear(*place, result.plain_error, result.error), tuple(kept.tolist())), result.weight
+        return Outcome(RefittedLinear(*place, 0.0, 0.0), (), problem), linear.weight
+    return Outcome(RefittedLinear(*place, result.plain_error, result.error), tuple(kept.tolist())), result.weight
 
 
-def _only_cut(outcome: _Outcome, weight: Tensor) -> tuple[_Outcome, Tensor]:
+def _only_cut(outcome: Outcome, weight: Tensor) -> tuple[Outcome, Tensor]:
     """An outcome whose fit is not trusted: the kept columns of `weight` as they were."""
     cut, kept = torch.zeros_like(weight), list(outcome.kept)
     cut[:, kept] = weight[:, kept]
     linear = dataclasses.replace(outcome.linear, error=outcome.linear.plain_error)
-    return _Outcome(linear, outcome.kept, too_few_tokens=True), cut
+    return Outcome(linear, outcome.kept, too_few_tokens=True), cut
 
 
-def _say_what_was_not_refitted(outcomes: Sequence[_Outcome], plan: PruningPlan) -> None:
+def say_what_was_not_refitted(
+    outcomes: Sequence[Outcome], plan: PruningPlan, config: CompensationConfig | SequentialConfig
+) -> None:
     found = [outcome.linear for outcome in outcomes if outcome.too_few_tokens]
     if found:
         logger.warning(
             "%s experts (the first: expert %s of layer %s) saw fewer than %s calibration tokens, as many as they have "
-            "neurons, and were cut without refitting what is left. More prune.surgery.compensation.num_samples reach "
-            "more.",
+            "neurons, and were cut without refitting what is left. More prune.%s.num_samples reach more.",
             len(found),
             found[0].expert,
             found[0].layer,
             TOKENS_PER_INPUT * (plan.source.moe_ffn_hidden_size or 0),
+            config.KEY,
         )
 
 
@@ -350,7 +357,7 @@ def _columns(axis: str, kept: Tensor, plan: PruningPlan) -> Tensor:
     return (kept.unsqueeze(1) * channels + torch.arange(channels)).flatten()
 
 
-def _pools(axis: str, layer: int, plan: PruningPlan) -> tuple[Tensor, Tensor]:
+def pools_of(axis: str, layer: int, plan: PruningPlan) -> tuple[Tensor, Tensor]:
     """The pool of each neuron or head, and how many of each pool stay: as many as in the plan, of heads by group."""
     source, target = plan.source, plan.target
     if axis != "head":
@@ -361,7 +368,7 @@ def _pools(axis: str, layer: int, plan: PruningPlan) -> tuple[Tensor, Tensor]:
     return torch.arange(source.num_query_groups).repeat_interleave(source.heads_per_group), keep_of_group
 
 
-def _plan_of(plan: PruningPlan, outcomes: Sequence[_Outcome]) -> PruningPlan:
+def _plan_of(plan: PruningPlan, outcomes: Sequence[Outcome]) -> PruningPlan:
     """`plan` with the neurons and heads that stayed."""
     entries = {axis: getattr(plan, axis).clone() for axis in {outcome.linear.axis for outcome in outcomes}}
     for outcome in outcomes:

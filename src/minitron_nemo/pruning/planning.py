@@ -77,7 +77,7 @@ def plan_from_importance(
         group=group,
         layer=torch.tensor(kept_layers(importance, source, target.num_layers, layers=layers, depth=depth)),
         head_partner=head_partners(scores("head"), group, **heads) if merges else None,
-        norm_scale=norm_scales(str(surgery.chosen("norm_scale")), hidden, importance, source),
+        norm_scale=norm_scales(surgery.scales_norms_by, hidden, importance, source),
         origin={
             **importance.origin,
             "num_samples": importance.num_samples,

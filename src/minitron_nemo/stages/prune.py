@@ -26,6 +26,7 @@ from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.second_moments import CalibrationPass
+from minitron_nemo.pruning.sequential import refit_sequentially
 from minitron_nemo.pruning.targets import resolve_target
 from minitron_nemo.resuming import OnePass
 from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
@@ -167,8 +168,8 @@ class Job:
         require(
             not (runs_model and config.offline),
             "prune.surgery fits weights to calibration samples, which takes passes over the model, and "
-            "prune.offline=true never holds one. Set prune.surgery.compensate=false and "
-            "prune.surgery.correct_depth=false, or prune.offline=false.",
+            "prune.offline=true never holds one. Set prune.surgery.compensate=false, "
+            "prune.surgery.correct_depth=false and prune.surgery.refit=none, or prune.offline=false.",
         )
         if runs_model or config.rounds > 1 or self.plan is None:
             assert self._scores is not None
@@ -206,11 +207,14 @@ class Job:
         """This rank's part of the student, the plan it follows, and what fitting its weights came to.
 
         Args:
-            teacher: what stands in for dropped layers is fitted in this copy of it.
-        Communicates: see `correct_depth`, `prune_into` and `compensate`.
+            teacher: what stands in for dropped layers is fitted in this copy of it, and all that a sequential refit
+                changes.
+        Communicates: see `correct_depth`, `prune_into`, `compensate` and `refit_sequentially`.
         """
         trainer, surgery, groups = self._config.trainer, self._config.surgery, Groups.from_megatron()
         facts: dict[str, Any] = {}
+        if surgery.refits(plan.source, plan.target):
+            return self._refit(teacher, plan)
         if surgery.corrects_depth(plan.source, plan.target):
             config = surgery.depth_correction
             run = self._passes(teacher, config.num_samples, "depth correction")
@@ -225,6 +229,16 @@ class Job:
         refitted = compensate(between, of_blocks, groups, run, fit)
         facts["compensation"] = [asdict(each) for each in refitted.linears]
         return cut(between, refitted.plan, trainer), joined(plan, refitted.plan), facts
+
+    def _refit(self, teacher: MCoreGPTModel, plan: PruningPlan) -> tuple[MCoreGPTModel, PruningPlan, dict[str, Any]]:
+        config = self._config.surgery.sequential
+        if self._config.plan is not None:
+            config = replace(config, selection="scores")  # a plan that is given is followed
+        run = self._passes(teacher, config.num_samples, "sequential refit")
+        found = refit_sequentially(teacher, plan, Groups.from_megatron(), run, config)
+        student = cut(teacher, found.plan, self._config.trainer)
+        found.finish(student)
+        return student, found.plan, {"sequential_refit": [asdict(each) for each in found.places]}
 
     def _passes(self, core: MCoreGPTModel, num_samples: int, label: str) -> CalibrationPass:
         """Forward passes over the first of the drawn samples."""

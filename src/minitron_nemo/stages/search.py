@@ -257,8 +257,11 @@ class _Search:
     def _measuring(self) -> Measuring:
         config, trainer = self.config, self.config.trainer
         prepare_layout(trainer, self.source.shape, seq_length=trainer.seq_length, seed=config.seed)
-        teacher = engine.open_core(self.source, trainer, platform.dtype_of(trainer.precision))
-        return Measuring(teacher, self._held_out(), self.source.vocab_size, self._cut, self._ledger)
+        return Measuring(self._teacher(), self._held_out(), self.source.vocab_size, self._cut, self._ledger)
+
+    def _teacher(self) -> MCoreGPTModel:
+        trainer = self.config.trainer
+        return engine.open_core(self.source, trainer, platform.dtype_of(trainer.precision))
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -302,7 +305,10 @@ class _Search:
     def _cut(self, teacher: MCoreGPTModel, dims: Mapping[str, int]) -> MCoreGPTModel:
         job = prune.Job(self._prune_config(dims, ""), self.source, self._scores)
         job.draw_samples()
-        student, _, _ = job.cut(teacher, job.plan_for(teacher))
+        plan = job.plan_for(teacher)
+        if self.config.surgery.refits(plan.source, plan.target):
+            teacher = self._teacher()  # one that may be changed
+        student, _, _ = job.cut(teacher, plan)
         return student
 
     def _prune_config(self, dims: Mapping[str, int], output: str) -> PruneConfig:
