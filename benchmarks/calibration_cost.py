@@ -36,8 +36,8 @@ from importance import WIDE, forward, seconds_of, setup, start_alone, synchronis
 from minitron_nemo import platform
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.importance import ImportanceEstimator
+from minitron_nemo.least_squares.fits import eliminate_and_refit
 from minitron_nemo.parallel import Groups
-from minitron_nemo.pruning.least_squares import eliminate_and_refit
 from minitron_nemo.shape import ModelShape
 from support import one_by_one
 

@@ -18,7 +18,6 @@ from support.ranks import Ranks
 from support.tiny import TinyChain, compress_once, write_corpus, write_teacher
 from support.tiny_run import TinyRun, make_artifacts, prepare_other_sources
 
-
 _HEAVY = {"ranks", "door", "slurm_cluster"}
 
 

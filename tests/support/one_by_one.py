@@ -1,5 +1,5 @@
 """Compensated elimination as it is defined: one block at a time, each time the one whose loss raises the refitted error
-least, in float64 throughout. What `minitron_nemo.pruning.least_squares` is compared with, in tests and in time.
+least, in float64 throughout. What `minitron_nemo.least_squares.fits` is compared with, in tests and in time.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_nemo.pruning.least_squares import Refit
+from minitron_nemo.least_squares.fits import Refit
 
 ROWS_AT_ONCE = 128
 """Dropped inputs whose changes to a matrix are kept beside it."""

@@ -6,7 +6,7 @@
     expert_ffn           each kept expert's linear_fc2         [t, f/etp], routed tokens      etp, experts over ep
     shared_expert_ffn    mlp.shared_experts.linear_fc2         [s/cp, b, f/tp]                tp
 
-A calibration pass sums the second moment C = sum a a^T of each such input, and `least_squares.refit` gives the weight
+A calibration pass sums the second moment C = sum a a^T of each such input, and `fits.refit` gives the weight
 that best reproduces the uncut output from the kept inputs. It stands in the same place as before, with 0 in the dropped
 columns, so that plain surgery of those axes loses nothing more. Layers are done one after the other, each measured on
 the stream that the layers before it, already cut, really send; or all from one pass (`layers_at_once`).
@@ -16,7 +16,7 @@ pp exchange the outcome of each turn as small objects. The result is the same on
 neurons or heads that rounding parts, all ranks take the choice of the first one (tp, cp and dp, a gather of indices).
 
 Memory per rank, of each linear of the layers in turn: C's rows [f/tp, f] float64 while measuring (of experts [e/ep,
-f/etp, f]); for one linear at a time the whole C, and what `least_squares` needs.
+f/etp, f]); for one linear at a time the whole C, and what least squares need.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
+from minitron_nemo.least_squares.fits import Refit, eliminate_and_refit, refit
 from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan, axes_of
-from minitron_nemo.pruning.least_squares import Refit, eliminate_and_refit, refit
 from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, announced_batch
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt

@@ -32,10 +32,10 @@ from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import DepthCorrectionConfig
+from minitron_nemo.least_squares.fits import multiple_of, regress
 from minitron_nemo.parallel import Groups, all_gather_shards, all_reduce_sum, gather_objects, receive_from, send_to
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan
-from minitron_nemo.pruning.least_squares import multiple_of, regress
 from minitron_nemo.pruning.second_moments import (
     CalibrationPass,
     DenseInput,

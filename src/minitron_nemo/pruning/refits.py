@@ -12,7 +12,7 @@
                (E_P^T E_P * C + lambda) d = diag(E_P^T E X) minimises the squared error of the logits
     writer     W = P^T W_T + X (C + lambda)^-1,   C = sum a a^T,  X = sum r a^T,   r = P^T (teacher's stream behind it
                - the student's, by P^T W_T): least squares of the stream; of its neurons or heads those stay whose
-               loss raises that error least, and take over what the others said (least_squares.py)
+               loss raises that error least, and take over what the others said (least_squares/fits.py)
 
 lambda = ridge * mean of C's diagonal. What is missing is taken token by token and then summed, so where nothing is
 missing nothing changes, to the last bit.
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.checks import require
+from minitron_nemo.least_squares.fits import refit, regress
 from minitron_nemo.parallel import (
     Groups,
     all_gather_shards,
@@ -44,7 +45,6 @@ from minitron_nemo.parallel import (
 )
 from minitron_nemo.places import BuiltNorm
 from minitron_nemo.pruning.kept_stream import KeptStream, normalised, wide
-from minitron_nemo.pruning.least_squares import refit, regress
 from minitron_nemo.pruning.second_moments import DenseInput, SecondMoment, rows_that_count
 
 T = TypeVar("T")

@@ -32,6 +32,7 @@ from minitron_nemo.axes import norm_of, parameter_axes
 from minitron_nemo.axis_expressions import Named
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
+from minitron_nemo.least_squares.fits import eliminate
 from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, told_by
 from minitron_nemo.places import (
     EXPERT,
@@ -57,7 +58,6 @@ from minitron_nemo.pruning.compensation import (
 )
 from minitron_nemo.pruning.depth_correction import dropped_runs
 from minitron_nemo.pruning.kept_stream import KeptStream
-from minitron_nemo.pruning.least_squares import eliminate
 from minitron_nemo.pruning.refits import Fit, Reader, Writer
 from minitron_nemo.pruning.second_moments import CalibrationPass, ExpertInputs, announced_batch
 from minitron_nemo.pruning.two_streams import TwoStreams, capture

@@ -1,6 +1,6 @@
 """Which inputs a linear can best do without: blocks of them dropped where the refitted error rises least.
 
-    W', P    the optimal weight of what is left (least_squares.py) and (C + lambda)^-1 of it    [h, q], [q, q]
+    W', P    the optimal weight of what is left (fits.py) and (C + lambda)^-1 of it    [h, q], [q, q]
     R        upper factor of C + lambda: its rows of the inputs that surely stay                 [f - q, f]
 
 Dropping a block B raises the error by tr(W'_B [P_BB]^-1 W'_B^T) and leaves W' - W'_B [P_BB]^-1 P_B and
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_nemo.pruning.ridge import STRIP, cholesky, shift_of
+from minitron_nemo.least_squares.ridge import STRIP, cholesky, shift_of
 
 CANDIDATES = 1.25
 """Inputs that may be dropped, at least, for each that is; `POOL` more are."""
@@ -122,7 +122,7 @@ def eliminate_blocks(
 ) -> Elimination:
     """Drop blocks until each pool keeps its number.
 
-    Args: as of `least_squares.eliminate`; dtype: of W', P and R.
+    Args: as of `fits.eliminate`; dtype: of W', P and R.
     Raises: NotDefinite: C + lambda is not positive definite.
     """
     now = _begin(weight, moment, pool_of_block.to(moment.device), keep_of_pool.to(moment.device), ridge, dtype)

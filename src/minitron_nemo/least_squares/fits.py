@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitron_nemo.pruning.elimination import Elimination, eliminate_blocks
-from minitron_nemo.pruning.ridge import cholesky, energy, in_least_precision, shift_of
+from minitron_nemo.least_squares.elimination import Elimination, eliminate_blocks
+from minitron_nemo.least_squares.ridge import cholesky, energy, in_least_precision, shift_of
 
 
 @dataclass(frozen=True)
