@@ -311,6 +311,15 @@ def test_a_calibrated_cut_measures_what_its_importance_lacks(door: Door, scored:
 SEQUENTIAL = ["prune.surgery.refit=sequential", *CALIBRATED[1:]]
 
 
+def test_channels_chosen_in_rounds_are_refitted_at_the_end(door: Door, scored: list[str], tmp_path: Path) -> None:
+    done = door("prune", *scored, *SEQUENTIAL, "prune.rounds=2", f"prune.output={tmp_path / 'refitted'}")
+    assert done.code == 0, done.err
+    places = open_artifact(tmp_path / "refitted").facts["sequential_refit"]
+    assert all(each["error"] < each["plain_error"] for each in places)
+    plan = PruningPlan.load(tmp_path / "refitted")
+    assert plan.norm_scale is not None and plan.norm_scale.square().sub(4 / 3).abs().max() < 1e-6  # 32 to 24 channels
+
+
 @pytest.mark.parametrize("basis", ["channels", "rotation"])
 def test_a_sequential_refit_says_what_each_place_misses(
     door: Door, scored: list[str], tmp_path: Path, basis: str
