@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minitron_nemo.artifact import Artifact, open_artifact
+from minitron_nemo.config.pruning import SurgeryConfig
 from minitron_nemo.config.search import TIMED, SearchConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.report.table import count
@@ -219,15 +220,15 @@ def test_what_cannot_be_searched_is_said_before_a_model_is_loaded(
     assert not [*tmp_path.iterdir()]
 
 
-def measured(run: TinyRun, directory: Path) -> list[tuple[str, float, float]]:
+def measured(run: TinyRun, directory: Path, **changed: Any) -> list[tuple[str, float, float]]:
     """(candidate, loss, KL) of every candidate after its cut."""
     from minitron_nemo.stages.search import _Search
 
     values: dict[str, Any] = {"model": run.teacher, "importance": run.importance, "parameters": 0.8, "tolerance": 0.2}
+    values["space"] = {"hidden_size": [24, 32], "ffn_hidden_size": [48, 64], "num_attention_heads": [4, 8]}
     layout = current_layout()
     config = SearchConfig(
-        **values,
-        space={"hidden_size": [24, 32], "ffn_hidden_size": [48, 64], "num_attention_heads": [4, 8]},
+        **values | changed,
         trainer=TrainerConfig(
             **trainer_values(
                 tensor_model_parallel_size=layout.tp,
@@ -253,3 +254,17 @@ def test_every_layout_measures_the_same(ranks: Ranks, tiny_run: TinyRun, tmp_pat
         (name, pytest.approx(loss, rel=1e-4), pytest.approx(kl, rel=1e-3, abs=1e-6))
         for name, loss, kl in sorted(expected)
     ]
+
+
+def test_a_candidate_refitted_beside_the_teacher_leaves_it_to_the_others(
+    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    surgery = SurgeryConfig(refit="sequential")
+    [together] = ranks("single").run(measured, tiny_run, tmp_path / "together", surgery=surgery)
+    assert len(together) >= 3
+    name, loss, _ = together[-1]
+    sizes = dict(re.findall(r"([a-z]+)(\d+)", name))
+    dims = {"h": "hidden_size", "f": "ffn_hidden_size", "n": "num_attention_heads"}
+    space = {dims[letter]: [int(size)] for letter, size in sizes.items() if letter in dims}
+    [[alone]] = ranks("single").run(measured, tiny_run, tmp_path / "alone", surgery=surgery, space=space)
+    assert alone[:2] == (name, pytest.approx(loss, rel=1e-6))
