@@ -41,10 +41,11 @@ IN_SMALL = {
         "evaluate": {"num_samples": 16, "new_tokens": 4},
     },
     "real": {
-        "estimate_importance": {"importance": {"num_samples": 8}},
-        "prune_calibrated": {"surgery": {"compensation": {"num_samples": 8}}},
-        "distill": {"training": _STEPS},
-        "evaluate": {"num_samples": 8},
+        "trainer": {"micro_batch_size": 2, "global_batch_size": 2},
+        "estimate_importance": {"importance": {"num_samples": 4}},
+        "prune_calibrated": {"surgery": {"compensation": {"num_samples": 4}}},
+        "distill": {"training": _STEPS | {"steps": 2}},
+        "evaluate": {"num_samples": 4},
     },
 }
 """What is changed in a recipe: the commands are to be seen working, and what they find stands in the pages."""
