@@ -56,7 +56,7 @@ real: $(STAMP)
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 test: $(STAMP) $(NEWEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs -n $(WORKERS) --dist worksteal --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rsfE -n $(WORKERS) --dist worksteal --durations=20
 
 test-quick: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m quick

@@ -222,7 +222,7 @@ def kernels_of(run: Callable[[], Any]) -> list[dict[str, Any]]:
 def calibration(tiny: bool) -> tuple[dict[str, Any], Limits]:
     from calibration_cost import LINEARS, compensated
 
-    linears = {"linear_proj": (32, 48, 36, 4), "linear_fc2": (32, 64, 40, 1)} if tiny else LINEARS
+    linears = {"linear_proj": (32, 48, 4, 3, 3), "linear_fc2": (32, 64, 1, 1, 40)} if tiny else LINEARS
     return {name: compensated(*sizes) for name, sizes in linears.items()}, {}
 
 
