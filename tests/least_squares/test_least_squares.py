@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron_nemo.least_squares.fits import Refit, eliminate, eliminate_and_refit, refit
 from minitron_nemo.least_squares import elimination, ridge
+from minitron_nemo.least_squares.fits import Refit, eliminate, eliminate_and_refit, refit
 from support import one_by_one
 
 OUTPUTS, INPUTS, TOKENS, RIDGE = 7, 12, 50, 1e-2
