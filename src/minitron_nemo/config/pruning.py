@@ -96,15 +96,30 @@ class DepthChoice(Ranged):
     """Layers at the end that are never dropped."""
 
 
-def _require_selection(key: str, selection: str | None) -> None:
-    require(
-        selection is None or selection in SELECTIONS,
-        f"{key}.selection={selection} is not known; {did_you_mean(str(selection), SELECTIONS)}",
-    )
+@dataclass
+class _Selecting(Ranged):
+    """What chooses the neurons and heads that stay, where it refits what reads them."""
+
+    selection: str | None = None
+    """Which neurons and heads stay: those of the plan (scores), or in the same numbers those whose loss the refitted
+    weight makes up for worst, found by dropping one at a time (compensated_error). Null: compensated_error, and scores
+    where prune.plan names the plan to follow."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.selection is None or self.selection in SELECTIONS,
+            f"{self.KEY}.selection={self.selection} is not known; {did_you_mean(str(self.selection), SELECTIONS)}",
+        )
+
+    @property
+    def chooses(self) -> bool:
+        """Whether neurons and heads are chosen by what refitting could least make up for."""
+        return self.selection != "scores"
 
 
 @dataclass
-class CompensationConfig(Ranged):
+class CompensationConfig(_Selecting):
     """How the weights that read cut neurons and heads are refitted."""
 
     KEY: ClassVar[str] = "surgery.compensation"
@@ -117,23 +132,10 @@ class CompensationConfig(Ranged):
     selection. 0 needs more calibration tokens than inputs. 1e-2 is GPTQ's (arXiv:2210.17323)."""
     num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples of a pass, over all data-parallel ranks."""
-    selection: str | None = None
-    """Which neurons and heads stay: those of the plan (scores), or in the same numbers those whose loss the refitted
-    weight makes up for worst, found by dropping one at a time (compensated_error). Null: compensated_error, and scores
-    where prune.plan names the plan to follow."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_selection(self.KEY, self.selection)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether neurons and heads are chosen by what refitting could least make up for."""
-        return self.selection != "scores"
 
 
 @dataclass
-class SequentialConfig(Ranged):
+class SequentialConfig(_Selecting):
     """How all that reads and writes the residual stream is refitted, student beside teacher."""
 
     KEY: ClassVar[str] = "surgery.sequential"
@@ -145,17 +147,6 @@ class SequentialConfig(Ranged):
     """The same of linear_proj and linear_fc2, of their inputs."""
     num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples, over all data-parallel ranks."""
-    selection: str | None = None
-    """Which neurons and heads stay, as `surgery.compensation.selection` says it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require_selection(self.KEY, self.selection)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether neurons and heads are chosen by what refitting could least make up for."""
-        return self.selection != "scores"
 
 
 @dataclass
