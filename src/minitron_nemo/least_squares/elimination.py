@@ -113,8 +113,12 @@ class Elimination:
 
     def _inputs_of(self, blocks: Tensor) -> Tensor:
         """Places of the inputs of these blocks, given by place or by mask."""
-        places = blocks.nonzero().flatten() if blocks.dtype == torch.bool else blocks
-        return (places.unsqueeze(1) * self.width + torch.arange(self.width, device=places.device)).flatten()
+        return inputs_of(blocks.nonzero().flatten() if blocks.dtype == torch.bool else blocks, self.width)
+
+
+def inputs_of(blocks: Tensor, width: int) -> Tensor:
+    """The inputs of blocks [k] of `width` neighbouring inputs each: [k * width], in their order."""
+    return (blocks.unsqueeze(1) * width + torch.arange(width, device=blocks.device)).flatten()
 
 
 def eliminate_blocks(

@@ -36,6 +36,7 @@ from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
+from minitron_nemo.least_squares.elimination import inputs_of
 from minitron_nemo.least_squares.fits import Refit, eliminate_and_refit, refit
 from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects
 from minitron_nemo.places import READERS, in_layer
@@ -317,7 +318,8 @@ def _refit(
     result, problem = mine.refitted, mine.problem
     if problem is None and (result is None or not torch.equal(kept, mine.kept.cpu())):
         try:
-            result = refit(linear.weight, moment, _columns(linear.axis, kept, plan), config.ridge)
+            width = plan.source.kv_channels if linear.axis == "head" else 1
+            result = refit(linear.weight, moment, inputs_of(kept, width), config.ridge)
         except ValueError as error:
             problem = f"{linear.name}: {error}"
     if result is None or problem is not None:
@@ -347,14 +349,6 @@ def say_what_was_not_refitted(
             TOKENS_PER_INPUT * (plan.source.moe_ffn_hidden_size or 0),
             config.KEY,
         )
-
-
-def _columns(axis: str, kept: Tensor, plan: PruningPlan) -> Tensor:
-    """The kept inputs of the reading linear: kv_channels of each kept head."""
-    if axis != "head":
-        return kept
-    channels = plan.source.kv_channels
-    return (kept.unsqueeze(1) * channels + torch.arange(channels)).flatten()
 
 
 def pools_of(axis: str, layer: int, plan: PruningPlan) -> tuple[Tensor, Tensor]:

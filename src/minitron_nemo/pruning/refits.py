@@ -33,7 +33,8 @@ from torch import Tensor
 
 from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.checks import require
-from minitron_nemo.least_squares.fits import refit, regress
+from minitron_nemo.least_squares.elimination import inputs_of
+from minitron_nemo.least_squares.fits import regress
 from minitron_nemo.parallel import (
     Groups,
     all_gather_shards,
@@ -162,12 +163,12 @@ class Writer:
         self._products.add(rows, self._rows)
         self._power += rows.double().square().sum()
 
-    def solve(self, ridge: float, choose: Callable[[Tensor, Tensor], Tensor]) -> Fit:
+    def solve(self, ridge: float, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Fit:
         """Set the linear's weight, with 0 in the columns of what goes.
 
         Args:
             choose: from the best weight of all inputs [k, f] and their second moment [f, f] to the neurons or
-                heads that stay, ascending.
+                heads that stay, ascending, and the best weight [k, f] of their inputs alone.
         Communicates: see the module's text. Raises: ValueError, on every rank of the stage: see `regress`.
         """
         moment, power = self._input.merge_over_ranks(), self._power
@@ -183,9 +184,8 @@ class Writer:
 
         def work() -> tuple[Tensor, tuple[float, float, list[int]]]:
             best = plain + regress(moment, products, ridge) if _seen(moment) else plain
-            kept = choose(best, moment)
-            columns = _columns(kept, self._blocks, len(moment)).to(moment.device)
-            weight = best if len(columns) == len(moment) else refit(best, moment, columns, ridge).weight
+            kept, weight = choose(best, moment)
+            columns = inputs_of(kept, len(moment) // self._blocks).to(moment.device)
             cut = torch.zeros_like(plain)
             cut[:, columns] = plain[:, columns]
             shares = _shares(missing(torch.zeros_like(plain)), missing(cut), missing(weight))
@@ -219,12 +219,6 @@ def by_first_rank(name: str, work: Callable[[], tuple[Tensor, T]], like: Tensor,
     for group in over:
         solution = broadcast_from(solution, source=0, group=group)
     return solution, cast(T, said)
-
-
-def _columns(kept: Tensor, blocks: int, features: int) -> Tensor:
-    """The inputs of each kept one of `blocks` equal blocks."""
-    width = features // blocks
-    return (kept.unsqueeze(1) * width + torch.arange(width, device=kept.device)).flatten()
 
 
 def _shard(config: Any, groups: Groups) -> tuple[int, int]:

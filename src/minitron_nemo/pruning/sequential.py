@@ -32,7 +32,8 @@ from minitron_nemo.axes import norm_of, parameter_axes
 from minitron_nemo.axis_expressions import Named
 from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
-from minitron_nemo.least_squares.fits import eliminate
+from minitron_nemo.least_squares.elimination import inputs_of
+from minitron_nemo.least_squares.fits import eliminate_and_refit, refit
 from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, told_by
 from minitron_nemo.places import (
     EXPERT,
@@ -344,14 +345,19 @@ class _Stage:
         finally:
             handle.remove()
 
-        def choose(best: Tensor, moment: Tensor) -> Tensor:
-            if not is_cut(plan, axis):
-                return torch.arange(blocks)
-            if not self._config.chooses or not bool(moment.diagonal().sum() > 0):
-                return getattr(plan, axis)[index]
-            return eliminate(best, moment, *pools_of(axis, index, plan), self._config.writer_ridge)
+        ridge = self._config.writer_ridge
 
-        fit = writer.solve(self._config.writer_ridge, choose)
+        def choose(best: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+            if not is_cut(plan, axis):
+                return torch.arange(blocks), best
+            if self._config.chooses and bool(moment.diagonal().sum() > 0):
+                kept, refitted = eliminate_and_refit(best, moment, *pools_of(axis, index, plan), ridge)
+            else:
+                kept = getattr(plan, axis)[index]
+                refitted = refit(best, moment, inputs_of(kept, len(moment) // blocks), ridge)
+            return kept, refitted.weight
+
+        fit = writer.solve(ridge, choose)
         self._note(name, fit)
         if is_cut(plan, axis):
             self.kept.setdefault(axis, {})[index] = fit.kept
