@@ -31,10 +31,12 @@ class Measuring:
         """
         Args:
             held_out: this data-parallel rank's micro-batches.
-            cut: may change the teacher's linear_fc2 weights, which are put back.
+            cut: may change the teacher's parameters, which are put back from a copy on the host.
         """
         self._teacher, self._held_out, self._vocab_size, self._cut = teacher, held_out, vocab_size, cut
         self._ledger, self._states = ledger, TeacherStates(teacher, keep=True)
+        self._intact: list[torch.Tensor] = []
+        """The teacher's parameters, from the first cut on."""
 
     def teacher_loss(self) -> float:
         """Nats per token. Communicates: as `of`."""
@@ -45,12 +47,11 @@ class Measuring:
     def of(self, name: str, dims: Mapping[str, int]) -> Entry:
         """{loss, kl} in nats per token of the student with these dims. Communicates: all ranks."""
         if name not in self._ledger:
-            changed = {key: each for key, each in self._teacher.named_parameters() if "linear_fc2" in key}
-            before = {key: each.detach().clone() for key, each in changed.items()}
+            self._intact = self._intact or [each.detach().to("cpu", copy=True) for each in self._teacher.parameters()]
             student = self._cut(self._teacher, dims)
             with torch.no_grad():
-                for key, each in changed.items():
-                    each.copy_(before[key])
+                for each, before in zip(self._teacher.parameters(), self._intact, strict=True):
+                    each.copy_(before)
             self._ledger.put(name, self._measure(student, name, self._states))
         return self._ledger[name]
 

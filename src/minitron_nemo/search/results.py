@@ -1,13 +1,19 @@
-"""What a search came to: its table for people, the same as data, and the recipe of the winner."""
+"""What a search came to: its candidates as data and as a table for people, and the recipe of the winner."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 from rich import box
 from rich.table import Table
+
+from minitron_nemo.config.search import TIMED, ConstraintsConfig
+from minitron_nemo.pruning.targets import memory_bytes
+from minitron_nemo.shape import ModelShape
 
 _COLUMNS = (
     "rank",
@@ -21,6 +27,59 @@ _COLUMNS = (
     "distilled",
     "tokens",
 )
+
+
+@dataclass
+class Candidate:
+    """One shape, and what is known of it so far."""
+
+    name: str
+    dims: dict[str, int]
+    shape: ModelShape
+    price: float
+    loss_cut: float | None = None
+    kl_cut: float | None = None
+    times: dict[str, float] = field(default_factory=dict)
+    """See search/latency.py; empty: it was not timed."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    """(steps, held-out loss) at each rung it came to."""
+    on_front: bool = False
+
+    @property
+    def order(self) -> tuple[float, ...]:
+        """What ranks it: how far it came, then its loss there; before any training after the cut, and by its price."""
+        steps, loss = self.curve[-1] if self.curve else (0, math.inf)
+        cut = math.inf if self.loss_cut is None else self.loss_cut
+        return (-steps, math.inf if math.isnan(loss) else loss, cut, self.price)
+
+
+def rows_of(candidates: Sequence[Candidate], tokens_per_step: int, limits: ConstraintsConfig) -> list[dict[str, Any]]:
+    """`candidates` of search.json, see docs/search.md.
+
+    Args:
+        candidates: best first.
+        limits: say for which batch, context and type memory is counted.
+    """
+    counted = {name: getattr(limits, name) for name in ("batch_size", "seq_length", "bytes_per_value")}
+    return [
+        {
+            "id": each.name,
+            "dims": each.dims,
+            "parameters": each.shape.num_parameters,
+            "non_embedding_parameters": each.shape.num_non_embedding_parameters,
+            "memory_bytes": memory_bytes(each.shape, **counted),
+            **{name: each.times.get(name) for name in TIMED},
+            "price": each.price,
+            "loss_cut": each.loss_cut,
+            "kl_cut": each.kl_cut,
+            "curve": [[steps * tokens_per_step, loss] for steps, loss in each.curve],
+            "tokens": each.curve[-1][0] * tokens_per_step if each.curve else 0,
+            "rung": len(each.curve),
+            "rank": rank,
+            "on_front": each.on_front,
+        }
+        for rank, each in enumerate(candidates, start=1)
+    ]
 
 
 def table_of(candidates: Sequence[Mapping[str, Any]]) -> Table:

@@ -22,7 +22,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,11 @@ from minitron_nemo import engine, platform
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact, writing
 from minitron_nemo.checks import Mistake, Paused, require
 from minitron_nemo.config.identity import as_dict, decisive, differences
-from minitron_nemo.config.search import TIMED, SearchConfig
+from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.stages import DistillConfig, PruneConfig
 from minitron_nemo.config.trainer import Calibrating
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
-from minitron_nemo.pruning.targets import memory_bytes, parse_count
+from minitron_nemo.pruning.targets import parse_count
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtime.training_run import HISTORY
 from minitron_nemo.search.constraints import constraints_of, feasible, limit, timed_constraints_of
@@ -48,39 +48,14 @@ from minitron_nemo.search.latency import Times, require_timable, times_here, why
 from minitron_nemo.search.ledger import Entry, Ledger
 from minitron_nemo.search.measuring import Measuring
 from minitron_nemo.search.pricing import default_space, name_of, on_front, points_of, prices
-from minitron_nemo.search.results import markdown_of, table_of, winners_recipe
+from minitron_nemo.search.results import Candidate, markdown_of, rows_of, table_of, winners_recipe
 from minitron_nemo.search.share import Share
 from minitron_nemo.search.space import Space
-from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, prune
 from minitron_nemo.stages.training import directory_of_run
 from minitron_nemo.text.blend import held_out_sources, open_blend, require_tokenizer_of
 from minitron_nemo.text.tokenizer import load_tokenizer
 from minitron_nemo.text.windows import batches
-
-
-@dataclass
-class Candidate:
-    """One shape, and what is known of it so far."""
-
-    name: str
-    dims: dict[str, int]
-    shape: ModelShape
-    price: float
-    loss_cut: float | None = None
-    kl_cut: float | None = None
-    times: dict[str, float] = field(default_factory=dict)
-    """See search/latency.py; empty: it was not timed."""
-    curve: list[tuple[int, float]] = field(default_factory=list)
-    """(steps, held-out loss) at each rung it came to."""
-    on_front: bool = False
-
-    @property
-    def order(self) -> tuple[float, ...]:
-        """What ranks it: how far it came, then its loss there; before any training after the cut, and by its price."""
-        steps, loss = self.curve[-1] if self.curve else (0, math.inf)
-        cut = math.inf if self.loss_cut is None else self.loss_cut
-        return (-steps, math.inf if math.isnan(loss) else loss, cut, self.price)
 
 
 def run(config: SearchConfig) -> Artifact:
@@ -257,11 +232,8 @@ class _Search:
     def _measuring(self) -> Measuring:
         config, trainer = self.config, self.config.trainer
         prepare_layout(trainer, self.source.shape, seq_length=trainer.seq_length, seed=config.seed)
-        return Measuring(self._teacher(), self._held_out(), self.source.vocab_size, self._cut, self._ledger)
-
-    def _teacher(self) -> MCoreGPTModel:
-        trainer = self.config.trainer
-        return engine.open_core(self.source, trainer, platform.dtype_of(trainer.precision))
+        teacher = engine.open_core(self.source, trainer, platform.dtype_of(trainer.precision))
+        return Measuring(teacher, self._held_out(), self.source.vocab_size, self._cut, self._ledger)
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -305,10 +277,7 @@ class _Search:
     def _cut(self, teacher: MCoreGPTModel, dims: Mapping[str, int]) -> MCoreGPTModel:
         job = prune.Job(self._prune_config(dims, ""), self.source, self._scores)
         job.draw_samples()
-        plan = job.plan_for(teacher)
-        if self.config.surgery.refits(plan.source, plan.target):
-            teacher = self._teacher()  # one that may be changed
-        student, _, _ = job.cut(teacher, plan)
+        student, _, _ = job.cut(teacher, job.plan_for(teacher))
         return student
 
     def _prune_config(self, dims: Mapping[str, int], output: str) -> PruneConfig:
@@ -397,33 +366,7 @@ class _Search:
 
     def result(self, candidates: Sequence[Candidate]) -> dict[str, Any]:
         """search.json, see docs/search.md."""
-        per_step, limits = self.config.trainer.tokens_per_step, self.config.constraints
-        rows = []
-        for rank, each in enumerate(candidates, start=1):
-            memory = memory_bytes(
-                each.shape,
-                batch_size=limits.batch_size,
-                seq_length=limits.seq_length,
-                bytes_per_value=limits.bytes_per_value,
-            )
-            rows.append(
-                {
-                    "id": each.name,
-                    "dims": each.dims,
-                    "parameters": each.shape.num_parameters,
-                    "non_embedding_parameters": each.shape.num_non_embedding_parameters,
-                    "memory_bytes": memory,
-                    **{name: each.times.get(name) for name in TIMED},
-                    "price": each.price,
-                    "loss_cut": each.loss_cut,
-                    "kl_cut": each.kl_cut,
-                    "curve": [[steps * per_step, loss] for steps, loss in each.curve],
-                    "tokens": each.curve[-1][0] * per_step if each.curve else 0,
-                    "rung": len(each.curve),
-                    "rank": rank,
-                    "on_front": each.on_front,
-                }
-            )
+        rows = rows_of(candidates, self.config.trainer.tokens_per_step, self.config.constraints)
         distilled = [each for each in candidates if each.curve]
         return {
             "target": self._target(),
