@@ -55,11 +55,13 @@ real: $(STAMP)
 	done
 
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
+TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
 test: $(STAMP) $(NEWEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rsfE -n $(WORKERS) --dist worksteal --durations=20
+	$(TESTS) -rsfE --durations=20
 
 test-quick: $(STAMP) $(NEWEST)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m quick
+	$(TESTS) -m quick
 
 # tests/gpu, and what other rooms' tests take an accelerator's path in where there is one.
 ON_A_GPU := tests/gpu tests/distillation/test_offload.py tests/divergence/test_triton_kernels.py \

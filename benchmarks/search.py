@@ -231,8 +231,8 @@ def main() -> int:
             print(size, each["id"], *cuts, each["curve_of_seed"])
         print(json.dumps({key: value for key, value in found.items() if key != "candidates"}, indent=2))
     if given.save:
-        name = "_".join(["search", *(str(size) for size in given.sizes if tuple(given.sizes) != SIZES)])
-        path = Path(__file__).parent / "results" / f"{name}.json"
+        own = "" if tuple(given.sizes) == SIZES else "".join(f"_{size}" for size in given.sizes)
+        path = Path(__file__).parent / "results" / f"search{own}.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
     problems = [
         f"{size} of the parameters, seed {seed}: {words}"

@@ -79,13 +79,15 @@ def test_a_door_imports_what_it_needs_alone(door: str, tmp_path: Path) -> None:
 def test_on_a_busy_machine_threads_that_wait_leave_the_core_to_others_soon(
     load: float, given: dict[str, str], changed: str | None
 ) -> None:
-    """As libgomp says itself when torch loads it."""
+    """As libgomp says itself when torch loads it; a torch may come with another OpenMP, which has no such setting."""
     variables = {name: value for name, value in environment().items() if name != "GOMP_SPINCOUNT"}
     loaded = f"import os; os.getloadavg = lambda: ({load}, 0.0, 0.0)"
-    script = f"{loaded}; from minitron_nemo.cli import set_up_environment; set_up_environment(); import torch"
+    script = f"{loaded}; from minitron_nemo.cli import set_up_environment; set_up_environment(); import torch; "
+    script += "print('libgomp' in open('/proc/self/maps').read())"
     command = [sys.executable, "-c", script]
     done = run_patiently(command, env=variables | given | {"OMP_DISPLAY_ENV": "verbose"}, stderr=subprocess.STDOUT)
     found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stdout)
-    if not found:
+    if done.stdout.endswith("False\n"):
         pytest.skip("this torch has another OpenMP than libgomp")
+    assert found is not None, done.stdout
     assert found[1] == changed if changed else int(found[1]) > 1000
