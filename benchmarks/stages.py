@@ -34,13 +34,22 @@ class Stages:
     """Stages of a recipe with other values; what stands in `run_dir` already is taken."""
 
     def __init__(
-        self, run_dir: Path, shared: list[str], recipe: str = "quickstart", precision: str = PRECISION
+        self,
+        run_dir: Path,
+        shared: list[str],
+        recipe: str = "quickstart",
+        precision: str = PRECISION,
+        seq_length: int | None = None,
+        held_out: int = HELD_OUT,
     ) -> None:
         """
         Args:
             shared: overrides of every stage.
+            seq_length: of held-out samples; None: the model's context.
+            held_out: how many.
         """
         self.run_dir, self.precision = run_dir, precision
+        self._held_out = {"seq_length": seq_length, "num_samples": held_out}
         self.shared = [f"recipe={recipe}", f"run_dir={run_dir}", f"trainer.precision={precision}", *shared]
 
     def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
@@ -54,12 +63,14 @@ class Stages:
         """Held-out loss of every micro-batch, nats per token, kept beside the model."""
         kept = model.path.with_name(f"{model.path.name}.on_{data}.json")
         if not kept.is_file():
-            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data, self.precision)))
+            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data, self.precision, **self._held_out)))
         losses: list[float] = json.loads(kept.read_text())
         return losses
 
 
-def held_out_losses(model: Artifact, data: Path, precision: str) -> list[float]:
+def held_out_losses(
+    model: Artifact, data: Path, precision: str, seq_length: int | None, num_samples: int
+) -> list[float]:
     from minitron_nemo import engine, platform
     from minitron_nemo.config.trainer import TrainerConfig
     from minitron_nemo.runtime.forward import loss_sums
@@ -69,9 +80,10 @@ def held_out_losses(model: Artifact, data: Path, precision: str) -> list[float]:
     from minitron_nemo.text.windows import batches
 
     source = engine.open_model(model.path, key="model")
-    trainer = TrainerConfig(precision=precision, seq_length=source.shape.seq_length, micro_batch_size=8)
+    seq_length = seq_length or source.shape.seq_length
+    trainer = TrainerConfig(precision=precision, seq_length=seq_length, micro_batch_size=8)
     prepare_layout(trainer, source.shape)
-    held_out = batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, HELD_OUT, seed=0)
+    held_out = batches(split_prefixes(open_artifact(data), VALIDATION), trainer.seq_length, 8, num_samples, seed=0)
     core = engine.open_core(source, trainer, platform.dtype_of(trainer.precision))
     sums = loss_sums(core, held_out, source.vocab_size, label="held out", total=len(held_out))
     return [float(loss / tokens) for loss, tokens in sums]

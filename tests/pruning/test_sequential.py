@@ -16,6 +16,7 @@ from torch import Tensor
 from minitron_nemo.axes import norm_number, norm_of
 from minitron_nemo.axis_expressions import norm_gamma
 from minitron_nemo.config.pruning import SequentialConfig
+from minitron_nemo.least_squares.held_out import RIDGES, Sums, best_ridge
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
@@ -30,7 +31,7 @@ from support.ranks import Ranks
 SHAPE = smaller(TINY, num_layers=3, layernorm_epsilon=1e-9)  # epsilon weighs otherwise in a narrower norm
 TIED = smaller(SHAPE, share_embeddings_and_output_weights=True)
 WIDTH = {"hidden_size": 14, "ffn_hidden_size": 18, "num_attention_heads": 4}
-RIDGE = {"reader_ridge": 1e-2, "writer_ridge": 2e-2}
+RIDGE = {"reader_ridge": 1e-2, "writer_ridge": 2e-2, "held_out": 0}
 
 PLANS: dict[str, PruningPlan] = {
     "channels": random_plan(SHAPE, **WIDTH),
@@ -91,12 +92,13 @@ def build(shape: ModelShape, **options: Any) -> Any:
     )
 
 
-def refitted(cut: str, **options: Any) -> tuple[Weights, SequentialRefit]:
+def refitted(cut: str, micro_batch: int = 2, **options: Any) -> tuple[Weights, SequentialRefit]:
     """The student's full weights on the current layout, and the outcome."""
     plan = (PLANS | WITH_EXPERTS)[cut]
     model = build(plan.source)
     config = SequentialConfig(**{**RIDGE, "selection": "scores"} | options)
-    found = refit_sequentially(model, plan, Groups.from_megatron(), calibration(model), config)
+    run = calibration(model, micro_batch=micro_batch)
+    found = refit_sequentially(model, plan, Groups.from_megatron(), run, config)
     return full_weights(student_of(model, found), plan.target), dataclasses.replace(found, output=None)
 
 
@@ -227,6 +229,8 @@ class ByHand:
         wanted = after @ self.p - here[mine + before]
         if mine + name + ".bias" in self.parameters:
             wanted = wanted - self.parameters[mine + name + ".bias"].double()
+        per_token = (after.square().mean(1, keepdim=True) + SHAPE.layernorm_epsilon).rsqrt()
+        inputs, wanted = inputs * per_token, wanted * per_token
         start = self.p.t() @ self.weights[theirs + name + ".weight"].double()
         shift = RIDGE["writer_ridge"] * float(inputs.square().sum(0).mean())
         columns = self.columns(source, name)
@@ -320,7 +324,7 @@ def test_channels_that_follow_from_those_kept_are_not_missed(shape: ModelShape) 
             parameter.fill_(0.7)  # otherwise no weights of the student's norm say it
     whole = run_gpt(teacher, TOKENS)
     plan = dataclasses.replace(random_plan(shape, hidden_size=keep), hidden=torch.arange(keep))
-    options = SequentialConfig(reader_ridge=1e-9, writer_ridge=1e-9)
+    options = SequentialConfig(reader_ridge=1e-9, writer_ridge=1e-9, held_out=0)
     found = refit_sequentially(teacher, plan, Groups.from_megatron(), calibration(teacher), options)
     said = run_gpt(student_of(teacher, found), TOKENS)
     assert (said - whole).norm() < 1e-4 * whole.norm()
@@ -360,8 +364,64 @@ def test_a_refitted_student_is_nearer_to_its_teacher_than_a_cut_one() -> None:
         assert after < 0.8 * before, cut
 
 
+@torch.no_grad()
+def test_held_out_tokens_are_not_fitted_and_tell_what_the_student_misses() -> None:
+    plan, options = PLANS["channels"], {"reader_ridge": 1e-2, "writer_ridge": 2e-2, "selection": "scores"}
+    of_all, of_three_quarters = build_gpt(plan.source), build_gpt(plan.source)
+    run = calibration(of_all, micro_batch=2)  # the last of four is held out
+    found = refit_sequentially(of_all, plan, Groups.from_megatron(), run, SequentialConfig(held_out=0.25, **options))
+    run = calibration(of_three_quarters, TOKENS[:6], MASK[:6], micro_batch=2)
+    alone = refit_sequentially(
+        of_three_quarters, plan, Groups.from_megatron(), run, SequentialConfig(held_out=0, **options)
+    )
+    student = student_of(of_all, found)
+    expected = full_weights(student_of(of_three_quarters, alone), plan.target)
+    assert_near(full_weights(student, plan.target), expected, 1e-6)
+    assert all(place.held_out_error is None for place in alone.places)
+
+    place = next(each for each in found.places if each.name == "decoder.layers.0.mlp.linear_fc2")
+    before = held_out_stream(student, "decoder.layers.0.pre_mlp_layernorm")
+    theirs, mine = (
+        held_out_stream(each, "decoder.layers.1.input_layernorm") for each in (build_gpt(plan.source), student)
+    )
+    per_token = (theirs.square().mean(1, keepdim=True) + SHAPE.layernorm_epsilon).rsqrt()
+    wanted, missing = ((theirs[:, plan.hidden] - each) * per_token for each in (before, mine))
+    assert place.held_out_error == pytest.approx(float(missing.square().sum() / wanted.square().sum()), rel=1e-3)
+
+
+def held_out_stream(model: Any, norm: str) -> Tensor:
+    """What enters a norm for the last of four micro-batches, [t, c] float64."""
+    entering: list[Tensor] = []
+    model.get_submodule(norm).register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    run_gpt(model, TOKENS[6:])
+    return entering[0][MASK[6:].t() != 0].double()
+
+
+@pytest.mark.parametrize("signal", [0.0, 1.0])
+def test_ridges_are_what_held_out_tokens_miss_least_with(signal: float) -> None:
+    """A student with nothing to learn takes the largest; its channels of a stream that it sees whole, a small one."""
+    generator = torch.Generator().manual_seed(7)
+    inputs, map_ = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((90, 20), (5, 20)))
+    noise = torch.randn(90, 5, generator=generator, dtype=torch.float64)
+    missing = signal * inputs @ map_.t() + noise
+    fitted, held_out = (
+        Sums(each.t() @ each, rows.t() @ each, rows.square().sum())
+        for each, rows in ((inputs[:60], missing[:60]), (inputs[60:], missing[60:]))
+    )
+    errors = {}
+    for ridge in RIDGES:
+        shift = ridge * float(inputs[:60].square().sum(0).mean())
+        solution = ridge_toward(torch.zeros(5, 20, dtype=torch.float64), inputs[:60], missing[:60], shift)
+        errors[ridge] = float((missing[60:] - inputs[60:] @ solution.t()).square().sum())
+        assert float(held_out.missed_by(fitted.fit(ridge))) == pytest.approx(errors[ridge], rel=1e-9)
+    assert best_ridge(fitted, held_out) == min(errors, key=lambda ridge: errors[ridge])
+    assert (best_ridge(fitted, held_out) == RIDGES[-1]) == (signal == 0)
+
+
 def on_this_layout(cut: str) -> tuple[Weights, SequentialRefit]:
-    return refitted(cut, selection="compensated_error")
+    return refitted(
+        cut, micro_batch=1, selection="compensated_error", held_out=0.5, reader_ridge=None, writer_ridge=None
+    )
 
 
 on_one_process = functools.cache(on_this_layout)
@@ -384,6 +444,7 @@ def test_the_refit_is_the_same_on_every_layout(ranks: Ranks, cut: str, layout: s
         assert [place.name for place in found.places] == [place.name for place in outcome.places]
         errors = [place.error for place in outcome.places]
         assert [place.error for place in found.places] == pytest.approx(errors, rel=1e-3), where
+        assert [place.ridge for place in found.places] == [place.ridge for place in outcome.places], where
 
 
 def refused(plan: PruningPlan, mask: Tensor = MASK, broken: bool = False, **options: Any) -> None:
@@ -453,7 +514,7 @@ def test_bf16_weights_stay_bf16_and_near_the_float32_solution() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reader_ridge": -0.1}, r"surgery.sequential.reader_ridge=-0.1 must be at least 0; the default is 0.01"),
+        ({"reader_ridge": -0.1}, r"surgery.sequential.reader_ridge=-0.1 must be at least 0, or null"),
         ({"writer_ridge": float("nan")}, r"surgery.sequential.writer_ridge=nan must be a finite number at least 0"),
         ({"num_samples": 0}, r"surgery.sequential.num_samples=0 must be at least 1; try 256"),
         ({"selection": "score"}, r"surgery.sequential.selection=score is not known; did you mean scores\?"),

@@ -140,11 +140,15 @@ class SequentialConfig(_Selecting):
 
     KEY: ClassVar[str] = "surgery.sequential"
 
-    reader_ridge: float = ranged(1e-2, at_least=0)
+    reader_ridge: float | None = ranged(None, at_least=0)
     """What keeps the matrices behind a norm near plain selection, as a fraction of the mean square of what they read.
-    Large: plain selection. 0 needs more calibration tokens than channels."""
-    writer_ridge: float = ranged(1e-2, at_least=0)
+    Large: plain selection. 0 needs more calibration tokens than channels. Null: at each norm the one with which the
+    held-out tokens miss least."""
+    writer_ridge: float | None = ranged(None, at_least=0)
     """The same of linear_proj and linear_fc2, of their inputs."""
+    held_out: float = ranged(0.25, at_least=0, at_most=0.5, mend="try 0.25")
+    """Share of the calibration micro-batches that is not fitted: what ridges are chosen by, and what tells how well the
+    student will do on other text."""
     num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples, over all data-parallel ranks."""
 

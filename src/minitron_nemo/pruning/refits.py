@@ -10,12 +10,14 @@
                gamma 1
     tied       of a tied output layer E the kept columns stay, and gamma g = gamma P + d is what changes:
                (E_P^T E_P * C + lambda) d = diag(E_P^T E X) minimises the squared error of the logits
-    writer     W = P^T W_T + X (C + lambda)^-1,   C = sum a a^T,  X = sum r a^T,   r = P^T (teacher's stream behind it
-               - the student's, by P^T W_T): least squares of the stream; of its neurons or heads those stay whose
-               loss raises that error least, and take over what the others said (least_squares/fits.py)
+    writer     W = P^T W_T + X (C + lambda)^-1,   C = sum w a a^T,  X = sum w r a^T,   r = P^T (teacher's stream behind
+               it - the student's, by P^T W_T),  w = 1 / mean square of the teacher's stream behind it: least squares
+               of the stream, by which a norm divides; of its neurons or heads those stay whose loss raises that error
+               least, and take over what the others said (least_squares/fits.py)
 
-lambda = ridge * mean of C's diagonal. What is missing is taken token by token and then summed, so where nothing is
-missing nothing changes, to the last bit.
+lambda = ridge * mean of C's diagonal; the ridge is given, or the one with which the held-out tokens miss least, which
+pass through the same student and are fitted nowhere (least_squares/held_out.py). What is missing is taken token by
+token and then summed, so where nothing is missing nothing changes, to the last bit.
 
 Communication: a micro-batch as DenseInput, and tp gathers r under sequence parallelism; a solve sums over what splits
 tokens (dp, cp, tp under sequence parallelism), once, and gathers a writer's over tp; then the first rank of a pipeline
@@ -26,7 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ from minitron_nemo.activations.tokens import AnnouncedBatch
 from minitron_nemo.checks import require
 from minitron_nemo.least_squares.elimination import inputs_of
 from minitron_nemo.least_squares.fits import regress
+from minitron_nemo.least_squares.held_out import USUAL, Sums, best_ridge
 from minitron_nemo.parallel import (
     Groups,
     all_gather_shards,
@@ -47,8 +50,12 @@ from minitron_nemo.parallel import (
 from minitron_nemo.places import BuiltNorm
 from minitron_nemo.pruning.kept_stream import KeptStream, normalised, wide
 from minitron_nemo.pruning.second_moments import DenseInput, SecondMoment, rows_that_count
+from minitron_nemo.pruning.two_streams import PARTS
 
 T = TypeVar("T")
+Choose: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+"""(best weight of all inputs [k, f], their second moment [f, f], ridge) -> the neurons or heads that stay, ascending,
+and the best weight [k, f] of their inputs alone."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,14 @@ class Fit:
     solution: Tensor
     """Of a reader D [h, k], of a tied output layer d [k], of a writer W [k, f]; float64."""
     plain_error: float
-    """Share of the wanted output's sum of squares that is missing with plain selection, over the calibration tokens."""
+    """Share of the wanted output's sum of squares that is missing with plain selection, over the fitted tokens."""
     error: float
     """The same of the refitted one."""
+    held_out_error: float | None
+    """The same over the tokens held out; None: there are none."""
+    ridge: float
     kept: tuple[int, ...] = ()
     """Of a writer: the neurons or heads that stay."""
-
-    @classmethod
-    def of(cls, outcome: tuple[Tensor, tuple[Any, ...]]) -> Fit:
-        solution, (plain_error, error, *kept) = outcome
-        return cls(solution, plain_error, error, tuple(kept[0]) if kept else ())
 
 
 class Reader:
@@ -78,59 +83,67 @@ class Reader:
         self.norm, self._stream, self._groups = norm, stream, groups
         device = norm.gamma().device
         self._shard = _shard(norm.config, groups)
-        self._moment = SecondMoment(stream.keep, stream.keep, device)
-        self._products = SecondMoment(stream.size, stream.keep, device)
-        self._powers = torch.zeros(2, dtype=torch.float64, device=device)  # of what is missing, of what is wanted
+        self._moments = [SecondMoment(stream.keep, stream.keep, device) for _ in PARTS]
+        self._products = [SecondMoment(stream.size, stream.keep, device) for _ in PARTS]
+        self._powers = torch.zeros(len(PARTS), 2, dtype=torch.float64, device=device)  # of what is missing; is wanted
 
-    def see(self, teacher: Tensor, student: Tensor, current: AnnouncedBatch) -> None:
+    def see(self, teacher: Tensor, student: Tensor, current: AnnouncedBatch, part: int) -> None:
         """Add both streams as they enter the norm."""
         rows_of = current.mask(*self._shard).rows_of
         theirs, mine = (normalised(self.norm, rows_of(stream)) for stream in (teacher, student))
         gamma, coordinates = self.norm.gamma().to(theirs.dtype), self._stream.coordinates(mine)
         missing = gamma * (theirs - mine)
-        self._moment.add(coordinates, coordinates)
-        self._products.add(missing, coordinates)
-        self._powers += torch.stack([each.double().square().sum() for each in (missing, gamma * theirs)])
+        self._moments[part].add(coordinates, coordinates)
+        self._products[part].add(missing, coordinates)
+        self._powers[part] += torch.stack([each.double().square().sum() for each in (missing, gamma * theirs)])
 
-    def solve(self, ridge: float) -> Fit:
-        """Communicates: see the module's text. Raises: ValueError, on every rank of the stage: see `regress`."""
-        moment, products, powers = self._sums()
+    def solve(self, ridge: float | None) -> Fit:
+        """
+        Args:
+            ridge: None: the one with which the held-out tokens miss least.
+        Communicates: see the module's text. Raises: ValueError, on every rank of the stage: see `regress`.
+        """
+        (fitted, held_out), wanted = self._sums()
 
-        def work() -> tuple[Tensor, tuple[float, float]]:
-            change = regress(moment, products, ridge) if _seen(moment) else torch.zeros_like(products)
-            gain = 2 * (products * change).sum() - ((change @ moment) * change).sum()
-            return change, _shares(powers[1], powers[0], powers[0] - gain)
+        def work() -> tuple[Tensor, tuple[Any, ...]]:
+            change, used = _fit(fitted, held_out, ridge)
+            shares = _share(fitted.power, wanted[0]), _share(fitted.missed_by(change), wanted[0])
+            return change, (*shares, _share_held_out(held_out, change, wanted[1]), used)
 
-        return Fit.of(by_first_rank(self.name, work, products, self._groups))
+        return _as_fit(by_first_rank(self.name, work, fitted.products, self._groups))
 
     def solve_tied(self, output: Tensor, ridge: float) -> Fit:
         """As `solve`, of the gamma before a tied output layer [v/tp, h]; errors are those of what the layer reads.
 
         Communicates: also tp, E_P^T E [k, h].
         """
-        moment, products, powers = self._sums()
-        gram = SecondMoment(self._stream.keep, self._stream.size, moment.device)
+        (fitted, held_out), wanted = self._sums()
+        gram = SecondMoment(self._stream.keep, self._stream.size, fitted.moment.device)
         gram.add(self._stream.coordinates(output.detach()), output.detach())
         whole = gram.merge_over([self._groups.tp])
 
-        def work() -> tuple[Tensor, tuple[float, float]]:
+        def work() -> tuple[Tensor, tuple[Any, ...]]:
             change = torch.zeros_like(whole[:, 0])
-            if _seen(moment):
-                curvature, wanted = self._stream.coordinates(whole) * moment, (whole @ products).diagonal()
-                change = regress(curvature, wanted.unsqueeze(0), ridge).squeeze(0)
-            missed = self._stream.coordinates(products.t()).diagonal()
-            gain = 2 * (missed * change).sum() - (moment.diagonal() * change.square()).sum()
-            return change, _shares(powers[1], powers[0], powers[0] - gain)
+            if _seen(fitted.moment):
+                curvature, wish = self._stream.coordinates(whole) * fitted.moment, (whole @ fitted.products).diagonal()
+                change = regress(curvature, wish.unsqueeze(0), ridge).squeeze(0)
+            change_of_all = self._stream.spread(torch.diag(change).t()).t()  # [h, k]
+            shares = _share(fitted.power, wanted[0]), _share(fitted.missed_by(change_of_all), wanted[0])
+            return change, (*shares, _share_held_out(held_out, change_of_all, wanted[1]), ridge)
 
-        return Fit.of(by_first_rank(self.name, work, whole[:, 0], self._groups))
+        return _as_fit(by_first_rank(self.name, work, whole[:, 0], self._groups))
 
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums(self) -> tuple[tuple[Sums, Sums], Tensor]:
+        """Of the fitted tokens and those held out, and the sum of squares of what is wanted of each, [2]."""
         over = [self._groups.cp, self._groups.dp, *([self._groups.tp] if self._shard[1] > 1 else [])]
         powers = self._powers
         for group in over:
             powers = all_reduce_sum(powers, group=group)
-        moment, products = self._moment.merge_over(over), self._products.merge_over(over)
-        return moment, products, powers
+        fitted, held_out = (
+            Sums(self._moments[part].merge_over(over), self._products[part].merge_over(over), powers[part, 0])
+            for part in PARTS
+        )
+        return (fitted, held_out), powers[:, 1]
 
 
 class Writer:
@@ -146,54 +159,68 @@ class Writer:
         self._blocks = blocks
         self.name, self._stream, self._groups, self._current = name, stream, groups, current
         self._gathers = groups.tp if linear.config.sequence_parallel else None
-        self._input = DenseInput(name, linear, groups, current)
-        self._products = SecondMoment(stream.keep, linear.weight.shape[1], linear.weight.device)
-        self._power = torch.zeros((), dtype=torch.float64, device=linear.weight.device)
-        self._rows = torch.empty(0)
+        self._epsilon = linear.config.layernorm_epsilon
+        self._input = DenseInput(name, linear, groups, current, len(PARTS))
+        device = linear.weight.device
+        self._products = [SecondMoment(stream.keep, linear.weight.shape[1], device) for _ in PARTS]
+        self._powers = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
+        self._seen_input = torch.empty(0)
 
     def see_input(self, activation: Tensor) -> None:
-        """Add a micro-batch of the student's [s/cp, b, f/tp]."""
-        self._rows = self._input.see(activation)
+        """Take a micro-batch of the student's [s/cp, b, f/tp]; `see_output` adds it."""
+        self._seen_input = activation
 
-    def see_output(self, teacher: Tensor, student: Tensor) -> None:
+    def see_output(self, teacher: Tensor, student: Tensor, part: int) -> None:
         """Add what the stream behind it should be, and what it is with the weight as it stands."""
-        missing = self._stream.coordinates(wide(teacher) - wide(student))
-        whole = torch.cat(all_gather_shards(missing.contiguous(), group=self._gathers))  # [s/cp, b, k]
-        rows = rows_that_count(whole, self._current, self.name)
-        self._products.add(rows, self._rows)
-        self._power += rows.double().square().sum()
+        wanted = wide(teacher)
+        per_token = (wanted.square().mean(-1, keepdim=True) + self._epsilon).rsqrt()
+        missing = torch.cat(
+            [self._stream.coordinates(wanted - wide(student)), wanted.new_ones(()).expand_as(per_token)], -1
+        )
+        across = torch.cat(
+            all_gather_shards((missing * per_token).contiguous(), group=self._gathers)
+        )  # [s/cp, b, k + 1]
+        inputs = self._input.see(self._seen_input * across[..., -1:], part)
+        rows = rows_that_count(across[..., :-1], self._current, self.name)
+        self._products[part].add(rows, inputs)
+        self._powers[part] += rows.double().square().sum()
 
-    def solve(self, ridge: float, choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Fit:
+    def solve(self, ridge: float | None, choose: Choose) -> Fit:
         """Set the linear's weight, with 0 in the columns of what goes.
 
         Args:
-            choose: from the best weight of all inputs [k, f] and their second moment [f, f] to the neurons or
-                heads that stay, ascending, and the best weight [k, f] of their inputs alone.
+            ridge: None: the one with which the held-out tokens miss least, all inputs kept.
+            choose: which neurons or heads stay.
         Communicates: see the module's text. Raises: ValueError, on every rank of the stage: see `regress`.
         """
-        moment, power = self._input.merge_over_ranks(), self._power
-        over = [self._groups.cp, self._groups.dp]
-        products = torch.cat(all_gather_shards(self._products.merge_over(over), group=self._groups.tp), dim=1)
-        for group in over:
-            power = all_reduce_sum(power, group=group)
+        fitted, held_out = self._sums()
         plain = self._stream.coordinates(self._input.gather_weight().double().t()).t()
 
-        def missing(weight: Tensor) -> Tensor:
-            change = weight - plain
-            return power - 2 * (products * change).sum() + ((change @ moment) * change).sum()
-
-        def work() -> tuple[Tensor, tuple[float, float, list[int]]]:
-            best = plain + regress(moment, products, ridge) if _seen(moment) else plain
-            kept, weight = choose(best, moment)
-            columns = inputs_of(kept, len(moment) // self._blocks).to(moment.device)
+        def work() -> tuple[Tensor, tuple[Any, ...]]:
+            change, used = _fit(fitted, held_out, ridge)
+            kept, weight = choose(plain + change, fitted.moment, used)
+            columns = inputs_of(kept, plain.shape[1] // self._blocks).to(plain.device)
             cut = torch.zeros_like(plain)
             cut[:, columns] = plain[:, columns]
-            shares = _shares(missing(torch.zeros_like(plain)), missing(cut), missing(weight))
-            return weight, (*shares, kept.tolist())
+            shares = (_share(fitted.missed_by(each - plain), fitted.missed_by(-plain)) for each in (cut, weight))
+            unseen = _share_held_out(held_out, weight - plain, held_out.missed_by(-plain))
+            return weight, (*shares, unseen, used, tuple(kept.tolist()))
 
-        fit = Fit.of(by_first_rank(self.name, work, plain, self._groups))
+        fit = _as_fit(by_first_rank(self.name, work, plain, self._groups))
         self._input.set_weight(self._stream.spread(fit.solution.t()).t())
         return fit
+
+    def _sums(self) -> tuple[Sums, Sums]:
+        """Of the fitted tokens and those held out."""
+        over, powers = [self._groups.cp, self._groups.dp], self._powers
+        for group in over:
+            powers = all_reduce_sum(powers, group=group)
+        moments = [self._input.merge_over_ranks(part) for part in PARTS]
+        products = [
+            torch.cat(all_gather_shards(each.merge_over(over), group=self._groups.tp), dim=1) for each in self._products
+        ]
+        fitted, held_out = (Sums(*each) for each in zip(moments, products, powers, strict=True))
+        return fitted, held_out
 
 
 def by_first_rank(name: str, work: Callable[[], tuple[Tensor, T]], like: Tensor, groups: Groups) -> tuple[Tensor, T]:
@@ -221,6 +248,21 @@ def by_first_rank(name: str, work: Callable[[], tuple[Tensor, T]], like: Tensor,
     return solution, cast(T, said)
 
 
+def _fit(fitted: Sums, held_out: Sums, ridge: float | None) -> tuple[Tensor, float]:
+    """The map, and its ridge."""
+    nothing_held_out = not _seen(held_out.moment)
+    if not _seen(fitted.moment):
+        return torch.zeros_like(fitted.products), USUAL
+    if ridge is None:
+        ridge = USUAL if nothing_held_out else best_ridge(fitted, held_out)
+    return fitted.fit(ridge), ridge
+
+
+def _as_fit(outcome: tuple[Tensor, tuple[Any, ...]]) -> Fit:
+    solution, said = outcome
+    return Fit(solution, *said)
+
+
 def _shard(config: Any, groups: Groups) -> tuple[int, int]:
     return (group_rank(groups.tp), group_size(groups.tp)) if config.sequence_parallel else (0, 1)
 
@@ -235,6 +277,9 @@ def _seen(moment: Tensor) -> bool:
     return bool(moment.diagonal().sum() > 0)
 
 
-def _shares(wanted: Tensor, *missing: Tensor) -> tuple[float, float]:
-    plain, after = (float(each / wanted) if wanted > 0 else 0.0 for each in missing)
-    return plain, after
+def _share(missing: Tensor, wanted: Tensor) -> float:
+    return float(missing / wanted) if wanted > 0 else 0.0
+
+
+def _share_held_out(held_out: Sums, change: Tensor, wanted: Tensor) -> float | None:
+    return _share(held_out.missed_by(change), wanted) if wanted > 0 else None

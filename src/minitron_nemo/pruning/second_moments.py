@@ -69,26 +69,31 @@ class SecondMoment:
 class DenseInput:
     """The input of a linear that tensor parallelism splits by its input; C's rows of this rank's part of it."""
 
-    def __init__(self, name: str, linear: Any, groups: Groups, current: AnnouncedBatch) -> None:
+    def __init__(self, name: str, linear: Any, groups: Groups, current: AnnouncedBatch, parts: int = 1) -> None:
+        """
+        Args:
+            parts: of the tokens, each with a C of its own.
+        """
         self.name, self.linear = name, linear
         self._groups, self._current = groups, current
-        part = linear.weight.shape[1]
-        self._moment = SecondMoment(part, part * group_size(groups.tp), linear.weight.device)
+        mine = linear.weight.shape[1]
+        whole = mine * group_size(groups.tp)
+        self._moments = [SecondMoment(mine, whole, linear.weight.device) for _ in range(parts)]
         self.num_seen = 0
 
     @torch.no_grad()
-    def see(self, activation: Tensor) -> Tensor:
+    def see(self, activation: Tensor, part: int = 0) -> Tensor:
         """Add a micro-batch [s/cp, b, f/tp]; returns its tokens that count [t, f/tp]. Communicates: tp, one gather."""
         self._current.require_is_next(self.name, self.num_seen)
         self.num_seen += 1
         rows = rows_that_count(activation, self._current, self.name)
         whole = torch.cat(all_gather_shards(rows, group=self._groups.tp), dim=1)
-        self._moment.add(rows, whole)
+        self._moments[part].add(rows, whole)
         return rows
 
-    def merge_over_ranks(self) -> Tensor:
-        """C [f, f] over all tokens, equal on every rank. Communicates: cp and dp (sum), tp (gather)."""
-        rows = self._moment.merge_over([self._groups.cp, self._groups.dp])
+    def merge_over_ranks(self, part: int = 0) -> Tensor:
+        """C [f, f] over all tokens of a part, equal on every rank. Communicates: cp and dp (sum), tp (gather)."""
+        rows = self._moments[part].merge_over([self._groups.cp, self._groups.dp])
         return torch.cat(all_gather_shards(rows, group=self._groups.tp))
 
     def gather_weight(self) -> Tensor:

@@ -7,7 +7,8 @@
 Each fit (refits.py) sees what the student's own layers below really say, so that it mends what they lost. Layers are
 changed in place in the teacher's shape: dropped channels are silent, dropped neurons and heads have columns of 0 in
 what reads them, gammas are 1 where their readers have taken them in. So surgery then cuts a model that computes the
-same. A layer before dropped ones is asked for the stream behind those.
+same. A layer before dropped ones is asked for the stream behind those. Some micro-batches are held out: they pass
+through the student, nothing is fitted to them, and they choose how near to plain selection each fit stays.
 
 Communication: see two_streams.py and refits.py; pipeline stages work one after the other. Where several ranks fit one
 thing, the first of them does. Memory: the streams of the calibration set four times, on the host where there is an
@@ -65,6 +66,8 @@ from minitron_nemo.pruning.two_streams import TwoStreams, capture
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt, local_parameters
 
+TIED_RIDGE = 0.1
+"""Of the final norm's weights before a tied output layer: k numbers, which all logits of all tokens determine."""
 Through = Callable[[Any, Tensor, dict[str, Any]], Tensor]
 """(layer, stream entering, what layers are called with beside it) -> stream behind: of a half of a layer."""
 
@@ -83,6 +86,9 @@ class RefittedPlace:
     error: float
     """The same of the refitted one. Of the final norm before tied embeddings, where the error of logits is made small,
     it is that of what the output layer reads."""
+    held_out_error: float | None
+    """The same over the held-out tokens; None: there are none, or it is an expert's."""
+    ridge: float
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,7 @@ def refit_sequentially(
     gpt = bare_gpt(model)
     stream = KeptStream(plan.hidden, plan.source.hidden_size, next(gpt.parameters()).device)
     with evaluating(gpt):
-        streams = capture(gpt, list(dropped_runs(plan)), groups, run, stream.within)
+        streams = capture(gpt, list(dropped_runs(plan)), groups, run, stream.within, config.held_out)
         mine = _Stage(gpt, plan, groups, stream, streams, config)
         places: list[RefittedPlace] = []
         kept: list[Kept] = []
@@ -215,7 +221,7 @@ class _Stage:
         reader = self._reader(layer, INPUT_NORM)
         middle, behind = [], []
         for batch, teacher, student, current in streams.announced():
-            reader.see(teacher, student, current)
+            reader.see(teacher, student, current, batch.part)
             half = attend(layer, teacher, batch.beside)
             middle.append(half.cpu())
             behind.append(_through(dropped, think(layer, half, batch.beside), batch.beside).cpu())
@@ -225,7 +231,7 @@ class _Stage:
         reader = self._reader(layer, PRE_MLP_NORM)
         for (batch, _, student, current), half in zip(streams.announced(), middle, strict=True):
             student = attend(layer, student, batch.beside)
-            reader.see(half.to(student.device), student, current)
+            reader.see(half.to(student.device), student, current, batch.part)
             batch.student = student.cpu()
         self._set_readers(reader)
         wanted = streams.behind.get(index, behind)
@@ -315,7 +321,9 @@ class _Stage:
             for batch, _, student, _ in self._streams.announced():
                 current.announce(batch.mask)
                 think(layer, student, batch.beside)
-        config = CompensationConfig(ridge=self._config.writer_ridge, selection=self._config.selection)
+        config = CompensationConfig(selection=self._config.selection)
+        if self._config.writer_ridge is not None:
+            config = dataclasses.replace(config, ridge=self._config.writer_ridge)
         everyone = gather_objects(refit_experts(seen, plan, groups, config), group=groups.ep)
         outcomes = sorted((each for some in everyone for each in some), key=lambda each: each.linear.expert or 0)
         require_no_problem(outcomes, groups)
@@ -324,7 +332,7 @@ class _Stage:
             linear = outcome.linear
             assert linear.expert is not None
             name = in_layer(index, f"mlp.{EXPERT.replace('{e}', str(linear.expert))}linear_fc2")
-            self.places.append(RefittedPlace(name, linear.plain_error, linear.error))
+            self.places.append(RefittedPlace(name, linear.plain_error, linear.error, None, config.ridge))
             self.kept.setdefault("expert_ffn", {})[index, linear.expert] = outcome.kept
 
     def _refit_writer(self, layer: Any, axis: str, through: Through, wanted: Sequence[Tensor]) -> None:
@@ -341,13 +349,12 @@ class _Stage:
         try:
             for (batch, _, student, _), teacher in zip(self._streams.announced(), wanted, strict=True):
                 current.announce(batch.mask)
-                writer.see_output(teacher.to(student.device), through(layer, student, batch.beside))
+                behind = through(layer, student, batch.beside)
+                writer.see_output(teacher.to(student.device), behind, batch.part)
         finally:
             handle.remove()
 
-        ridge = self._config.writer_ridge
-
-        def choose(best: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        def choose(best: Tensor, moment: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
             if not is_cut(plan, axis):
                 return torch.arange(blocks), best
             if self._config.chooses and bool(moment.diagonal().sum() > 0):
@@ -357,7 +364,7 @@ class _Stage:
                 refitted = refit(best, moment, inputs_of(kept, len(moment) // blocks), ridge)
             return kept, refitted.weight
 
-        fit = writer.solve(ridge, choose)
+        fit = writer.solve(self._config.writer_ridge, choose)
         self._note(name, fit)
         if is_cut(plan, axis):
             self.kept.setdefault(axis, {})[index] = fit.kept
@@ -365,8 +372,8 @@ class _Stage:
     def _refit_output(self, norm: BuiltNorm) -> None:
         """What reads the final norm: the output layer, or before tied embeddings the norm's own weights."""
         reader, stream = Reader(FINAL_NORM, norm, self._stream, self._groups), self._stream
-        for _, teacher, student, current in self._streams.announced():
-            reader.see(teacher, student, current)
+        for batch, teacher, student, current in self._streams.announced():
+            reader.see(teacher, student, current, batch.part)
         if not self._plan.source.share_embeddings_and_output_weights:
             self._set_readers(reader)
             return
@@ -377,12 +384,13 @@ class _Stage:
             self._set_bias(reader.name, _map(gamma, fit.solution, stream), {})
             self._set_gamma(reader, torch.ones_like(gamma))
         else:
-            fit = reader.solve_tied(output, self._config.reader_ridge)
+            ridge = TIED_RIDGE if self._config.reader_ridge is None else self._config.reader_ridge
+            fit = reader.solve_tied(output, ridge)
             self._set_gamma(reader, gamma + stream.spread(fit.solution))
         self._note(reader.name, fit)
 
     def _note(self, name: str, fit: Fit) -> None:
-        self.places.append(RefittedPlace(name, fit.plain_error, fit.error))
+        self.places.append(RefittedPlace(name, fit.plain_error, fit.error, fit.held_out_error, fit.ridge))
 
 
 def attend(layer: Any, stream: Tensor, beside: dict[str, Any]) -> Tensor:

@@ -25,6 +25,9 @@ from minitron_nemo.activations.tokens import AnnouncedBatch, TokenMask, mark_tok
 from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, receive_from, send_to
 from minitron_nemo.pruning.second_moments import CalibrationPass, announced_batch
 
+PARTS = FITTED, HELD_OUT = 0, 1
+"""Of the calibration set: what layers are fitted to, and what ridges are chosen by."""
+
 
 @dataclass
 class MicroBatch:
@@ -35,6 +38,8 @@ class MicroBatch:
     """What layers are called with beside the stream."""
     teacher: Tensor
     student: Tensor
+    part: int = FITTED
+    """Of the calibration set: FITTED or HELD_OUT."""
 
 
 class TwoStreams:
@@ -74,7 +79,12 @@ class TwoStreams:
 
 
 def capture(
-    gpt: Any, runs: Sequence[tuple[int, int]], groups: Groups, run: CalibrationPass, student: Callable[[Tensor], Tensor]
+    gpt: Any,
+    runs: Sequence[tuple[int, int]],
+    groups: Groups,
+    run: CalibrationPass,
+    student: Callable[[Tensor], Tensor],
+    held_out: float,
 ) -> TwoStreams:
     """Take the calibration set up to the first layer of this stage.
 
@@ -83,6 +93,7 @@ def capture(
         runs: (kept layer, last layer of the run dropped after it).
         run: called once.
         student: from the teacher's stream behind the embedding to the student's.
+        held_out: share of the micro-batches, over the data-parallel ranks, that nothing is fitted to.
     Communicates: see the module's text; pp, the stages' layer indices.
     """
     layers = {layer.layer_number - 1: layer for layer in gpt.decoder.layers}
@@ -109,9 +120,15 @@ def capture(
             handles.append(layers[last].register_forward_hook(on_output(partial(_add, seen))))
         run(announce)
     behind = _send_back(crossing, stage_of, leaving, [stream for stream, _ in entering], device, groups)
+    ranks, rank = group_size(groups.dp), group_rank(groups.dp)
+
+    def part_of(index: int) -> int:
+        number = index * ranks + rank
+        return HELD_OUT if int((number + 1) * held_out) > int(number * held_out) else FITTED
+
     batches = [
-        MicroBatch(mask, beside, stream, student(stream.to(device)).cpu())
-        for mask, (stream, beside) in zip(masks, entering, strict=True)
+        MicroBatch(mask, beside, stream, student(stream.to(device)).cpu(), part_of(index))
+        for index, (mask, (stream, beside)) in enumerate(zip(masks, entering, strict=True))
     ]
     return TwoStreams(batches, behind, device)
 
