@@ -15,7 +15,7 @@ set -euo pipefail
 place="$(mktemp -d)"
 trap 'rm -rf "$place"' EXIT
 python3 -m venv "$place/venv"
-"$place/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 megatron-core==0.15.3 'numpy<2'
+"$place/venv/bin/pip" install --quiet --disable-pip-version-check torch==2.13.0 megatron-core==0.15.3 psutil==7.2.2 'numpy<2'
 
 cat >"$place/guarded.py" <<'PY'
 import os

@@ -146,7 +146,7 @@ class SequentialConfig(_Selecting):
     held-out tokens miss least."""
     writer_ridge: float | None = ranged(None, at_least=0)
     """The same of linear_proj and linear_fc2, of their inputs."""
-    held_out: float = ranged(0.25, at_least=0, at_most=0.5, mend="try 0.25")
+    held_out: float = ranged(0.125, at_least=0, at_most=0.5, mend="try 0.125")
     """Share of the calibration micro-batches that is not fitted: what ridges are chosen by, and what tells how well the
     student will do on other text."""
     num_samples: int = ranged(256, at_least=1, mend="try 256")
