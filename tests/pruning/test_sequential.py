@@ -364,21 +364,30 @@ def test_a_refitted_student_is_nearer_to_its_teacher_than_a_cut_one() -> None:
         assert after < 0.8 * before, cut
 
 
-@torch.no_grad()
-def test_held_out_tokens_are_not_fitted_and_tell_what_the_student_misses() -> None:
-    plan, options = PLANS["channels"], {"reader_ridge": 1e-2, "writer_ridge": 2e-2, "selection": "scores"}
-    of_all, of_three_quarters = build_gpt(plan.source), build_gpt(plan.source)
-    run = calibration(of_all, micro_batch=2)  # the last of four is held out
-    found = refit_sequentially(of_all, plan, Groups.from_megatron(), run, SequentialConfig(held_out=0.25, **options))
-    run = calibration(of_three_quarters, TOKENS[:6], MASK[:6], micro_batch=2)
-    alone = refit_sequentially(
-        of_three_quarters, plan, Groups.from_megatron(), run, SequentialConfig(held_out=0, **options)
-    )
-    student = student_of(of_all, found)
-    expected = full_weights(student_of(of_three_quarters, alone), plan.target)
-    assert_near(full_weights(student, plan.target), expected, 1e-6)
+GIVEN = {"reader_ridge": 1e-2, "writer_ridge": 2e-2, "selection": "scores"}
+
+
+def refitted_on(plan: PruningPlan, samples: int, held_out: float) -> tuple[Any, SequentialRefit]:
+    """The student after the first `samples`, in micro-batches of two."""
+    model = build_gpt(plan.source)
+    run = calibration(model, TOKENS[:samples], MASK[:samples], micro_batch=2)
+    found = refit_sequentially(model, plan, Groups.from_megatron(), run, SequentialConfig(held_out=held_out, **GIVEN))
+    return student_of(model, found), found
+
+
+@pytest.mark.parametrize("cut", ["channels", "layers, channels", "experts without a shared one"])
+def test_held_out_tokens_are_not_fitted(cut: str) -> None:
+    plan = (PLANS | WITH_EXPERTS)[cut]
+    student, _ = refitted_on(plan, 8, held_out=0.25)  # the last of four micro-batches
+    expected, alone = refitted_on(plan, 6, held_out=0)
+    assert_near(full_weights(student, plan.target), full_weights(expected, plan.target), 1e-6)
     assert all(place.held_out_error is None for place in alone.places)
 
+
+@torch.no_grad()
+def test_a_held_out_error_is_what_the_student_misses_there() -> None:
+    plan = PLANS["channels"]
+    student, found = refitted_on(plan, 8, held_out=0.25)
     place = next(each for each in found.places if each.name == "decoder.layers.0.mlp.linear_fc2")
     before = held_out_stream(student, "decoder.layers.0.pre_mlp_layernorm")
     theirs, mine = (
@@ -399,7 +408,7 @@ def held_out_stream(model: Any, norm: str) -> Tensor:
 
 @pytest.mark.parametrize("signal", [0.0, 1.0])
 def test_ridges_are_what_held_out_tokens_miss_least_with(signal: float) -> None:
-    """A student with nothing to learn takes the largest; its channels of a stream that it sees whole, a small one."""
+    """Where all is noise, the largest."""
     generator = torch.Generator().manual_seed(7)
     inputs, map_ = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((90, 20), (5, 20)))
     noise = torch.randn(90, 5, generator=generator, dtype=torch.float64)

@@ -174,12 +174,9 @@ class Writer:
         """Add what the stream behind it should be, and what it is with the weight as it stands."""
         wanted = wide(teacher)
         per_token = (wanted.square().mean(-1, keepdim=True) + self._epsilon).rsqrt()
-        missing = torch.cat(
-            [self._stream.coordinates(wanted - wide(student)), wanted.new_ones(()).expand_as(per_token)], -1
-        )
-        across = torch.cat(
-            all_gather_shards((missing * per_token).contiguous(), group=self._gathers)
-        )  # [s/cp, b, k + 1]
+        missing = self._stream.coordinates(wanted - wide(student)) * per_token
+        both = torch.cat([missing, per_token], dim=-1)
+        across = torch.cat(all_gather_shards(both, group=self._gathers))  # [s/cp, b, k + 1]
         inputs = self._input.see(self._seen_input * across[..., -1:], part)
         rows = rows_that_count(across[..., :-1], self._current, self.name)
         self._products[part].add(rows, inputs)
@@ -202,7 +199,8 @@ class Writer:
             columns = inputs_of(kept, plain.shape[1] // self._blocks).to(plain.device)
             cut = torch.zeros_like(plain)
             cut[:, columns] = plain[:, columns]
-            shares = (_share(fitted.missed_by(each - plain), fitted.missed_by(-plain)) for each in (cut, weight))
+            wanted = fitted.missed_by(-plain)
+            shares = (_share(fitted.missed_by(each - plain), wanted) for each in (cut, weight))
             unseen = _share_held_out(held_out, weight - plain, held_out.missed_by(-plain))
             return weight, (*shares, unseen, used, tuple(kept.tolist()))
 

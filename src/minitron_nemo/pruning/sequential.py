@@ -12,7 +12,7 @@ through the student, nothing is fitted to them, and they choose how near to plai
 
 Communication: see two_streams.py and refits.py; pipeline stages work one after the other. Where several ranks fit one
 thing, the first of them does. Memory: the streams of the calibration set four times, on the host where there is an
-accelerator; of one linear at a time what compensation needs.
+accelerator; of one linear at a time twice what compensation needs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from minitron_nemo.pruning.depth_correction import dropped_runs
 from minitron_nemo.pruning.kept_stream import KeptStream
 from minitron_nemo.pruning.refits import Fit, Reader, Writer
 from minitron_nemo.pruning.second_moments import CalibrationPass, ExpertInputs, announced_batch
-from minitron_nemo.pruning.two_streams import TwoStreams, capture
+from minitron_nemo.pruning.two_streams import FITTED, TwoStreams, capture
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt, local_parameters
 
@@ -319,8 +319,9 @@ class _Stage:
         with hooks_until_the_end() as handles:
             routing.show(seen.see, handles)
             for batch, _, student, _ in self._streams.announced():
-                current.announce(batch.mask)
-                think(layer, student, batch.beside)
+                if batch.part == FITTED:
+                    current.announce(batch.mask)
+                    think(layer, student, batch.beside)
         config = CompensationConfig(selection=self._config.selection)
         if self._config.writer_ridge is not None:
             config = dataclasses.replace(config, ridge=self._config.writer_ridge)
