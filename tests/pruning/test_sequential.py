@@ -523,8 +523,9 @@ def test_bf16_weights_stay_bf16_and_near_the_float32_solution() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reader_ridge": -0.1}, r"surgery.sequential.reader_ridge=-0.1 must be at least 0, or null"),
+        ({"reader_ridge": -0.1}, r"surgery.sequential.reader_ridge=-0.1 must be at least 0; the default is 0.1"),
         ({"writer_ridge": float("nan")}, r"surgery.sequential.writer_ridge=nan must be a finite number at least 0"),
+        ({"writer_ridge": None}, r"surgery.sequential.writer_ridge=null is chosen by held-out tokens, .*=0.1\."),
         ({"num_samples": 0}, r"surgery.sequential.num_samples=0 must be at least 1; try 256"),
         ({"selection": "score"}, r"surgery.sequential.selection=score is not known; did you mean scores\?"),
     ],

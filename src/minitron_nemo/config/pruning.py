@@ -140,17 +140,26 @@ class SequentialConfig(_Selecting):
 
     KEY: ClassVar[str] = "surgery.sequential"
 
-    reader_ridge: float | None = ranged(None, at_least=0)
+    reader_ridge: float | None = ranged(0.1, at_least=0)
     """What keeps the matrices behind a norm near plain selection, as a fraction of the mean square of what they read.
     Large: plain selection. 0 needs more calibration tokens than channels. Null: at each norm the one with which the
     held-out tokens miss least."""
-    writer_ridge: float | None = ranged(None, at_least=0)
+    writer_ridge: float | None = ranged(0.1, at_least=0)
     """The same of linear_proj and linear_fc2, of their inputs."""
-    held_out: float = ranged(0.125, at_least=0, at_most=0.5, mend="try 0.125")
-    """Share of the calibration micro-batches that is not fitted: what ridges are chosen by, and what tells how well the
-    student will do on other text."""
+    held_out: float = ranged(0.0, at_least=0, at_most=0.5, mend="try 0.125")
+    """Share of the calibration micro-batches that is not fitted: what ridges of null are chosen by, and what tells how
+    well the student will do on other text."""
     num_samples: int = ranged(256, at_least=1, mend="try 256")
     """Calibration samples, over all data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("reader_ridge", "writer_ridge"):
+            require(
+                getattr(self, name) is not None or self.held_out > 0,
+                f"{self.KEY}.{name}=null is chosen by held-out tokens, but {self.KEY}.held_out=0. Set it to 0.125, or "
+                f"{self.KEY}.{name}=0.1.",
+            )
 
 
 @dataclass
