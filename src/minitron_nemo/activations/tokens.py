@@ -54,6 +54,10 @@ class TokenMask:
         samples = zip(activation.unbind(1), self.positions, strict=True)
         return torch.cat([tokens.index_select(0, here) for tokens, here in samples])
 
+    def of_nothing(self) -> TokenMask:
+        """The mask of the same tokens, of which none counts."""
+        return TokenMask.of(torch.zeros_like(self.counts), torch.zeros_like(self.num_tokens))
+
     def shard(self, index: int, size: int) -> TokenMask:
         """The mask of the `index`-th of `size` equal, contiguous parts of this rank's tokens (sequence parallelism)."""
         assert self.seq_length % size == 0

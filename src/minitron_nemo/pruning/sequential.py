@@ -319,9 +319,9 @@ class _Stage:
         with hooks_until_the_end() as handles:
             routing.show(seen.see, handles)
             for batch, _, student, _ in self._streams.announced():
-                if batch.part == FITTED:
-                    current.announce(batch.mask)
-                    think(layer, student, batch.beside)
+                # ranks that share experts pass together, and another's micro-batch may be one that is fitted
+                current.announce(batch.mask if batch.part == FITTED else batch.mask.of_nothing())
+                think(layer, student, batch.beside)
         config = CompensationConfig(selection=self._config.selection)
         if self._config.writer_ridge is not None:
             config = dataclasses.replace(config, ridge=self._config.writer_ridge)
