@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from stages import HELD_OUT, Stages, begin
+from stages import HELD_OUT, Stages, begin, curve
 
 SEEDS = (1234, 4321, 777)
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -123,9 +123,7 @@ class Bench(Stages):
         self.stage("import_hf")
         self.stage("prepare_data")
         self.stage("estimate_importance")
-        for metric, name in (("random", "random"), ("weight_magnitude", "magnitude")):
-            values = [f"estimate_importance.importance.metric={metric}", "estimate_importance.importance.stream=none"]
-            self.stage("estimate_importance", *values, output=f"importance_{name}")
+        self.estimate_plain_importances()
 
     def cuts(self) -> list[Cut]:
         """Those first that the rest is measured against."""
@@ -177,12 +175,6 @@ class Bench(Stages):
 
 def folder(cut: Cut) -> str:
     return "_".join(cut).replace("%", "").replace("+ ", "and_").replace(" ", "_")
-
-
-def curve(student: Artifact) -> list[tuple[int, float]]:
-    """(tokens, validation loss), in order."""
-    records = [json.loads(line) for line in (student.path / "history.jsonl").read_text().splitlines()]
-    return [(record["tokens"], record["validation_loss"]) for record in records if "validation_loss" in record]
 
 
 def as_shares(points: list[tuple[int, float]]) -> list[tuple[float, float]]:

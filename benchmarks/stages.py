@@ -49,7 +49,7 @@ class Stages:
             held_out: how many.
         """
         self.run_dir, self.precision = run_dir, precision
-        self._held_out = {"seq_length": seq_length, "num_samples": held_out}
+        self._seq_length, self._num_samples = seq_length, held_out
         self.shared = [f"recipe={recipe}", f"run_dir={run_dir}", f"trainer.precision={precision}", *shared]
 
     def stage(self, section: str, *overrides: str, output: str | None = None) -> Artifact:
@@ -59,13 +59,26 @@ class Stages:
         values = config_of(step, config)
         return open_artifact(values.output) if serves(step, values) else stage_module(step.stage).run(values)
 
+    def estimate_plain_importances(self) -> None:
+        """By chance and by the size of weights, as importance_random and importance_magnitude."""
+        for metric, name in (("random", "random"), ("weight_magnitude", "magnitude")):
+            values = [f"estimate_importance.importance.metric={metric}", "estimate_importance.importance.stream=none"]
+            self.stage("estimate_importance", *values, output=f"importance_{name}")
+
     def held_out(self, model: Artifact, data: str = "data") -> list[float]:
         """Held-out loss of every micro-batch, nats per token, kept beside the model."""
         kept = model.path.with_name(f"{model.path.name}.on_{data}.json")
         if not kept.is_file():
-            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data, self.precision, **self._held_out)))
+            sizes = self._seq_length, self._num_samples
+            kept.write_text(json.dumps(held_out_losses(model, self.run_dir / data, self.precision, *sizes)))
         losses: list[float] = json.loads(kept.read_text())
         return losses
+
+
+def curve(student: Artifact) -> list[tuple[int, float]]:
+    """(tokens, validation loss) of a distillation, in order."""
+    records = [json.loads(line) for line in (student.path / "history.jsonl").read_text().splitlines()]
+    return [(record["tokens"], record["validation_loss"]) for record in records if "validation_loss" in record]
 
 
 def held_out_losses(

@@ -31,7 +31,7 @@ from support.ranks import Ranks
 SHAPE = smaller(TINY, num_layers=3, layernorm_epsilon=1e-9)  # epsilon weighs otherwise in a narrower norm
 TIED = smaller(SHAPE, share_embeddings_and_output_weights=True)
 WIDTH = {"hidden_size": 14, "ffn_hidden_size": 18, "num_attention_heads": 4}
-RIDGE = {"reader_ridge": 1e-2, "writer_ridge": 2e-2, "held_out": 0}
+RIDGE = {"reader_ridge": 1e-2, "writer_ridge": 2e-2}
 
 PLANS: dict[str, PruningPlan] = {
     "channels": random_plan(SHAPE, **WIDTH),
@@ -324,7 +324,7 @@ def test_channels_that_follow_from_those_kept_are_not_missed(shape: ModelShape) 
             parameter.fill_(0.7)  # otherwise no weights of the student's norm say it
     whole = run_gpt(teacher, TOKENS)
     plan = dataclasses.replace(random_plan(shape, hidden_size=keep), hidden=torch.arange(keep))
-    options = SequentialConfig(reader_ridge=1e-9, writer_ridge=1e-9, held_out=0)
+    options = SequentialConfig(reader_ridge=1e-9, writer_ridge=1e-9)
     found = refit_sequentially(teacher, plan, Groups.from_megatron(), calibration(teacher), options)
     said = run_gpt(student_of(teacher, found), TOKENS)
     assert (said - whole).norm() < 1e-4 * whole.norm()
@@ -364,14 +364,12 @@ def test_a_refitted_student_is_nearer_to_its_teacher_than_a_cut_one() -> None:
         assert after < 0.8 * before, cut
 
 
-GIVEN = {"reader_ridge": 1e-2, "writer_ridge": 2e-2, "selection": "scores"}
-
-
 def refitted_on(plan: PruningPlan, samples: int, held_out: float) -> tuple[Any, SequentialRefit]:
     """The student after the first `samples`, in micro-batches of two."""
     model = build_gpt(plan.source)
     run = calibration(model, TOKENS[:samples], MASK[:samples], micro_batch=2)
-    found = refit_sequentially(model, plan, Groups.from_megatron(), run, SequentialConfig(held_out=held_out, **GIVEN))
+    config = SequentialConfig(held_out=held_out, **RIDGE, selection="scores")
+    found = refit_sequentially(model, plan, Groups.from_megatron(), run, config)
     return student_of(model, found), found
 
 

@@ -26,7 +26,7 @@ stage solves, and hands the outcome round (tp, cp, dp).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -50,7 +50,6 @@ from minitron_nemo.parallel import (
 from minitron_nemo.places import BuiltNorm
 from minitron_nemo.pruning.kept_stream import KeptStream, normalised, wide
 from minitron_nemo.pruning.second_moments import DenseInput, SecondMoment, rows_that_count
-from minitron_nemo.pruning.two_streams import PARTS
 
 T = TypeVar("T")
 Choose: TypeAlias = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -78,14 +77,18 @@ class Fit:
 class Reader:
     """What the matrices behind one norm read: both streams there, summed over tokens."""
 
-    def __init__(self, name: str, norm: BuiltNorm, stream: KeptStream, groups: Groups) -> None:
+    def __init__(self, name: str, norm: BuiltNorm, stream: KeptStream, groups: Groups, parts: int) -> None:
+        """
+        Args:
+            parts: of the tokens, see two_streams.py.
+        """
         self.name = name
         self.norm, self._stream, self._groups = norm, stream, groups
         device = norm.gamma().device
         self._shard = _shard(norm.config, groups)
-        self._moments = [SecondMoment(stream.keep, stream.keep, device) for _ in PARTS]
-        self._products = [SecondMoment(stream.size, stream.keep, device) for _ in PARTS]
-        self._powers = torch.zeros(len(PARTS), 2, dtype=torch.float64, device=device)  # of what is missing; is wanted
+        self._moments = [SecondMoment(stream.keep, stream.keep, device) for _ in range(parts)]
+        self._products = [SecondMoment(stream.size, stream.keep, device) for _ in range(parts)]
+        self._powers = torch.zeros(parts, 2, dtype=torch.float64, device=device)  # of what is missing; is wanted
 
     def see(self, teacher: Tensor, student: Tensor, current: AnnouncedBatch, part: int) -> None:
         """Add both streams as they enter the norm."""
@@ -103,21 +106,24 @@ class Reader:
             ridge: None: the one with which the held-out tokens miss least.
         Communicates: see the module's text. Raises: ValueError, on every rank of the stage: see `regress`.
         """
-        (fitted, held_out), wanted = self._sums()
+        sums, wanted = self._sums()
 
         def work() -> tuple[Tensor, tuple[Any, ...]]:
-            change, used = _fit(fitted, held_out, ridge)
-            shares = _share(fitted.power, wanted[0]), _share(fitted.missed_by(change), wanted[0])
-            return change, (*shares, _share_held_out(held_out, change, wanted[1]), used)
+            change, used = _fit(sums, ridge)
+            return change, (_share(sums[0].power, wanted[0]), *_missed(sums, change, wanted), used)
 
-        return _as_fit(by_first_rank(self.name, work, fitted.products, self._groups))
+        return _as_fit(by_first_rank(self.name, work, sums[0].products, self._groups))
 
-    def solve_tied(self, output: Tensor, ridge: float) -> Fit:
+    def solve_tied(self, output: Tensor, ridge: float | None) -> Fit:
         """As `solve`, of the gamma before a tied output layer [v/tp, h]; errors are those of what the layer reads.
+
+        Args:
+            ridge: None: `USUAL`, as all logits of all tokens determine k numbers.
 
         Communicates: also tp, E_P^T E [k, h].
         """
-        (fitted, held_out), wanted = self._sums()
+        sums, wanted = self._sums()
+        fitted, used = sums[0], USUAL if ridge is None else ridge
         gram = SecondMoment(self._stream.keep, self._stream.size, fitted.moment.device)
         gram.add(self._stream.coordinates(output.detach()), output.detach())
         whole = gram.merge_over([self._groups.tp])
@@ -126,44 +132,48 @@ class Reader:
             change = torch.zeros_like(whole[:, 0])
             if _seen(fitted.moment):
                 curvature, wish = self._stream.coordinates(whole) * fitted.moment, (whole @ fitted.products).diagonal()
-                change = regress(curvature, wish.unsqueeze(0), ridge).squeeze(0)
+                change = regress(curvature, wish.unsqueeze(0), used).squeeze(0)
             change_of_all = self._stream.spread(torch.diag(change).t()).t()  # [h, k]
-            shares = _share(fitted.power, wanted[0]), _share(fitted.missed_by(change_of_all), wanted[0])
-            return change, (*shares, _share_held_out(held_out, change_of_all, wanted[1]), ridge)
+            return change, (_share(fitted.power, wanted[0]), *_missed(sums, change_of_all, wanted), used)
 
         return _as_fit(by_first_rank(self.name, work, whole[:, 0], self._groups))
 
-    def _sums(self) -> tuple[tuple[Sums, Sums], Tensor]:
-        """Of the fitted tokens and those held out, and the sum of squares of what is wanted of each, [2]."""
+    def _sums(self) -> tuple[list[Sums], Tensor]:
+        """Of each part of the tokens, and the sum of squares of what is wanted there, [parts]."""
         over = [self._groups.cp, self._groups.dp, *([self._groups.tp] if self._shard[1] > 1 else [])]
         powers = self._powers
         for group in over:
             powers = all_reduce_sum(powers, group=group)
-        fitted, held_out = (
-            Sums(self._moments[part].merge_over(over), self._products[part].merge_over(over), powers[part, 0])
-            for part in PARTS
-        )
-        return (fitted, held_out), powers[:, 1]
+        moments, products = ([each.merge_over(over) for each in some] for some in (self._moments, self._products))
+        return [Sums(*each) for each in zip(moments, products, powers[:, 0], strict=True)], powers[:, 1]
 
 
 class Writer:
     """A linear that tensor parallelism splits by its input, and what its output lacks."""
 
     def __init__(
-        self, name: str, linear: Any, blocks: int, stream: KeptStream, groups: Groups, current: AnnouncedBatch
+        self,
+        name: str,
+        linear: Any,
+        blocks: int,
+        stream: KeptStream,
+        groups: Groups,
+        current: AnnouncedBatch,
+        parts: int,
     ) -> None:
         """
         Args:
             blocks: how many neurons or heads its inputs belong to.
+            parts: of the tokens, see two_streams.py.
         """
         self._blocks = blocks
         self.name, self._stream, self._groups, self._current = name, stream, groups, current
         self._gathers = groups.tp if linear.config.sequence_parallel else None
         self._epsilon = linear.config.layernorm_epsilon
-        self._input = DenseInput(name, linear, groups, current, len(PARTS))
+        self._input = DenseInput(name, linear, groups, current, parts)
         device = linear.weight.device
-        self._products = [SecondMoment(stream.keep, linear.weight.shape[1], device) for _ in PARTS]
-        self._powers = torch.zeros(len(PARTS), dtype=torch.float64, device=device)
+        self._products = [SecondMoment(stream.keep, linear.weight.shape[1], device) for _ in range(parts)]
+        self._powers = torch.zeros(parts, dtype=torch.float64, device=device)
         self._seen_input = torch.empty(0)
 
     def see_input(self, activation: Tensor) -> None:
@@ -190,35 +200,33 @@ class Writer:
             choose: which neurons or heads stay.
         Communicates: see the module's text. Raises: ValueError, on every rank of the stage: see `regress`.
         """
-        fitted, held_out = self._sums()
+        sums = self._sums()
         plain = self._stream.coordinates(self._input.gather_weight().double().t()).t()
 
         def work() -> tuple[Tensor, tuple[Any, ...]]:
-            change, used = _fit(fitted, held_out, ridge)
-            kept, weight = choose(plain + change, fitted.moment, used)
+            change, used = _fit(sums, ridge)
+            kept, weight = choose(plain + change, sums[0].moment, used)
             columns = inputs_of(kept, plain.shape[1] // self._blocks).to(plain.device)
             cut = torch.zeros_like(plain)
             cut[:, columns] = plain[:, columns]
-            wanted = fitted.missed_by(-plain)
-            shares = (_share(fitted.missed_by(each - plain), wanted) for each in (cut, weight))
-            unseen = _share_held_out(held_out, weight - plain, held_out.missed_by(-plain))
-            return weight, (*shares, unseen, used, tuple(kept.tolist()))
+            wanted = torch.stack([each.missed_by(-plain) for each in sums])
+            plain_error = _share(sums[0].missed_by(cut - plain), wanted[0])
+            return weight, (plain_error, *_missed(sums, weight - plain, wanted), used, tuple(kept.tolist()))
 
         fit = _as_fit(by_first_rank(self.name, work, plain, self._groups))
         self._input.set_weight(self._stream.spread(fit.solution.t()).t())
         return fit
 
-    def _sums(self) -> tuple[Sums, Sums]:
-        """Of the fitted tokens and those held out."""
+    def _sums(self) -> list[Sums]:
+        """Of each part of the tokens."""
         over, powers = [self._groups.cp, self._groups.dp], self._powers
         for group in over:
             powers = all_reduce_sum(powers, group=group)
-        moments = [self._input.merge_over_ranks(part) for part in PARTS]
+        moments = [self._input.merge_over_ranks(part) for part in range(len(powers))]
         products = [
             torch.cat(all_gather_shards(each.merge_over(over), group=self._groups.tp), dim=1) for each in self._products
         ]
-        fitted, held_out = (Sums(*each) for each in zip(moments, products, powers, strict=True))
-        return fitted, held_out
+        return [Sums(*each) for each in zip(moments, products, powers, strict=True)]
 
 
 def by_first_rank(name: str, work: Callable[[], tuple[Tensor, T]], like: Tensor, groups: Groups) -> tuple[Tensor, T]:
@@ -246,14 +254,20 @@ def by_first_rank(name: str, work: Callable[[], tuple[Tensor, T]], like: Tensor,
     return solution, cast(T, said)
 
 
-def _fit(fitted: Sums, held_out: Sums, ridge: float | None) -> tuple[Tensor, float]:
-    """The map, and its ridge."""
-    nothing_held_out = not _seen(held_out.moment)
-    if not _seen(fitted.moment):
+def _fit(sums: Sequence[Sums], ridge: float | None) -> tuple[Tensor, float]:
+    """The map, and its ridge; of the fitted tokens and, if there are any, those held out."""
+    fitted, seen = sums[0], [_seen(each.moment) for each in sums]
+    if not seen[0]:
         return torch.zeros_like(fitted.products), USUAL
     if ridge is None:
-        ridge = USUAL if nothing_held_out else best_ridge(fitted, held_out)
+        ridge = best_ridge(*sums) if seen[1:] == [True] else USUAL
     return fitted.fit(ridge), ridge
+
+
+def _missed(sums: Sequence[Sums], change: Tensor, wanted: Tensor) -> tuple[float, float | None]:
+    """The shares that `change` misses of the fitted tokens and of those held out, see `Fit`."""
+    fitted, *held_out = (_share(each.missed_by(change), power) for each, power in zip(sums, wanted, strict=True))
+    return fitted, held_out[0] if held_out and wanted[1] > 0 else None
 
 
 def _as_fit(outcome: tuple[Tensor, tuple[Any, ...]]) -> Fit:
@@ -277,7 +291,3 @@ def _seen(moment: Tensor) -> bool:
 
 def _share(missing: Tensor, wanted: Tensor) -> float:
     return float(missing / wanted) if wanted > 0 else 0.0
-
-
-def _share_held_out(held_out: Sums, change: Tensor, wanted: Tensor) -> float | None:
-    return _share(held_out.missed_by(change), wanted) if wanted > 0 else None

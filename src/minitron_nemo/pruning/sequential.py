@@ -7,12 +7,12 @@
 Each fit (refits.py) sees what the student's own layers below really say, so that it mends what they lost. Layers are
 changed in place in the teacher's shape: dropped channels are silent, dropped neurons and heads have columns of 0 in
 what reads them, gammas are 1 where their readers have taken them in. So surgery then cuts a model that computes the
-same. A layer before dropped ones is asked for the stream behind those. Some micro-batches are held out: they pass
-through the student, nothing is fitted to them, and they choose how near to plain selection each fit stays.
+same. A layer before dropped ones is asked for the stream behind those. Micro-batches that are held out pass through the
+student and nothing is fitted to them: they tell what it misses, and can choose how near to plain selection a fit stays.
 
 Communication: see two_streams.py and refits.py; pipeline stages work one after the other. Where several ranks fit one
 thing, the first of them does. Memory: the streams of the calibration set four times, on the host where there is an
-accelerator; of one linear at a time twice what compensation needs.
+accelerator; of one linear at a time what compensation needs, twice with tokens held out.
 """
 
 from __future__ import annotations
@@ -66,8 +66,6 @@ from minitron_nemo.pruning.two_streams import FITTED, TwoStreams, capture
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt, local_parameters
 
-TIED_RIDGE = 0.1
-"""Of the final norm's weights before a tied output layer: k numbers, which all logits of all tokens determine."""
 Through = Callable[[Any, Tensor, dict[str, Any]], Tensor]
 """(layer, stream entering, what layers are called with beside it) -> stream behind: of a half of a layer."""
 
@@ -245,7 +243,7 @@ class _Stage:
 
     def _reader(self, layer: Any, norm: NormOfLayer) -> Reader:
         name = in_layer(layer.layer_number - 1, norm.name)
-        return Reader(name, norm_in(layer, norm), self._stream, self._groups)
+        return Reader(name, norm_in(layer, norm), self._stream, self._groups, self._streams.parts)
 
     def _silence_writers(self, index: int) -> None:
         """Let all that writes to the stream in a layer leave dropped channels alone."""
@@ -345,7 +343,7 @@ class _Stage:
         current = announced_batch()
         blocks = getattr(plan.source, DIM_OF_AXIS[axis])
         name = in_layer(index, READERS[axis])
-        writer = Writer(name, linear, blocks, self._stream, self._groups, current)
+        writer = Writer(name, linear, blocks, self._stream, self._groups, current, self._streams.parts)
         handle = linear.register_forward_pre_hook(on_input(writer.see_input))
         try:
             for (batch, _, student, _), teacher in zip(self._streams.announced(), wanted, strict=True):
@@ -372,7 +370,7 @@ class _Stage:
 
     def _refit_output(self, norm: BuiltNorm) -> None:
         """What reads the final norm: the output layer, or before tied embeddings the norm's own weights."""
-        reader, stream = Reader(FINAL_NORM, norm, self._stream, self._groups), self._stream
+        reader, stream = Reader(FINAL_NORM, norm, self._stream, self._groups, self._streams.parts), self._stream
         for batch, teacher, student, current in self._streams.announced():
             reader.see(teacher, student, current, batch.part)
         if not self._plan.source.share_embeddings_and_output_weights:
@@ -385,8 +383,7 @@ class _Stage:
             self._set_bias(reader.name, _map(gamma, fit.solution, stream), {})
             self._set_gamma(reader, torch.ones_like(gamma))
         else:
-            ridge = TIED_RIDGE if self._config.reader_ridge is None else self._config.reader_ridge
-            fit = reader.solve_tied(output, ridge)
+            fit = reader.solve_tied(output, self._config.reader_ridge)
             self._set_gamma(reader, gamma + stream.spread(fit.solution))
         self._note(reader.name, fit)
 

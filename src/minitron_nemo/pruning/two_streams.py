@@ -25,8 +25,8 @@ from minitron_nemo.activations.tokens import AnnouncedBatch, TokenMask, mark_tok
 from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, receive_from, send_to
 from minitron_nemo.pruning.second_moments import CalibrationPass, announced_batch
 
-PARTS = FITTED, HELD_OUT = 0, 1
-"""Of the calibration set: what layers are fitted to, and what ridges are chosen by."""
+FITTED, HELD_OUT = 0, 1
+"""Parts of the calibration set: what layers are fitted to, and what ridges can be chosen by."""
 
 
 @dataclass
@@ -45,8 +45,12 @@ class MicroBatch:
 class TwoStreams:
     """Both streams of every micro-batch on this pipeline stage."""
 
-    def __init__(self, batches: list[MicroBatch], behind: dict[int, list[Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, batches: list[MicroBatch], behind: dict[int, list[Tensor]], device: torch.device, parts: int
+    ) -> None:
         self._batches, self._device = batches, device
+        self.parts = parts
+        """1: all is fitted; 2: some is held out. Equal on every rank."""
         self.behind = behind
         """By a kept layer of this stage: the teacher's stream behind the dropped layers after it, which end on another
         stage."""
@@ -130,7 +134,7 @@ def capture(
         MicroBatch(mask, beside, stream, student(stream.to(device)).cpu(), part_of(index))
         for index, (mask, (stream, beside)) in enumerate(zip(masks, entering, strict=True))
     ]
-    return TwoStreams(batches, behind, device)
+    return TwoStreams(batches, behind, device, parts=2 if held_out > 0 else 1)
 
 
 def _add(seen: list[Tensor], stream: Tensor) -> None:
