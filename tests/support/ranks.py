@@ -44,6 +44,7 @@ from support.patience import LOOK_SECONDS, QUIET_SECONDS, Patience, end
 TESTS = Path(__file__).resolve().parents[1]
 SOURCES = TESTS.parent / "src"
 SAYS_WHERE_SECONDS = 30.0  # an upper bound: a signal's handler is run at once wherever a process gets to run at all
+ALWAYS = timedelta(days=1)  # what hangs is quiet, which is noticed before and says more
 GRACE_SECONDS = 5.0  # of quiet, after which nobody waits for the others once a rank has failed: they may wait for it
 
 
@@ -308,6 +309,7 @@ def serve(descriptor: int) -> None:
             arguments = pipe.recv_bytes()
         except (EOFError, OSError):
             os.killpg(0, signal.SIGKILL)  # the session is over, however it ended; what was started here goes too
+        failed = False
         try:
             _set_up(job, rank, world_size, store)
             args, kwargs = _unpack_beside(job, arguments)
@@ -316,15 +318,16 @@ def serve(descriptor: int) -> None:
                 function = getattr(function, name)
             answer = pack(_Answer(function(*args, **kwargs)))  # type: ignore[operator]
         except BaseException as error:
-            ended, trace = time.monotonic(), traceback.format_exc()
+            failed, ended, trace = True, time.monotonic(), traceback.format_exc()
             try:
                 answer = pack(_Answer(error, trace, ended))
                 pickle.loads(answer)
             except Exception:  # an exception with its own constructor may not survive the way
                 answer = pack(_Answer(None, trace, ended))
-        _tear_down()
         with contextlib.suppress(OSError):  # nobody hears: the next job says so
             pipe.send_bytes(answer)
+        _leave_together(dist.PrefixStore(f"job{job.number}", store), rank, world_size, failed)
+        _tear_down()
 
 
 def _set_up(job: _Job, rank: int, world_size: int, store: dist.Store) -> None:
@@ -339,7 +342,7 @@ def _set_up(job: _Job, rank: int, world_size: int, store: dist.Store) -> None:
         store=dist.PrefixStore(f"job{job.number}", store),
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(days=1),  # what hangs is quiet, which is noticed before and says more
+        timeout=ALWAYS,
     )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
@@ -351,6 +354,15 @@ def _set_up(job: _Job, rank: int, world_size: int, store: dist.Store) -> None:
     random.seed(job.seed)
     torch.manual_seed(job.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(job.seed)
+
+
+def _leave_together(store: dist.Store, rank: int, world_size: int, failed: bool) -> None:
+    """Keep this rank's ends of all connections until every rank is done with its function. Gloo says on one side that a
+    group is connected while the other still shakes hands, which fails where the first has closed meanwhile. A rank that
+    failed does not wait: what it closes lets go those that wait for it."""
+    store.set(f"done{rank}", "")
+    if not failed:
+        store.wait([f"done{other}" for other in range(world_size)], ALWAYS)
 
 
 def _tear_down() -> None:

@@ -33,9 +33,24 @@ def fail_on(rank: int) -> None:
     dist.barrier()
 
 
+def fail_late_on(rank: int) -> None:
+    if dist.get_rank() == rank:
+        time.sleep(1)  # the other is done
+        raise ValueError(f"hidden_size=25 is odd on {rank}, late")
+
+
 def hang_on(rank: int) -> None:
     if dist.get_rank() == rank:
         time.sleep(60)
+
+
+def leave_or_stay() -> None:
+    """Rank 1 returns at once; rank 0 finds it connected a while later."""
+    if dist.get_rank() == 0:
+        time.sleep(1)
+        for _ in range(2):  # what is written first to a closed connection is still taken
+            dist.isend(torch.ones(1), 1)
+            time.sleep(0.2)
 
 
 def draw() -> float:
@@ -60,6 +75,8 @@ def test_an_exception_comes_back_with_its_type_and_the_rank_named() -> None:
         with pytest.raises(ValueError, match="hidden_size=25 is odd on 1") as caught:
             ranks("tp2").run(fail_on, 1)
         assert "rank 1 of tp2 failed in fail_on" in str(caught.value.__cause__)
+        with pytest.raises(ValueError, match="on 0, late"):
+            ranks("tp2").run(fail_late_on, 0)
         assert len(ranks("tp2").run(draw)) == 2  # the next call finds ranks that work
     finally:
         ranks.close()
@@ -77,6 +94,11 @@ def test_a_rank_that_hangs_is_named_and_shown_where_it_hangs() -> None:
 
 def test_each_run_starts_from_the_same_seed(ranks: Ranks) -> None:
     assert ranks("dp2").run(draw) == ranks("dp2").run(draw)
+
+
+def test_a_rank_that_is_done_stays_until_all_are(ranks: Ranks) -> None:
+    """It may be done while another still connects to it."""
+    ranks("dp2").run(leave_or_stay)
 
 
 def test_an_unknown_layout_says_how_one_is_written() -> None:
