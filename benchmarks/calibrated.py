@@ -8,10 +8,10 @@ in every way that is compared, at the same dims, and distilled on the same token
     + norm scale         ... and gammas of the norms rescaled
     + rotation           ... and the principal axes of the residual stream instead of channels
     + compensation       ... and what reads neurons and heads refitted
-    + selection          ... and which of these stay chosen by what refitting could least make up for: all of
-                         prune.surgery.method=calibrated
+    + selection          ... and which of these stay chosen by what refitting could least make up for
     without rotation     all but the rotation
-    of depth             papers; + scale, + least squares: the layer before the gap corrected
+    sequential           student beside teacher, all fitted layer by layer, in turned coordinates
+    of depth             papers; + scale, + least squares: the layer before the gap corrected; sequential, on channels
 
 Each distillation is measured on validation text as it goes, so a cut has a loss at every share of the token budget; and
 a number of tokens after which it is where the papers' cut ends, read off between two measurements. The last loss is of
@@ -42,10 +42,14 @@ from stages import HELD_OUT, Stages, begin, curve
 SEEDS = (1234, 4321, 777)
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 VALIDATION_BATCHES = 4
-PAPERS, ALL = "papers", "+ selection"
-LADDER = ("random", "magnitude", PAPERS, "+ norm scale", "+ rotation", "+ compensation", ALL, "without rotation")
-OF_DEPTH = (PAPERS, "+ scale", "+ least squares")
-MEASURED_FULLY = (PAPERS, ALL, "+ least squares")
+PAPERS, ALL, SEQUENTIAL = "papers", "+ selection", "sequential"
+LADDER = (
+    *("random", "magnitude", PAPERS),
+    *("+ norm scale", "+ rotation", "+ compensation", ALL, "without rotation"),
+    SEQUENTIAL,
+)
+OF_DEPTH = (PAPERS, "+ scale", "+ least squares", SEQUENTIAL)
+MEASURED_FULLY = (PAPERS, ALL, "+ least squares", SEQUENTIAL)
 """With every seed, whatever --seeds says."""
 
 
@@ -69,17 +73,23 @@ TARGETS = {
     "depth 2 of 6": layers(2),
 }
 _SURGERY = "prune.surgery."
+_ENERGY, _TURNED, _COMPENSATED = (
+    f"{_SURGERY}norm_scale=energy",
+    f"{_SURGERY}basis=rotation",
+    f"{_SURGERY}compensate=true",
+)
 CUTS = {
     "random": ["prune.importance={run_dir}/importance_random"],
     "magnitude": ["prune.importance={run_dir}/importance_magnitude"],
     PAPERS: [],
-    "+ norm scale": [f"{_SURGERY}norm_scale=energy"],
-    "+ rotation": [f"{_SURGERY}norm_scale=energy", f"{_SURGERY}basis=rotation"],
-    "+ compensation": [f"{_SURGERY}method=calibrated", f"{_SURGERY}compensation.selection=scores"],
-    ALL: [f"{_SURGERY}method=calibrated"],
-    "without rotation": [f"{_SURGERY}method=calibrated", f"{_SURGERY}basis=channels"],
+    "+ norm scale": [_ENERGY],
+    "+ rotation": [_ENERGY, _TURNED],
+    "+ compensation": [_ENERGY, _TURNED, _COMPENSATED, f"{_SURGERY}compensation.selection=scores"],
+    ALL: [_ENERGY, _TURNED, _COMPENSATED],
+    "without rotation": [_ENERGY, _COMPENSATED],
     "+ scale": [f"{_SURGERY}correct_depth=true", f"{_SURGERY}depth_correction.method=scale"],
     "+ least squares": [f"{_SURGERY}correct_depth=true"],
+    SEQUENTIAL: [f"{_SURGERY}refit=sequential"],
 }
 STYLES: dict[str, dict[str, Any]] = {
     "random": {"color": "0.75"},
@@ -90,6 +100,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "+ compensation": {"color": "#e69f00"},
     ALL: {"color": "#d55e00", "linewidth": 2.2},
     "without rotation": {"color": "#cc79a7"},
+    SEQUENTIAL: {"color": "0.0", "linewidth": 2.2},
     "+ scale": {"color": "#e69f00", "linestyle": "--"},
     "+ least squares": {"color": "#d55e00", "linestyle": "--", "linewidth": 2.2},
 }
@@ -133,6 +144,8 @@ class Bench(Stages):
     def cut(self, cut: Cut) -> Artifact:
         target, way = cut
         values = [value.format(run_dir=self.run_dir) for value in CUTS[way]]
+        if way == SEQUENTIAL and target.startswith("width"):
+            values.append(_TURNED)
         return self.stage("prune", *TARGETS[target], *values, output=folder(cut))
 
     def distilled(self, cut: Cut, seed: int) -> Artifact:

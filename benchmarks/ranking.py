@@ -125,7 +125,7 @@ class Bench:
 
     def calibrated(self, importance: Importance, wanted: ModelShape) -> torch.Tensor:
         """Losses of the calibrated cut, neurons and heads refitted on the samples of the importance."""
-        surgery = SurgeryConfig(CALIBRATED)
+        surgery = SurgeryConfig(CALIBRATED, refit="none")
         options = {"batch_aggregation": "l2", "sequence_aggregation": "l2", "surgery": surgery}
         of_stream, of_blocks = split(plan_from_importance(importance, self.shape, wanted, **options))
         between, samples = self.student(of_stream), self.batches(TRAIN, SAMPLES, seed=0)

@@ -285,9 +285,15 @@ def test_a_student_that_its_family_does_not_open_is_refused_or_renamed(
 CALIBRATED = ["prune.surgery.method=calibrated", "+prune.target.hidden_size=24", "+prune.target.ffn_hidden_size=48"]
 
 
-def test_a_calibrated_cut_measures_what_its_importance_lacks(door: Door, scored: list[str], tmp_path: Path) -> None:
+COMPENSATED = [*CALIBRATED, "prune.surgery.refit=none"]
+
+
+@pytest.mark.parametrize("calibrated", [CALIBRATED, COMPENSATED], ids=["sequential", "compensated"])
+def test_a_calibrated_cut_measures_what_its_importance_lacks(
+    door: Door, scored: list[str], tmp_path: Path, calibrated: list[str]
+) -> None:
     """The stream's second moments come with the importance, or else from a pass while pruning: the same cut."""
-    shallow = [*CALIBRATED, "+prune.target.num_layers=3", "prune.depth.metric=block_influence"]
+    shallow = [*calibrated, "+prune.target.num_layers=3", "prune.depth.metric=block_influence"]
     lacking = ["estimate_importance.depth.metrics=[block_influence]", "estimate_importance.importance.stream=none"]
     done = door("estimate-importance", *scored, *lacking, f"estimate_importance.output={tmp_path / 'lacking'}")
     assert done.code == 0, done.err
@@ -300,9 +306,13 @@ def test_a_calibrated_cut_measures_what_its_importance_lacks(door: Door, scored:
     torch.testing.assert_close(plans["without"].hidden, plans["with"].hidden, rtol=0, atol=1e-4)
     assert plans["without"].ffn.equal(plans["with"].ffn)
     facts = open_artifact(tmp_path / "with").facts
-    assert {each["axis"] for each in facts["compensation"]} == {"ffn"} and len(facts["compensation"]) == 3
-    assert all(each["error"] < each["plain_error"] for each in facts["compensation"])
-    assert [each["error"] < 1 for each in facts["depth_correction"]] == [True]
+    if calibrated is CALIBRATED:
+        assert len(facts["sequential_refit"]) == 4 * 3 + 1
+        assert all(each["error"] < each["plain_error"] for each in facts["sequential_refit"])
+    else:
+        assert {each["axis"] for each in facts["compensation"]} == {"ffn"} and len(facts["compensation"]) == 3
+        assert all(each["error"] < each["plain_error"] for each in facts["compensation"])
+        assert [each["error"] < 1 for each in facts["depth_correction"]] == [True]
     weights = {name: read_weights(str(tmp_path / name)) for name in ways}
     for name, tensor in weights["with"].items():
         torch.testing.assert_close(weights["without"][name], tensor, rtol=1e-2, atol=1e-3, msg=name)
@@ -379,6 +389,12 @@ def test_a_plan_is_followed_by_calibrated_surgery_which_refits_what_it_keeps(
     (tmp_path / "plan").mkdir()
     unlikely.save(tmp_path / "plan")
     followed = [f"prune.plan={tmp_path / 'plan'}", "prune.surgery.method=calibrated"]
+    done = door("prune", *scored, *followed, f"prune.output={tmp_path / 'sequential'}")
+    assert done.code == 0, done.err
+    kept = PruningPlan.load(tmp_path / "sequential")
+    assert kept.ffn.equal(unlikely.ffn) and kept.head.equal(unlikely.head)
+    assert open_artifact(tmp_path / "sequential").facts["sequential_refit"]
+    followed.append("prune.surgery.refit=none")
     done = door("prune", *scored, *followed, f"prune.output={tmp_path / 'followed'}")
     assert done.code == 0, done.err
     kept = PruningPlan.load(tmp_path / "followed")

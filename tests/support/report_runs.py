@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,10 +83,16 @@ def history(stage: str, tokens: int, loss: float, steps: int = 20) -> list[dict[
 
 
 def write_pruned(
-    folder: Path, name: str, importance: Importance, shape: ModelShape, inputs: Sequence[Artifact]
+    folder: Path,
+    name: str,
+    importance: Importance,
+    shape: ModelShape,
+    inputs: Sequence[Artifact],
+    facts: Mapping[str, Any] = {},
 ) -> Artifact:
     """A pruned model with its plan."""
     with writing(folder / name, stage="prune", config={}, inputs=inputs) as draft:
+        draft.facts.update(facts)
         plan_from_importance(importance, importance.shape, shape).save(draft.path)
         (draft.path / "shape.json").write_text(json.dumps(shape.to_dict()))
     return open_artifact(folder / name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from minitron_nemo.checks import did_you_mean, require
@@ -25,9 +25,11 @@ METHODS: dict[str, dict[str, str | bool]] = {
         "norm_scale": "energy",
         "compensate": True,
         "correct_depth": True,
-        "refit": "none",
+        "refit": "sequential",
     },
 }
+"""What an option is that is not set. The calibrated basis is channels under tied embeddings, and what stands beside
+refit=sequential is fitted by it."""
 REFITS = ("none", "sequential")
 
 
@@ -188,7 +190,9 @@ class SurgeryConfig:
     """What is done to the weights beside leaving some out; an option that is not set follows `method`."""
 
     method: str = "minitron"
-    """minitron: nothing, as in arXiv:2407.14679; calibrated: rotation, norm_scale=energy, compensate, correct_depth."""
+    """minitron: nothing, as in arXiv:2407.14679; calibrated: refit=sequential on the stream's principal axes, or on
+    channels where embeddings are tied. With compensate, correct_depth or norm_scale asked for it is refit=none, and all
+    three of them."""
     basis: str | None = None
     """Hidden channels kept by their scores (channels), or the principal axes of the residual stream (rotation), which
     parts tied embeddings."""
@@ -219,18 +223,39 @@ class SurgeryConfig:
                 value is None or value in values,
                 f"surgery.{option}={value} is not known; {did_you_mean(str(value), values)}",
             )
-        asked = {"compensate": self.compensate, "correct_depth": self.correct_depth}
-        asked["norm_scale"] = self.norm_scale not in (None, "size")
-        beside = [option for option, wanted in asked.items() if self.is_sequential and wanted]
+        beside = self._asked_beside_refit if self.refit == "sequential" else []
         require(
             not beside,
             f"surgery.{' and surgery.'.join(beside)} beside surgery.refit=sequential, which fits weights and norms "
             "itself. Leave them out, or set surgery.refit=none.",
         )
 
+    @property
+    def _asked_beside_refit(self) -> list[str]:
+        """The options that were asked for, of those that a sequential refit takes the place of."""
+        asked = {"compensate": self.compensate, "correct_depth": self.correct_depth}
+        asked["norm_scale"] = self.norm_scale not in (None, "size")
+        return [option for option, wanted in asked.items() if wanted]
+
+    def settled(self, source: ModelShape, target: ModelShape, *, basis: str | None = None) -> SurgeryConfig:
+        """With `basis` and `refit` as they are for this cut.
+
+        Args:
+            basis: taken where nothing was said; None: channels under tied embeddings, which stay tied, and otherwise
+                what the method says.
+        """
+        tied = source.share_embeddings_and_output_weights
+        basis = self.basis or basis or ("channels" if tied else str(self.chosen("basis")))
+        refit, turned_or_whole = self.chosen("refit"), basis == "rotation" or target.hidden_size == source.hidden_size
+        if self.refit is None and source.normalization != "RMSNorm" and not turned_or_whole:
+            refit = "none"  # a LayerNorm takes off the mean over all channels
+        return replace(self, basis=basis, refit=str(refit))
+
     def chosen(self, option: str) -> str | bool:
         """An option, or what the method says where it is not set."""
         value: str | bool | None = getattr(self, option)
+        if option == "refit" and value is None and self._asked_beside_refit:
+            return "none"
         return METHODS[self.method][option] if value is None else value
 
     @property
@@ -276,5 +301,6 @@ class SurgeryConfig:
 
     def describe(self) -> str:
         """For a plan's origin."""
-        options = ", ".join(f"{option}={self.chosen(option)}" for option in METHODS[self.method])
+        moot = ("norm_scale", "compensate", "correct_depth") if self.is_sequential else ()
+        options = ", ".join(f"{option}={self.chosen(option)}" for option in METHODS[self.method] if option not in moot)
         return f"{self.method} ({options})"

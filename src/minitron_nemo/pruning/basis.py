@@ -56,6 +56,28 @@ def principal_basis(second_moment: Tensor, keep: int, *, keeps_mean: bool = Fals
     return around_mean @ axes @ _mean_first(keep)
 
 
+def missed_by_axes(second_moment: Tensor, keep: int) -> float:
+    """The share of the stream's energy outside its first `keep` principal axes."""
+    spectrum = torch.linalg.eigvalsh(second_moment.double())
+    return float(spectrum[: len(spectrum) - keep].sum() / spectrum.sum())
+
+
+def missed_by_channels(second_moment: Tensor, channels: Tensor, *, refitted: bool) -> float:
+    """The share of the stream's energy outside some channels, ascending.
+
+    Args:
+        refitted: what reads the stream is; then it misses only what no linear map of the kept channels says.
+    """
+    matrix = second_moment.double()
+    kept = matrix[channels][:, channels]
+    said = kept.trace()
+    if refitted:
+        ridge = 1e-3 * kept.diagonal().mean()  # silent channels have none of their own
+        of_all = matrix[channels]
+        said = (torch.linalg.solve(kept + ridge * torch.eye(len(kept)), of_all) * of_all).sum()
+    return float(1 - said / matrix.trace())
+
+
 def _mean_first(size: int) -> Tensor:
     """The reflection [n, n] that takes the first direction to 1_n / sqrt(n), and that back."""
     normal = torch.full((size,), -(size**-0.5), dtype=torch.float64)

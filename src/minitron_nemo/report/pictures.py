@@ -71,7 +71,7 @@ def curves(run: Run, teacher_loss: float | None) -> Markup | None:
             " Its dots are that distance on validation text; agreement is the share of validation tokens for which "
             "student and teacher find the same next token likeliest."
         )
-    return _figure(loss_curves(series, teacher_loss), caption) + _source_curves(series)
+    return figure(loss_curves(series, teacher_loss), caption) + _source_curves(series)
 
 
 def _source_curves(series: list[Series]) -> Markup:
@@ -82,7 +82,7 @@ def _source_curves(series: list[Series]) -> Markup:
         "Validation loss of each source of the text, in the colours of the models above. A source that falls more "
         "slowly than the others has too small a share of the training text, or is less like the teacher's own."
     )
-    return _figure(source_curves(several), caption)
+    return figure(source_curves(several), caption)
 
 
 def _series(run: Run) -> list[Series]:
@@ -118,7 +118,7 @@ def _neurons(pruning: Pruning, values: AxisScores) -> Markup:
         "FFN neurons. Each row is a layer, its neurons sorted by score: the faster a row fades, the fewer neurons "
         "do its work, and the less is lost right of the line. A row that stays bright pays more for the same cut."
     )
-    return _figure(neuron_map(values, _number_kept(pruning, "ffn")), caption + _agreement(pruning, "ffn"))
+    return figure(neuron_map(values, _number_kept(pruning, "ffn")), caption + _agreement(pruning, "ffn"))
 
 
 def _shared_neurons(pruning: Pruning, values: AxisScores) -> Markup:
@@ -127,7 +127,7 @@ def _shared_neurons(pruning: Pruning, values: AxisScores) -> Markup:
         "without one are blank."
     )
     svg = neuron_map(values, _number_kept(pruning, "shared_expert_ffn"), "shared")
-    return _figure(svg, caption + _agreement(pruning, "shared_expert_ffn"))
+    return figure(svg, caption + _agreement(pruning, "shared_expert_ffn"))
 
 
 def _experts(pruning: Pruning, values: AxisScores) -> Markup:
@@ -137,7 +137,7 @@ def _experts(pruning: Pruning, values: AxisScores) -> Markup:
     )
     if "expert" in pruning.kept:
         caption += " A dot marks a kept expert."
-    return _figure(expert_map(values, pruning.kept.get("expert")), caption)
+    return figure(expert_map(values, pruning.kept.get("expert")), caption)
 
 
 def _expert_neurons(pruning: Pruning, values: AxisScores) -> Markup:
@@ -146,7 +146,7 @@ def _expert_neurons(pruning: Pruning, values: AxisScores) -> Markup:
         "are averaged: the faster a row fades, the less is lost right of the line in a typical expert of it."
     )
     svg = neuron_map(values, _number_kept(pruning, "expert_ffn"), "expert-neurons")
-    return _figure(svg, caption + _agreement(pruning, "expert_ffn"))
+    return figure(svg, caption + _agreement(pruning, "expert_ffn"))
 
 
 def _heads(pruning: Pruning, values: AxisScores) -> Markup:
@@ -154,7 +154,7 @@ def _heads(pruning: Pruning, values: AxisScores) -> Markup:
     if "head" in pruning.kept:
         caption += " A dot marks a kept head; every kept query group keeps equally many."
     heads_per_group = pruning.source.heads_per_group if pruning.source else values.shape[1]
-    return _figure(head_map(values, pruning.kept.get("head"), heads_per_group), caption)
+    return figure(head_map(values, pruning.kept.get("head"), heads_per_group), caption)
 
 
 def _hidden(pruning: Pruning, values: AxisScores) -> Markup:
@@ -162,7 +162,7 @@ def _hidden(pruning: Pruning, values: AxisScores) -> Markup:
         "Hidden channels, shared by all layers. A cut where the curve has fallen steeply loses little; where it is "
         "flat, the channels are of nearly equal worth and each one dropped costs."
     )
-    return _figure(hidden_profile(values, _number_kept(pruning, "hidden")), caption + _agreement(pruning, "hidden"))
+    return figure(hidden_profile(values, _number_kept(pruning, "hidden")), caption + _agreement(pruning, "hidden"))
 
 
 def _layers(pruning: Pruning, metric: str, blocks: Mapping[int, AxisScores]) -> Markup:
@@ -176,7 +176,7 @@ def _layers(pruning: Pruning, metric: str, blocks: Mapping[int, AxisScores]) -> 
     caption += " A triangle points at the lowest bar, the layer or block to drop first by this metric."
     if 1 in blocks and kept is not None and len(kept) < len(blocks[1]):
         caption += " Hollow bars are the layers that the plan drops."
-    return _figure(layer_bars(metric, blocks, kept), caption)
+    return figure(layer_bars(metric, blocks, kept), caption)
 
 
 def agreements(artifacts: Mapping[str, Importance], shown: str | None, pruning: Pruning) -> list[Markup]:
@@ -199,10 +199,10 @@ def _inside(importance: Importance) -> list[Markup]:
             "aggregations that give all of them one score are left out. Where all numbers are high, the choice of "
             "aggregation matters little."
         )
-        pictures.append(_figure(agreement_tables(tables, "aggregations"), caption))
+        pictures.append(figure(agreement_tables(tables, "aggregations"), caption))
     if tables := between_depth_metrics(importance):
         caption = f"Between the depth metrics, over the scores of single layers. {_HOW_TO_READ}"
-        pictures.append(_figure(agreement_tables(tables, "depth-metrics"), caption))
+        pictures.append(figure(agreement_tables(tables, "depth-metrics"), caption))
     return pictures
 
 
@@ -222,7 +222,7 @@ def _between(artifacts: Mapping[str, Importance], batch: str, sequence: str) -> 
             f"{shape.hidden_size:,}), for each axis, by {batch} over samples of the {sequence} over a sample's tokens. "
             f"{_HOW_TO_READ} High numbers between runs over other samples mean that there were enough of them."
         )
-        pictures.append(_figure(agreement_tables(tables, f"artifacts-{number}"), caption))
+        pictures.append(figure(agreement_tables(tables, f"artifacts-{number}"), caption))
     return pictures
 
 
@@ -249,8 +249,8 @@ def search(key: str, found: Mapping[str, Any]) -> list[Markup]:
         "lines still cross late, the rungs are too early to tell the candidates apart (search.halving.never_before)."
     )
     return [
-        _figure(front_of_sizes(key, tried, found["winner"], found["teacher"]["held_out_loss"]), sizes),
-        _figure(ranks_over_tokens(key, tried, found["winner"]), ranks),
+        figure(front_of_sizes(key, tried, found["winner"], found["teacher"]["held_out_loss"]), sizes),
+        figure(ranks_over_tokens(key, tried, found["winner"]), ranks),
     ]
 
 
@@ -269,5 +269,6 @@ def _agreement(pruning: Pruning, axis: str) -> str:
     return f" Of those the plan keeps, {share:.0%} are among the highest by the scores shown here."
 
 
-def _figure(svg: str, caption: str) -> Markup:
+def figure(svg: str, caption: str) -> Markup:
+    """A picture with what to read from it."""
     return Markup("<figure><div>{}</div><figcaption>{}</figcaption></figure>").format(Markup(svg), caption)

@@ -12,6 +12,7 @@ from minitron_nemo.artifact import Artifact
 from minitron_nemo.checks import reading
 from minitron_nemo.evaluation.comparison import compare
 from minitron_nemo.report import pictures
+from minitron_nemo.report.fits import fits
 from minitron_nemo.report.histories import Curve
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheet import Sheet
@@ -23,7 +24,7 @@ _MEND = "Make the artifact again, or copy it again."
 def sheets(run: Run, values: dict[str, Any]) -> list[Sheet]:
     """Those there are, in the order they are shown."""
     found = [_tasks(run, values), *_throughput(run), _recovery(run, values), _sources(run, values), _by_source(run)]
-    found += _searches(run)
+    found += [*fits(run), *_searches(run)]
     return [sheet for sheet in found if sheet.rows]
 
 

@@ -20,14 +20,13 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.plan import PruningPlan
-from minitron_nemo.pruning import kept_layers, plan_from_importance
+from minitron_nemo.pruning import plan_from_importance
 from minitron_nemo.pruning.basis import principal_basis
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
 from minitron_nemo.pruning.second_moments import CalibrationPass
 from minitron_nemo.pruning.sequential import refit_sequentially
-from minitron_nemo.pruning.targets import resolve_target
 from minitron_nemo.resuming import OnePass
 from minitron_nemo.runtime.checkpoint_surgery import prune_checkpoint
 from minitron_nemo.runtime.distributed_checkpoint import stored_dtype
@@ -40,6 +39,7 @@ from minitron_nemo.scores import STREAM, Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages.rounds import Rounds, cut, plan_of_rank_zero
 from minitron_nemo.stages.scoring import Calibration
+from minitron_nemo.stages.settling import settle
 from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ class Job:
             scores: of `config.importance`, where several cuts share them.
         Raises: ValueError, FileNotFoundError: as `run`.
         """
-        self._config, self._source = config, source
+        self._source = source
         self._scores: Scores | None = None
         self._calibration: Calibration | None = None
         self._rounds: Rounds | None = None
@@ -155,14 +155,17 @@ class Job:
             self.plan = PruningPlan.load(config.plan)
             self.target = as_family(self.plan.target, config.family)
             self.plan = replace(self.plan, target=self.target)
+            basis = "rotation" if self.plan.has_basis else "channels"
+            config = replace(config, surgery=config.surgery.settled(source.shape, self.target, basis=basis))
         if self.plan is None or config.surgery.runs_model(source.shape, self.target):
             self._scores = scores or Scores(config, source)
             self.inputs.append(self._scores.artifact)
         if self.plan is None:
             assert self._scores is not None
-            self.target, self._layers = target_of(config, self._scores.importance, source.shape)
-            if config.offline or not self._lacks_stream:
-                self.plan = self._plan_of_importance()
+            config, self.target, self._layers = settle(config, self._scores.importance, source.shape)
+        self._config = config
+        if self.plan is None and (config.offline or not self._lacks_stream):
+            self.plan = self._plan_of_importance()
         require_opens(self.target, source.shape)
         runs_model = config.surgery.runs_model(source.shape, self.target)
         require(
@@ -266,38 +269,6 @@ class Job:
             surgery=config.surgery,
             basis=self._scores.basis,
         )
-
-
-def target_of(config: PruneConfig, importance: Importance, source: ModelShape) -> tuple[ModelShape, list[int] | None]:
-    """The shape that the config asks for, and the layers it keeps where they are said.
-
-    Raises: ValueError: nothing to prune, or a target that does not fit.
-    """
-    require(
-        bool(config.target) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
-        "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
-        "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
-    )
-    dims, layers, base = dict(config.target), config.layers, as_family(source, config.family)
-    if layers is not None:
-        dims.setdefault("num_layers", len(layers))
-    if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
-        layers = kept_layers(importance, source, dims.pop("num_layers"), layers=layers, depth=config.depth)
-        base = base.keeping_layers(layers)
-
-    def resolve(base: ModelShape) -> ModelShape:
-        options: dict[str, Any] = {"target": dims, "keep": config.keep, "multiple_of": config.multiple_of}
-        return resolve_target(base, budget=config.budget, **options)
-
-    target = resolve(base)
-    if source.share_embeddings_and_output_weights and config.surgery.turns and target.hidden_size < source.hidden_size:
-        target = resolve(replace(base, share_embeddings_and_output_weights=False))
-        logger.warning(
-            "prune.surgery.basis=rotation parts the tied embeddings: the final norm goes into the output layer, whose "
-            "%s parameters are the student's own. prune.surgery.basis=channels keeps them tied.",
-            f"{target.padded_vocab_size * target.hidden_size:,}",
-        )
-    return target, layers
 
 
 def _require_same_tokenizer(importance: Importance, source: ModelInput) -> None:

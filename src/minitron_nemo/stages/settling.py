@@ -1,0 +1,102 @@
+"""What a prune config asks for of a model: the student's shape, and how it is cut where that is left open."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+from minitron_nemo.checks import require
+from minitron_nemo.config.stages import PruneConfig
+from minitron_nemo.pruning import kept_layers
+from minitron_nemo.pruning.basis import missed_by_axes, missed_by_channels, stream_moments
+from minitron_nemo.pruning.ranking import top_k
+from minitron_nemo.pruning.targets import resolve_target
+from minitron_nemo.runtimes import as_family
+from minitron_nemo.scores import STREAM, Importance
+from minitron_nemo.shape import ModelShape
+
+logger = logging.getLogger(__name__)
+
+
+def settle(
+    config: PruneConfig, importance: Importance, source: ModelShape
+) -> tuple[PruneConfig, ModelShape, list[int] | None]:
+    """The config with its surgery settled for this model; the shape it asks for; the layers it keeps where they are
+    said.
+
+    Raises: ValueError: nothing to prune, or a target that does not fit.
+    """
+    require(
+        bool(config.target) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
+        "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
+        "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
+    )
+    dims, layers, base = dict(config.target), config.layers, as_family(source, config.family)
+    if layers is not None:
+        dims.setdefault("num_layers", len(layers))
+    if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
+        layers = kept_layers(importance, source, dims.pop("num_layers"), layers=layers, depth=config.depth)
+        base = base.keeping_layers(layers)
+
+    def resolve(base: ModelShape) -> ModelShape:
+        options: dict[str, Any] = {"target": dims, "keep": config.keep, "multiple_of": config.multiple_of}
+        return resolve_target(base, budget=config.budget, **options)
+
+    target = resolve(base)
+    surgery = config.surgery.settled(source, target)
+    if source.share_embeddings_and_output_weights and target.hidden_size < source.hidden_size:
+        untied = replace(base, share_embeddings_and_output_weights=False)
+        if surgery.turns:
+            target = resolve(untied)
+            logger.warning(
+                "prune.surgery.basis=rotation parts the tied embeddings: the final norm goes into the output layer, "
+                "whose %s parameters are the student's own. prune.surgery.basis=channels keeps them tied.",
+                f"{target.padded_vocab_size * target.hidden_size:,}",
+            )
+        elif _is_basis_open(config):
+            turned = resolve(untied)
+            if parting_pays(config, importance, target, turned):
+                surgery, target = config.surgery.settled(source, turned, basis="rotation"), turned
+    return replace(config, surgery=surgery), target, layers
+
+
+def _is_basis_open(config: PruneConfig) -> bool:
+    """Whether nobody said what a budget that counts embeddings is spent on."""
+    said = config.surgery.basis is not None or config.surgery.method != "calibrated"
+    return config.budget.cost in ("parameters", "memory") and not said
+
+
+def parting_pays(config: PruneConfig, importance: Importance, tied: ModelShape, untied: ModelShape) -> bool:
+    """Whether, of two students of one budget, the untied one's axes miss less of the stream than the tied one's
+    channels, though they are fewer; says so."""
+    cost = str(config.budget.cost)
+    budget = f"prune.budget.{cost}={getattr(config.budget, cost)}"
+    if STREAM not in importance.moments:
+        logger.warning(
+            "%s: embeddings stay tied, on %s channels. Whether %s axes and an output layer of their own would be "
+            "better is compared where importance was estimated with estimate_importance.importance.stream=normalised; "
+            "prune.surgery.basis=rotation takes them.",
+            budget,
+            tied.hidden_size,
+            untied.hidden_size,
+        )
+        return False
+    stream, _ = stream_moments(importance)
+    scores = importance.scores("hidden", config.batch_aggregation, config.sequence_aggregation)
+    is_refitted = config.surgery.settled(importance.shape, tied).is_sequential
+    by_channels = missed_by_channels(stream, top_k(scores, tied.hidden_size), refitted=is_refitted)
+    by_axes = missed_by_axes(stream, untied.hidden_size)
+    pays = by_axes < by_channels
+    logger.warning(
+        "%s: embeddings that stay tied leave %s channels, which miss %.1f%% of the residual stream; parted, %s axes, "
+        "which miss %.1f%%. They %s. prune.surgery.basis=%s says otherwise.",
+        budget,
+        tied.hidden_size,
+        100 * by_channels,
+        untied.hidden_size,
+        100 * by_axes,
+        "are parted" if pays else "stay tied",
+        "channels" if pays else "rotation",
+    )
+    return pays
