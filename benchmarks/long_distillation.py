@@ -90,6 +90,7 @@ class Long(Bench):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1280, help="of 16 x 256 tokens: 5.2M tokens")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--jobs", type=int, default=2, help="processes that share the runs")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # i/n: of such a process
     parser.add_argument("--run-dir", type=Path, help="keeps the artifacts; taken where they stand")
@@ -100,17 +101,18 @@ def main() -> int:
         bench = Long((options.run_dir or Path(own)).resolve(), options.steps)
         if options.part is not None:
             part, parts = map(int, options.part.split("/"))
-            for name in ROWS[part::parts]:
+            for name in options.rows[part::parts]:
                 bench.row(name)
             return 0
         bench.prepare()
-        for way in (PAPERS, SEQUENTIAL):  # what rows of two processes need
+        for way in (PAPERS, SEQUENTIAL):  # what rows of several processes need
             bench.cut((TARGET, way))
-        command = [sys.executable, __file__, "--run-dir", str(bench.run_dir), "--steps", str(options.steps), "--part"]
+        command = [sys.executable, __file__, "--run-dir", str(bench.run_dir), "--steps", str(options.steps)]
+        command += ["--rows", *options.rows, "--part"]
         processes = [subprocess.Popen([*command, f"{part}/{options.jobs}"]) for part in range(options.jobs)]
         if max(process.wait() for process in processes):
             return 1
-        answers = {name: bench.answer(name) for name in ROWS}
+        answers = {name: bench.answer(name) for name in options.rows}
         teacher = round(statistics.mean(bench.held_out(open_artifact(bench.run_dir / "teacher"))), 4)
         bill = bench.bill()
     for name, answer in answers.items():
@@ -118,7 +120,7 @@ def main() -> int:
     print(f"teacher {teacher}; bill in PFLOPs {bill}; took {(time.monotonic() - began) / 60:.0f} minutes")
     if options.save:
         result = {
-            "command": "make bench-long-distillation, with --save",
+            "command": "benchmarks/long_distillation.py --save --rows " + " ".join(options.rows),
             "date": date.today().isoformat(),
             "machine": f"{machine.machine()}, {bench.precision}",
             "torch": torch.__version__,
