@@ -89,6 +89,18 @@ def test_every_budget_is_met_and_no_step_is_left_that_would_still_fit(
         assert cost(larger) > limit
 
 
+@pytest.mark.parametrize("share", [0.65, 0.75, 0.85])
+def test_a_budget_is_spent_where_few_hidden_sizes_open(share: float) -> None:
+    """SmolLM2-135M: of 576 channels in 9 heads only 288 is a multiple of 32 that opens."""
+    smol = ModelShape(
+        "llama", 30, 576, 1536, 9, 3, 64, padded_vocab_size=49152, seq_length=8192,
+        share_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    shape = resolve(smol, budget={"parameters": str(round(share * smol.num_parameters))})
+    assert 0.97 < shape.num_parameters / (share * smol.num_parameters) <= 1.01
+    assert shape.hidden_size % 9 == 0 and 288 < shape.hidden_size < 576 and shape.ffn_hidden_size < 1536 * 1.01
+
+
 def test_memory_is_weights_and_key_value_cache() -> None:
     cache = 2 * 3 * 1000 * 32 * 8 * 128 * 2  # batch, tokens, layers, groups, channels, key and value, bytes
     assert memory_bytes(LLAMA_8B, batch_size=3, seq_length=1000) == 2 * 8_030_261_248 + cache

@@ -95,10 +95,26 @@ def test_a_budget_of_parameters_says_whether_a_tie_is_worth_keeping(
         {"surgery": SurgeryConfig(method="calibrated"), "target": {"hidden_size": 24}},
         {
             "surgery": SurgeryConfig(method="calibrated"),
+            "target": {"hidden_size": 24},
+            "budget": BudgetConfig(parameters="20K", dims={"ffn_hidden_size": 1.0}),
+        },
+        {
+            "surgery": SurgeryConfig(method="calibrated"),
+            "budget": BudgetConfig(parameters="3.9K", dims={"hidden_size": 1.0}),
+        },
+        {
+            "surgery": SurgeryConfig(method="calibrated"),
             "budget": BudgetConfig(non_embedding_parameters="9K", dims={"hidden_size": 1.0}),
         },
     ],
-    ids=["basis", "papers' method", "target", "budget without embeddings"],
+    ids=[
+        "basis",
+        "papers' method",
+        "target",
+        "budget of the FFN",
+        "no budget for two tables",
+        "budget without embeddings",
+    ],
 )
 def test_a_tie_stays_where_nothing_compares(said: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     made, target, _ = settle(PruneConfig(**said), scored(axes_off_the_channels(8)), TIED)

@@ -31,6 +31,9 @@ BYTES = {f"{unit}B": size for unit, size in COUNTS.items() if unit != "B"}
 BYTES |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
+_FEW = 8
+"""So many hidden sizes at least a budget chooses among."""
+
 _COSTS: dict[str, Callable[[ModelShape, BudgetConfig], int]] = {
     "parameters": lambda shape, _: shape.num_parameters,
     "non_embedding_parameters": lambda shape, _: shape.num_non_embedding_parameters,
@@ -199,6 +202,8 @@ def _fit(
         return shape
     full = {dim: getattr(shape, dim) for dim in policy}
     steps = {dim: step_of(shape, dim, multiple_of) for dim in policy}
+    if "hidden_size" in policy and "hidden_size" not in multiple_of:
+        steps["hidden_size"] = _fine_enough(shape, steps["hidden_size"])
 
     def at(ratio: float) -> dict[str, int]:
         return {
@@ -229,6 +234,19 @@ def _fit(
         if grown:
             best = min(options, key=lambda option: _COSTS[name](option, budget))
     return best
+
+
+def _fine_enough(shape: ModelShape, step: int) -> int:
+    """`step` of the hidden size, halved until a few of its multiples open: of 576 channels and 9 heads those of 32 are
+    288 and 576 alone, those of 8 also 360, 432 and 504."""
+
+    def opening(step: int) -> int:
+        sizes = range(step, shape.hidden_size + 1, step)
+        return sum(opening_problem(dataclasses.replace(shape, hidden_size=size)) is None for size in sizes)
+
+    while step > 1 and opening_problem(shape) is None and opening(step) < _FEW:
+        step //= 2
+    return step
 
 
 def _next_larger(shape: ModelShape, dim: str, most: int, step: int) -> ModelShape | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.pruning import kept_layers
 from minitron_nemo.pruning.basis import missed_by_axes, missed_by_channels, stream_moments
@@ -55,16 +56,18 @@ def settle(
                 f"{target.padded_vocab_size * target.hidden_size:,}",
             )
         elif _is_basis_open(config):
-            turned = resolve(untied)
-            if parting_pays(config, importance, target, turned):
-                surgery, target = config.surgery.settled(source, turned, basis="rotation"), turned
+            with contextlib.suppress(Mistake):  # no budget for two tables
+                turned = resolve(untied)
+                if parting_pays(config, importance, target, turned):
+                    surgery, target = config.surgery.settled(source, turned, basis="rotation"), turned
     return replace(config, surgery=surgery), target, layers
 
 
 def _is_basis_open(config: PruneConfig) -> bool:
-    """Whether nobody said what a budget that counts embeddings is spent on."""
+    """Whether a budget that counts embeddings chooses the hidden size, and nobody said of what axes."""
     said = config.surgery.basis is not None or config.surgery.method != "calibrated"
-    return config.budget.cost in ("parameters", "memory") and not said
+    chooses = "hidden_size" in config.budget.dims and "hidden_size" not in {**config.target, **config.keep}
+    return config.budget.cost in ("parameters", "memory") and chooses and not said
 
 
 def parting_pays(config: PruneConfig, importance: Importance, tied: ModelShape, untied: ModelShape) -> bool:
