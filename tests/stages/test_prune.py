@@ -321,8 +321,11 @@ def test_a_calibrated_cut_measures_what_its_importance_lacks(
 SEQUENTIAL = ["prune.surgery.refit=sequential", *CALIBRATED[1:]]
 
 
-def test_channels_chosen_in_rounds_are_refitted_at_the_end(door: Door, scored: list[str], tmp_path: Path) -> None:
-    done = door("prune", *scored, *SEQUENTIAL, "prune.rounds=2", f"prune.output={tmp_path / 'refitted'}")
+@pytest.mark.parametrize("refit", [SEQUENTIAL, [*CALIBRATED, "prune.surgery.basis=channels"]], ids=["asked", "usual"])
+def test_channels_chosen_in_rounds_are_refitted_at_the_end(
+    door: Door, scored: list[str], tmp_path: Path, refit: list[str]
+) -> None:
+    done = door("prune", *scored, *refit, "prune.rounds=2", f"prune.output={tmp_path / 'refitted'}")
     assert done.code == 0, done.err
     places = open_artifact(tmp_path / "refitted").facts["sequential_refit"]
     assert all(each["error"] < each["plain_error"] for each in places)

@@ -182,8 +182,8 @@ class PruneConfig(Ranged):
             "prune.offline=true never holds a model, and each round scores one": self.offline,
             "prune.merge_heads=true changes heads, and the rounds are put together into one cut": self.merge_heads,
             "prune.surgery.basis=rotation leaves no channels to score": self.surgery.turns,
-            "prune.surgery.norm_scale rescales norms for one cut of the stream": self.surgery.chosen("norm_scale")
-            != "none",
+            "prune.surgery.norm_scale rescales norms for one cut of the stream": not self.surgery.is_sequential
+            and self.surgery.chosen("norm_scale") != "none",
         }
         for hindrance, stands in hindrances.items():
             works = self.rounds == 1 or not stands
