@@ -97,6 +97,9 @@ def test_the_bill_is_time_times_processes_and_its_sum(tmp_path: Path) -> None:
 
     row = next(row for row in page.rows if row[:2] == ["distilled", "distill"])
     assert row[2:-1] == ["7,200.0", "4", "an H100", "8.0000", "41.0k"]
+    models = {row[0]: row[-1] for row in page.rows if len(row) == 7}
+    assert models["pruned only"] == "90", "of the whole stage, not of writing what it made"
+    assert models["distilled"] == "12", "of its training"
     others = len([path for path in tmp_path.iterdir() if path.name != "report"]) - 1
     hours, tokens = 8 + others * 0.1, 4 * TOKENS + TOKENS // 4
     files = [file for place in tmp_path.iterdir() if place.name != "report" for file in place.rglob("*")]
