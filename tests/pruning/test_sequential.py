@@ -531,3 +531,24 @@ def test_bf16_weights_stay_bf16_and_near_the_float32_solution() -> None:
 def test_a_config_that_cannot_work_says_what_would(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SequentialConfig(**options)
+
+
+@pytest.mark.parametrize("cut", ["channels", "turned", "turned, parted", "LayerNorm, biases, turned"])
+def test_norms_have_the_size_of_the_teachers_again(cut: str) -> None:
+    """Gammas that readers took in would leave them weights of another size, for which a learning rate is another."""
+    plan = PLANS[cut]
+    model = build_gpt(plan.source)
+    gammas = {name: each for name, each in model.named_parameters() if norm_number(name, plan.source) is not None}
+    for gamma in gammas.values():
+        gamma.data.mul_(0.03)
+    before = float(torch.cat([each.data for each in gammas.values()]).square().mean().sqrt())
+    config = SequentialConfig(**RIDGE, selection="scores")
+    found = refit_sequentially(model, plan, Groups.from_megatron(), calibration(model), config)
+    student, plainly = student_of(model, found), build_gpt(plan.target, seed=1)
+    prune_into(model, plainly, found.plan, Groups.from_megatron())
+    dataclasses.replace(found, exponents={}).finish(plainly)
+
+    torch.testing.assert_close(run_gpt(student, TOKENS), run_gpt(plainly, TOKENS), rtol=0, atol=1e-6)
+    sizes = [each.data for name, each in student.named_parameters() if norm_number(name, plan.target) is not None]
+    after = float(torch.cat(sizes).square().mean().sqrt())
+    assert 0.5 < after / before / (plan.source.hidden_size / plan.target.hidden_size) ** 0.5 < 2

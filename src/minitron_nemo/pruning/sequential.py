@@ -49,6 +49,7 @@ from minitron_nemo.places import (
     in_layer,
     layer_of,
     norm_in,
+    with_layer,
 )
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning.compensation import (
@@ -100,11 +101,31 @@ class SequentialRefit:
     output: Tensor | None
     """Of a student whose output layer is parted from the embedding, on the last stage: this rank's rows of its weight,
     [v/tp, k]."""
+    exponents: dict[str, Tensor]
+    """By refitted norm of the teacher, powers of two [k] near the gammas its readers took in; equal on every rank."""
 
     def finish(self, student: nn.Module) -> None:
-        """Set, in what surgery cut by `plan`, what had no place in the teacher."""
+        """Set, in what surgery cut by `plan`, what had no place in the teacher; and let the norms have the size of the
+        teacher's gammas again, and what reads them that of its weights: an optimizer's steps are as large for a weight
+        of any size. By powers of two, so that no bit of what the student computes is another."""
+        parameters, layers = local_parameters(student), self.plan.layer.tolist()
         if self.output is not None:
-            local_parameters(student)[OUTPUT].data.copy_(self.output)
+            parameters[OUTPUT].data.copy_(self.output)
+        zero = float(bare_gpt(student).config.layernorm_zero_centered_gamma)
+        for name, parameter in parameters.items():
+            norm, layer = norm_of(name), layer_of(name)
+            weight = norm or name  # of the norm that it reads, or is
+            if layer is not None:
+                weight = with_layer(weight, layers[layer])
+            exponents = self.exponents.get(weight.removesuffix(".weight"))
+            if exponents is None:
+                continue
+            exponents = exponents.to(parameter.device)
+            if norm is None:
+                parameter.data.copy_(torch.ldexp(parameter.data + zero, exponents) - zero)
+            else:
+                sign = 1 if name.endswith(".bias") else -1
+                parameter.data.copy_(torch.ldexp(parameter.data, sign * exponents))
 
 
 @torch.no_grad()
@@ -130,14 +151,17 @@ def refit_sequentially(
         mine = _Stage(gpt, plan, groups, stream, streams, config)
         places: list[RefittedPlace] = []
         kept: list[Kept] = []
+        exponents: dict[str, Tensor] = {}
         for stage in range(group_size(groups.pp)):
             problem = mine.problem_of_refitting() if stage == group_rank(groups.pp) else None
-            problem, of_stage, kept_there = told_by((problem, mine.places, mine.kept), source=stage, group=groups.pp)
+            said = problem, mine.places, mine.kept, mine.exponents
+            problem, of_stage, kept_there, exponents_there = told_by(said, source=stage, group=groups.pp)
             require(problem is None, problem or "")
+            exponents |= exponents_there
             places += of_stage
             kept.append(kept_there)
             streams.hand_student_over(stage, groups)
-    return SequentialRefit(_plan_of(plan, kept), tuple(places), mine.output)
+    return SequentialRefit(_plan_of(plan, kept), tuple(places), mine.output, exponents)
 
 
 def _require_supported(plan: PruningPlan) -> None:
@@ -186,6 +210,7 @@ class _Stage:
         self.places: list[RefittedPlace] = []
         self.kept: Kept = {}
         self.output: Tensor | None = None
+        self.exponents: dict[str, Tensor] = {}
 
     def problem_of_refitting(self) -> str | None:
         """Refit; what stands in the way, in words, where something does. Communicates: tp, cp and dp."""
@@ -264,7 +289,7 @@ class _Stage:
         self._set_bias(reader.name, _map(gamma, fit.solution, stream), readers)
         for weight in readers.values():
             weight.copy_(stream.spread(_read(weight, gamma, fit.solution, stream)))
-        self._set_gamma(reader, torch.ones_like(gamma))
+        self._fold(reader, gamma)
 
     def _readers_of(self, norm: str) -> dict[str, Tensor]:
         """The matrices on this rank that read a norm."""
@@ -273,6 +298,11 @@ class _Stage:
             for name, parameter in self._parameters.items()
             if norm_of(name) == f"{norm}.weight" and name.endswith(".weight")
         }
+
+    def _fold(self, reader: Reader, gamma: Tensor) -> None:
+        """Gammas of 1, as what reads them has taken them in."""
+        self.exponents[reader.name] = _exponents(gamma, self._stream)
+        self._set_gamma(reader, torch.ones_like(gamma))
 
     def _set_gamma(self, reader: Reader, gamma: Tensor) -> None:
         stored = self._parameters[f"{reader.name}.weight"]
@@ -381,7 +411,7 @@ class _Stage:
             fit = reader.solve(self._config.reader_ridge)
             self.output = _read(output, gamma, fit.solution, stream).to(output.dtype)
             self._set_bias(reader.name, _map(gamma, fit.solution, stream), {})
-            self._set_gamma(reader, torch.ones_like(gamma))
+            self._fold(reader, gamma)
         else:
             fit = reader.solve_tied(output, self._config.reader_ridge)
             self._set_gamma(reader, gamma + stream.spread(fit.solution))
@@ -389,6 +419,13 @@ class _Stage:
 
     def _note(self, name: str, fit: Fit) -> None:
         self.places.append(RefittedPlace(name, fit.plain_error, fit.error, fit.held_out_error, fit.ridge))
+
+
+def _exponents(gamma: Tensor, stream: KeptStream) -> Tensor:
+    """Powers of two near a norm's gammas [h], int16 [k] on the host: of axes, all near the root mean square."""
+    typical = gamma.square().mean().sqrt().clamp(min=2.0**-14)
+    sizes = typical.expand(stream.keep) if stream.is_basis else stream.coordinates(gamma).abs()
+    return sizes.clamp(min=typical / 16).log2().round().short().cpu()
 
 
 def attend(layer: Any, stream: Tensor, beside: dict[str, Any]) -> Tensor:

@@ -62,8 +62,8 @@ def summarize(run: Run) -> dict[str, Any]:
 
 
 def seconds_of(artifact: Artifact) -> float | None:
-    """Wall time of the training steps, where the stage trained and wrote it down; else of the stage; of an artifact that
-    does not know that, of writing it."""
+    """Wall time of the training steps, where the stage trained and wrote it down; else of the stage; of an artifact
+    that does not know that, of writing it."""
     manifest = artifact.manifest
     whole = manifest.get("cost", {}).get("seconds", manifest.get("seconds"))
     return _finite(artifact.metrics.get("training_seconds", whole))
