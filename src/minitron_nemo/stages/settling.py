@@ -20,8 +20,8 @@ from minitron_nemo.shape import ModelShape
 logger = logging.getLogger(__name__)
 
 CLEARLY = 0.75
-"""Of what channels miss, axes may miss at most so much where they are to part a tie: at 0.88 a real model was better off
-tied by 64 calibration samples, and after distillation, and parted by 16 (docs/log.md)."""
+"""Of what channels miss, axes may miss at most so much where they are to part a tie: at 0.88 a real model was better
+off tied by 64 calibration samples, and after distillation, and parted by 16 (docs/log.md)."""
 
 
 def settle(
