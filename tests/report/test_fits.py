@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.stages import ReportConfig
+from minitron_nemo.report.figures.fit_lines import Missed, fit_lines
 from minitron_nemo.stages.report import run
 from support.report_runs import STUDENT, TEACHER, Page, importance_of, write_importance, write_model, write_pruned
 
@@ -26,6 +28,16 @@ SEQUENTIAL = [
     refitted("decoder.layers.2.input_layernorm", 0.30, 0.40),
     refitted("decoder.final_layernorm", 0.25, 0.35),
 ]
+
+
+def test_no_panel_is_left_empty() -> None:
+    missed = Missed([0, 1], [0.4, 0.4], [0.1, 0.2], None)
+    for kinds in (1, 2, 3):
+        drawn = fit_lines("fits", {f"kind {number}": missed for number in range(kinds)})
+        assert drawn.count('id="fits-axes_') == 2 * -(-kinds // 2)
+        assert drawn.count('id="fits-matplotlib.axis_') == 2 * kinds, "each of two axes; a panel without any has none"
+
+
 COMPENSATION = [compensated("ffn", 0, 0.1), compensated("ffn", 1, 0.2), compensated("head", 1, 0.3)]
 
 
@@ -33,6 +45,12 @@ def test_each_cut_shows_what_its_weights_could_not_be_fitted_to(tmp_path: Path) 
     teacher = write_model(tmp_path, "teacher", "import-hf", TEACHER)
     importance = importance_of(TEACHER)
     inputs = [teacher, write_importance(tmp_path, "importance", importance, [teacher])]
+    older = [{key: value for key, value in place.items() if key != "held_out_error"} for place in SEQUENTIAL]
+    write_pruned(tmp_path, "beside", importance, STUDENT, inputs, {"sequential_refit": older})
+    of_older = (run(ReportConfig(str(tmp_path), str(tmp_path / "older"))).path / "report.html").read_text()
+    assert "held_out=0.125 shows by how much" in Page(of_older).text
+    shutil.rmtree(tmp_path / "beside")
+
     cuts = {"beside": {"sequential_refit": SEQUENTIAL}, "each": {"compensation": COMPENSATION}, "plain": {}}
     for name, facts in cuts.items():
         write_pruned(tmp_path, name, importance, STUDENT, inputs, facts)
@@ -49,6 +67,6 @@ def test_each_cut_shows_what_its_weights_could_not_be_fitted_to(tmp_path: Path) 
         assert row in page.rows
     assert "What refitting left: beside" in page.text and "What refitting left: each" in page.text
     assert "What refitting left: plain" not in page.text
-    assert "well above the fitted ones" in page.text and "held_out=0.125 shows by how much" in page.text
+    assert "well above the fitted ones" in page.text and "held_out=0.125" not in page.text
     assert {"fits-figure_1", "fits-1-figure_1"} <= set(page.ids)
     assert "What refitting left: beside" in (open_artifact(report.path).path / "report.md").read_text()

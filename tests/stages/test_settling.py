@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron_nemo.config.pruning import BudgetConfig, SurgeryConfig
+from minitron_nemo.config.pruning import BudgetConfig, CompensationConfig, SurgeryConfig
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.scores import NORM, STREAM, Importance
 from minitron_nemo.shape import ModelShape
@@ -33,6 +33,7 @@ def test_calibrated_surgery_is_a_sequential_refit_and_keeps_a_tie() -> None:
     assert (untied.basis, untied.is_sequential) == ("rotation", True)
     assert (settled().basis, settled().is_sequential) == ("channels", True)
     assert settled(basis="rotation").turns
+    assert settled(norm_scale="none").is_sequential and settled(norm_scale="size").is_sequential
 
 
 @pytest.mark.parametrize("asked", [{"compensate": True}, {"correct_depth": True}, {"norm_scale": "energy"}])
@@ -83,6 +84,8 @@ def test_a_budget_of_parameters_says_whether_a_tie_is_worth_keeping(
     made, target, _ = settle(config, scored(stream), TIED)
     assert made.surgery.basis == basis
     assert target.share_embeddings_and_output_weights == (basis == "channels")
+    alike = {"hidden_size": TIED.hidden_size, "share_embeddings_and_output_weights": True}
+    assert dataclasses.replace(target, **alike) == TIED, "nothing else pays for a second table"
     assert 0.85 < target.num_parameters / (TIED.num_parameters * 0.75) <= 1.01
     assert re.search(words, caplog.text) and f"prune.budget.parameters={BUDGET.parameters}" in caplog.text
 
@@ -120,6 +123,38 @@ def test_a_tie_stays_where_nothing_compares(said: dict[str, Any], caplog: pytest
     made, target, _ = settle(PruneConfig(**said), scored(axes_off_the_channels(8)), TIED)
     assert not made.surgery.turns and target.share_embeddings_and_output_weights
     assert "tied" not in caplog.text
+
+
+def test_a_second_table_is_paid_for_by_axes_alone() -> None:
+    shape = smaller(TIED, padded_vocab_size=512)  # a table is a third of all
+    budget = BudgetConfig(parameters=str(shape.num_parameters * 3 // 4))
+    config = PruneConfig(budget=budget, surgery=SurgeryConfig(method="calibrated"))
+    unscored = random_scores(TIED).scores("hidden", "l2", "mean").argsort()[:6]
+    off_the_kept = torch.full((TIED.hidden_size,), 0.01, dtype=torch.float64).index_fill(0, unscored, 1.0).diag()
+    streams = torch.eye(TIED.hidden_size, dtype=torch.float64), off_the_kept
+    importances = (dataclasses.replace(scored(stream), shape=shape) for stream in streams)
+    tied, parted = (settle(config, importance, shape)[1] for importance in importances)
+    assert tied.share_embeddings_and_output_weights and not parted.share_embeddings_and_output_weights
+    assert parted.hidden_size < tied.hidden_size < shape.hidden_size
+    assert parted.ffn_hidden_size == tied.ffn_hidden_size, "which a budget would shrink too"
+
+
+@pytest.mark.parametrize(
+    ("surgery", "shape", "words"),
+    [
+        ({"compensation": CompensationConfig(num_samples=8)}, TIED, r"prune\.surgery\.compensation: not read by a seq"),
+        ({}, smaller(TIED, normalization="LayerNorm"), r"is refit=none here: a LayerNorm"),
+        ({}, TIED, None),
+        ({"compensation": CompensationConfig(num_samples=8), "refit": "none"}, TIED, None),
+    ],
+    ids=["settings of the other way", "LayerNorm", "nothing", "the other way"],
+)
+def test_what_a_method_does_not_read_or_cannot_do_is_said(
+    surgery: dict[str, Any], shape: ModelShape, words: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PruneConfig(target={"hidden_size": 24}, surgery=SurgeryConfig(method="calibrated", **surgery))
+    settle(config, random_scores(shape), shape)
+    assert re.search(words, caplog.text) if words else not caplog.text
 
 
 def prune_tied(model: str, importance: str, data: str, output: str) -> tuple[bool, bool, list[dict[str, Any]]]:

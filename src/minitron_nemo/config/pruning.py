@@ -191,8 +191,8 @@ class SurgeryConfig:
 
     method: str = "minitron"
     """minitron: nothing, as in arXiv:2407.14679; calibrated: refit=sequential on the stream's principal axes, or on
-    channels where embeddings are tied. With compensate, correct_depth or norm_scale asked for it is refit=none, and all
-    three of them."""
+    channels where embeddings are tied. With compensate, correct_depth or norm_scale=energy asked for it is refit=none,
+    and all three of them."""
     basis: str | None = None
     """Hidden channels kept by their scores (channels), or the principal axes of the residual stream (rotation), which
     parts tied embeddings."""
@@ -234,7 +234,7 @@ class SurgeryConfig:
     def _asked_beside_refit(self) -> list[str]:
         """The options that were asked for, of those that a sequential refit takes the place of."""
         asked = {"compensate": self.compensate, "correct_depth": self.correct_depth}
-        asked["norm_scale"] = self.norm_scale not in (None, "size")
+        asked["norm_scale"] = self.norm_scale == "energy"
         return [option for option, wanted in asked.items() if wanted]
 
     def settled(self, source: ModelShape, target: ModelShape, *, basis: str | None = None) -> SurgeryConfig:

@@ -181,7 +181,7 @@ class PruneConfig(Ranged):
             "prune.plan is set, which says already what is kept": self.plan is not None,
             "prune.offline=true never holds a model, and each round scores one": self.offline,
             "prune.merge_heads=true changes heads, and the rounds are put together into one cut": self.merge_heads,
-            "prune.surgery.basis=rotation leaves no channels to score": self.surgery.turns,
+            "prune.surgery.basis=rotation leaves no channels to score": self.surgery.basis == "rotation",
             "prune.surgery.norm_scale rescales norms for one cut of the stream": not self.surgery.is_sequential
             and self.surgery.chosen("norm_scale") != "none",
         }

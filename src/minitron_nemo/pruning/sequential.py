@@ -107,11 +107,13 @@ class SequentialRefit:
     def finish(self, student: nn.Module) -> None:
         """Set, in what surgery cut by `plan`, what had no place in the teacher; and let the norms have the size of the
         teacher's gammas again, and what reads them that of its weights: an optimizer's steps are as large for a weight
-        of any size. By powers of two, so that no bit of what the student computes is another."""
+        of any size. By powers of two, so that no bit of what the student computes is another; so not of gammas that are
+        stored less 1, whose sums round."""
         parameters, layers = local_parameters(student), self.plan.layer.tolist()
         if self.output is not None:
             parameters[OUTPUT].data.copy_(self.output)
-        zero = float(bare_gpt(student).config.layernorm_zero_centered_gamma)
+        if bare_gpt(student).config.layernorm_zero_centered_gamma:
+            return
         for name, parameter in parameters.items():
             norm, layer = norm_of(name), layer_of(name)
             weight = norm or name  # of the norm that it reads, or is
@@ -122,7 +124,7 @@ class SequentialRefit:
                 continue
             exponents = exponents.to(parameter.device)
             if norm is None:
-                parameter.data.copy_(torch.ldexp(parameter.data + zero, exponents) - zero)
+                parameter.data.copy_(torch.ldexp(parameter.data, exponents))
             else:
                 sign = 1 if name.endswith(".bias") else -1
                 parameter.data.copy_(torch.ldexp(parameter.data, sign * exponents))

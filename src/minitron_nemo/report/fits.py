@@ -44,12 +44,17 @@ class _Place:
 
 
 def fits(run: Run) -> list[Sheet]:
-    """One of each cut that refitted weights, in the order they were made."""
+    """One of each cut that refitted weights, by name."""
     found = [(name, run.artifacts[name].facts) for name in run.lineage.made_by("prune")]
     found = [(name, facts) for name, facts in found if {"sequential_refit", "compensation"} & set(facts)]
     labels = {model.name: model.label for model in run.models}
     return [
-        _sheet(f"fits-{number}" if number else "fits", labels.get(name, name), list(_places(facts)))
+        _sheet(
+            f"fits-{number}" if number else "fits",
+            labels.get(name, name),
+            list(_places(facts)),
+            is_sequential="sequential_refit" in facts,
+        )
         for number, (name, facts) in enumerate(found)
     ]
 
@@ -59,13 +64,13 @@ def _places(facts: dict[str, Any]) -> Iterable[_Place]:
         inside = _LAYER.match(each["name"])
         name = _EXPERT.sub("", inside[2] if inside else each["name"])
         layer = int(inside[1]) if inside else None
-        yield _Place(_KINDS.get(name, name), layer, each["plain_error"], each["error"], each["held_out_error"])
+        yield _Place(_KINDS.get(name, name), layer, each["plain_error"], each["error"], each.get("held_out_error"))
     for each in facts.get("compensation", ()):
         kind = _KINDS.get(each["axis"], each["axis"])
         yield _Place(kind, each["layer"], each["plain_error"], each["error"], None)
 
 
-def _sheet(key: str, label: str, places: list[_Place]) -> Sheet:
+def _sheet(key: str, label: str, places: list[_Place], *, is_sequential: bool) -> Sheet:
     by_kind: dict[str, list[_Place]] = {}
     for place in places:
         by_kind.setdefault(place.kind, []).append(place)
@@ -75,13 +80,17 @@ def _sheet(key: str, label: str, places: list[_Place]) -> Sheet:
         "The share of the teacher's sum of squares that the student misses there, mean over the places of a kind: "
         "with what was cut simply gone, and with the weights refitted, over the calibration tokens."
     )
-    held_out = any(place.held_out is not None for place in places)
-    remark += (
-        " Where held-out tokens lie well above the fitted ones, more calibration samples or a larger ridge help."
-        if held_out
-        else " Fitted tokens flatter a fit by few of them: prune.surgery.sequential.held_out=0.125 shows by how much."
-    )
-    caption = "The same, layer by layer: what is lost below is mended above as far as the layer's own weights can."
+    caption = "The same, layer by layer."
+    if any(place.held_out is not None for place in places):
+        remark += (
+            " Where held-out tokens lie well above the fitted ones, more calibration samples or a larger ridge help."
+        )
+    elif is_sequential:
+        remark += (
+            " Fitted tokens flatter a fit by few of them: prune.surgery.sequential.held_out=0.125 shows by how much."
+        )
+    if is_sequential:
+        caption = "The same, layer by layer: what is lost below is mended above as far as a layer's own weights can."
     pictures = [figure(fit_lines(key, drawn), caption)] if drawn else []
     return Sheet(
         key, f"What refitting left: {label}", _HEADERS, [_row(*kind) for kind in by_kind.items()], [remark], pictures

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from minitron_nemo.checks import Mistake, require
+from minitron_nemo.config.pruning import CompensationConfig, DepthCorrectionConfig, SurgeryConfig
 from minitron_nemo.config.stages import PruneConfig
+from minitron_nemo.parallel import rank_zero_works
 from minitron_nemo.pruning import kept_layers
 from minitron_nemo.pruning.basis import missed_by_axes, missed_by_channels, stream_moments
 from minitron_nemo.pruning.ranking import top_k
@@ -60,23 +63,61 @@ def settle(
                 f"{target.padded_vocab_size * target.hidden_size:,}",
             )
         elif _is_basis_open(config):
-            with contextlib.suppress(Mistake):  # no budget for two tables
-                turned = resolve(untied)
-                if parting_pays(config, importance, target, turned):
-                    surgery, target = config.surgery.settled(source, turned, basis="rotation"), turned
+            turned = _turned(config, untied, target)
+            if turned is not None and rank_zero_works(partial(parting_pays, config, importance, target, turned)):
+                surgery, target = config.surgery.settled(source, turned, basis="rotation"), turned
+    _say_what_is_moot(config.surgery, surgery)
     return replace(config, surgery=surgery), target, layers
+
+
+def _turned(config: PruneConfig, untied: ModelShape, tied: ModelShape) -> ModelShape | None:
+    """The tied student with fewer axes and an output layer of its own, on the same budget; None where none is left."""
+    others = {
+        dim: getattr(tied, dim)
+        for dim in untied.prunable_dims
+        if dim != "hidden_size" and getattr(tied, dim) != getattr(untied, dim)
+    }
+    steps = {dim: step for dim, step in config.multiple_of.items() if dim == "hidden_size"}
+    budget = replace(config.budget, dims={"hidden_size": 1.0})
+    with contextlib.suppress(Mistake):  # no budget for two tables
+        return resolve_target(untied, target=others, keep={}, budget=budget, multiple_of=steps)
+    return None
+
+
+def _say_what_is_moot(asked: SurgeryConfig, surgery: SurgeryConfig) -> None:
+    """Where a method decides how weights are refitted, settings of the other way say nothing."""
+    if asked.refit is not None or asked.method != "calibrated":
+        return
+    others = {"compensation": CompensationConfig(), "depth_correction": DepthCorrectionConfig()}
+    moot = [f"prune.surgery.{name}" for name, usual in others.items() if getattr(asked, name) != usual]
+    if surgery.is_sequential and moot:
+        logger.warning(
+            "%s: not read by a sequential refit, which prune.surgery.method=calibrated is. Set "
+            "prune.surgery.sequential, or prune.surgery.refit=none.",
+            " and ".join(moot),
+        )
+    elif not surgery.is_sequential and asked.is_sequential:
+        logger.warning(
+            "prune.surgery.method=calibrated is refit=none here: a LayerNorm takes off the mean over all channels, "
+            "which a sequential refit of some of them cannot. prune.surgery.basis=rotation takes axes, and an output "
+            "layer of the student's own where embeddings are tied."
+        )
 
 
 def _is_basis_open(config: PruneConfig) -> bool:
     """Whether a budget that counts embeddings chooses the hidden size, and nobody said of what axes."""
     said = config.surgery.basis is not None or config.surgery.method != "calibrated"
-    chooses = "hidden_size" in config.budget.dims and "hidden_size" not in {**config.target, **config.keep}
+    chooses = (
+        config.rounds == 1
+        and "hidden_size" in config.budget.dims
+        and "hidden_size" not in {**config.target, **config.keep}
+    )
     return config.budget.cost in ("parameters", "memory") and chooses and not said
 
 
 def parting_pays(config: PruneConfig, importance: Importance, tied: ModelShape, untied: ModelShape) -> bool:
     """Whether, of two students of one budget, the untied one's axes miss clearly less of the stream than the tied one's
-    channels, though they are fewer; says so."""
+    channels, though they are fewer; says so. All else of the two is alike."""
     cost = str(config.budget.cost)
     budget = f"prune.budget.{cost}={getattr(config.budget, cost)}"
     if STREAM not in importance.moments:

@@ -33,7 +33,7 @@ def fit_lines(key: str, kinds: Mapping[str, Missed]) -> str:
     with styled():
         figure = Figure(figsize=(7.6, 0.6 + 1.9 * rows), layout="constrained")
         panels = figure.subplots(rows, _COLUMNS, squeeze=False).flat
-        for axes, (name, missed) in zip(panels, kinds.items(), strict=False):
+        for (name, missed), axes in zip(kinds.items(), panels, strict=False):
             axes.plot(missed.layers, missed.plain, color=TEACHER, marker=".", label="cut plainly")
             axes.plot(missed.layers, missed.fitted, color=SERIES[1], marker=".", label="refitted")
             if missed.held_out is not None:
