@@ -10,8 +10,8 @@ in every way that is compared, at the same dims, and distilled on the same token
     + compensation       ... and what reads neurons and heads refitted
     + selection          ... and which of these stay chosen by what refitting could least make up for
     without rotation     all but the rotation
-    sequential           student beside teacher, all fitted layer by layer, in turned coordinates
-    of depth             papers; + scale, + least squares: the layer before the gap corrected; sequential, on channels
+    sequential           student beside teacher, all fitted layer by layer: prune.surgery.method=calibrated
+    of depth             papers; + scale, + least squares: the layer before the gap corrected; sequential
 
 Each distillation is measured on validation text as it goes, so a cut has a loss at every share of the token budget; and
 a number of tokens after which it is where the papers' cut ends, read off between two measurements. The last loss is of
@@ -28,7 +28,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,17 +36,15 @@ from pathlib import Path
 from typing import Any
 
 from minitron_nemo.artifact import Artifact, is_artifact, open_artifact
-from stages import HELD_OUT, Stages, begin, curve
+from stages import HELD_OUT, Stages, begin, curve, in_parts
 
 SEEDS = (1234, 4321, 777)
 SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
 VALIDATION_BATCHES = 4
 PAPERS, ALL, SEQUENTIAL = "papers", "+ selection", "sequential"
 LADDER = (
-    *("random", "magnitude", PAPERS),
-    *("+ norm scale", "+ rotation", "+ compensation", ALL, "without rotation"),
-    SEQUENTIAL,
-)
+    "random", "magnitude", PAPERS, "+ norm scale", "+ rotation", "+ compensation", ALL, "without rotation", SEQUENTIAL,
+)  # fmt: skip
 OF_DEPTH = (PAPERS, "+ scale", "+ least squares", SEQUENTIAL)
 MEASURED_FULLY = (PAPERS, ALL, "+ least squares", SEQUENTIAL)
 """With every seed, whatever --seeds says."""
@@ -89,7 +86,7 @@ CUTS = {
     "without rotation": [_ENERGY, _COMPENSATED],
     "+ scale": [f"{_SURGERY}correct_depth=true", f"{_SURGERY}depth_correction.method=scale"],
     "+ least squares": [f"{_SURGERY}correct_depth=true"],
-    SEQUENTIAL: [f"{_SURGERY}refit=sequential"],
+    SEQUENTIAL: [f"{_SURGERY}method=calibrated"],
 }
 STYLES: dict[str, dict[str, Any]] = {
     "random": {"color": "0.75"},
@@ -110,6 +107,9 @@ Cut = tuple[str, str]
 
 
 class Bench(Stages):
+    kind = ""
+    """Of distillation, at the beginning of its folders."""
+
     def __init__(self, run_dir: Path, steps: int, seeds: int) -> None:
         shared = [
             f"distill.training.steps={steps}",
@@ -144,14 +144,12 @@ class Bench(Stages):
     def cut(self, cut: Cut) -> Artifact:
         target, way = cut
         values = [value.format(run_dir=self.run_dir) for value in CUTS[way]]
-        if way == SEQUENTIAL and target.startswith("width"):
-            values.append(_TURNED)
         return self.stage("prune", *TARGETS[target], *values, output=folder(cut))
 
     def distilled(self, cut: Cut, seed: int) -> Artifact:
         student = self.cut(cut).path
         values = [f"seed={seed}", f"distill.student={student}", f"distill.plan={student}"]
-        return self.stage("distill", *values, output=f"{folder(cut)}_{seed}")
+        return self.stage("distill", *values, output=f"{self.kind}{folder(cut)}_{seed}")
 
     def start(self, cut: Cut, seed: int) -> float:
         """Loss of the cut on the validation text that this seed's distillation reads: of a step at no learning rate."""
@@ -252,7 +250,10 @@ def main() -> int:
         if options.part is None:
             bench.prepare()
             if options.minutes != 0:
-                in_parts(options, run_dir)
+                command = [__file__, "--run-dir", str(run_dir), "--steps", str(options.steps)]
+                command += ["--seeds", str(options.seeds)]
+                command += ["--minutes", str(options.minutes)] if options.minutes else []
+                in_parts(command, options.jobs)  # what one leaves out, this process makes
         part, parts = (0, 1) if options.part is None else map(int, options.part.split("/"))
         for number, cut in enumerate(bench.cuts()):
             in_time = options.minutes is None or time.monotonic() - began < 60 * options.minutes
@@ -275,16 +276,6 @@ def main() -> int:
     if options.save:
         save(options, answers, teacher)
     return 0 if below else 1
-
-
-def in_parts(options: Any, run_dir: Path) -> None:
-    """Make all artifacts in several processes; what one leaves out, the caller makes."""
-    command = [sys.executable, __file__, "--run-dir", str(run_dir), "--steps", str(options.steps)]
-    command += ["--seeds", str(options.seeds), *(["--minutes", str(options.minutes)] if options.minutes else [])]
-    command.append("--part")
-    processes = [subprocess.Popen([*command, f"{part}/{options.jobs}"]) for part in range(options.jobs)]
-    for process in processes:
-        process.wait()
 
 
 def save(options: Any, answers: dict[str, Any], teacher: float) -> None:

@@ -20,7 +20,6 @@ import argparse
 import json
 import platform as machine
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from calibrated import ALL, PAPERS, SEQUENTIAL, Bench, folder
+from calibrated import ALL, PAPERS, SEQUENTIAL, Bench
 
 from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact, open_artifact
-from stages import begin, curve
+from stages import begin, curve, in_parts
 
 TARGET, SEED = "width 50%", 1234
 SCRATCH = "from scratch"
@@ -44,14 +43,11 @@ SEQ_LENGTH, BATCH, CALIBRATION = 256, 16, 256
 
 
 class Long(Bench):
+    kind = "long_"
+
     def __init__(self, run_dir: Path, steps: int) -> None:
         super().__init__(run_dir, steps, seeds=1)
         self.steps = steps
-
-    def distilled(self, cut: tuple[str, str], seed: int = SEED) -> Artifact:
-        student = self.cut(cut).path
-        values = [f"seed={seed}", f"distill.student={student}", f"distill.plan={student}"]
-        return self.stage("distill", *values, output=f"long_{folder(cut)}")
 
     def from_scratch(self) -> Artifact:
         """Shorter or longer than `steps`: what the sequential student's bill pays for."""
@@ -73,7 +69,7 @@ class Long(Bench):
         return {**{name: round(flops / 1e15, 3) for name, flops in spent.items()}, "from_scratch_steps": steps}
 
     def row(self, name: str) -> Artifact:
-        return self.from_scratch() if name == SCRATCH else self.distilled((TARGET, name))
+        return self.from_scratch() if name == SCRATCH else self.distilled((TARGET, name), SEED)
 
     def answer(self, name: str) -> dict[str, Any]:
         model = self.row(name)
@@ -107,10 +103,8 @@ def main() -> int:
         bench.prepare()
         for way in (PAPERS, SEQUENTIAL):  # what rows of several processes need
             bench.cut((TARGET, way))
-        command = [sys.executable, __file__, "--run-dir", str(bench.run_dir), "--steps", str(options.steps)]
-        command += ["--rows", *options.rows, "--part"]
-        processes = [subprocess.Popen([*command, f"{part}/{options.jobs}"]) for part in range(options.jobs)]
-        if any([process.wait() for process in processes]):  # noqa: C419, all are waited for
+        command = [__file__, "--run-dir", str(bench.run_dir), "--steps", str(options.steps), "--rows", *options.rows]
+        if not in_parts(command, options.jobs):
             return 1
         answers = {name: bench.answer(name) for name in options.rows}
         teacher = round(statistics.mean(bench.held_out(open_artifact(bench.run_dir / "teacher"))), 4)

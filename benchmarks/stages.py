@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -28,6 +30,13 @@ def begin() -> float:
     hush()
     start(Layout())
     return time.monotonic()
+
+
+def in_parts(command: list[str], jobs: int) -> bool:
+    """Run so many processes of a benchmark, each told its --part i/n; whether all of them ended well."""
+    processes = [subprocess.Popen([sys.executable, *command, "--part", f"{part}/{jobs}"]) for part in range(jobs)]
+    ended = [process.wait() for process in processes]
+    return not any(ended)
 
 
 class Stages:

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import math
-import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from minitron_nemo.places import EXPERT, FINAL_NORM, INPUT_NORM, LAYER, PRE_MLP_NORM, READERS, layer_of, pattern_of
 from minitron_nemo.report.figures.fit_lines import Missed, fit_lines
 from minitron_nemo.report.pictures import figure
 from minitron_nemo.report.run import Run
 from minitron_nemo.report.sheet import Sheet
 from minitron_nemo.report.table import UNKNOWN
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_EXPERT = re.compile(r"\.local_experts\.\d+")
+_EXPERTS = f"mlp.{EXPERT}linear_fc2"
 _KINDS = {
-    "input_layernorm": "what reads the norm before attention",
-    "self_attention.linear_proj": "attention's output (linear_proj)",
-    "pre_mlp_layernorm": "what reads the norm before the MLP",
-    "mlp.linear_fc2": "the MLP's output (linear_fc2)",
-    "mlp.experts.linear_fc2": "experts' output (linear_fc2)",
-    "mlp.shared_experts.linear_fc2": "the shared expert's output",
-    "decoder.final_layernorm": "what reads the final norm",
-    "ffn": "the MLP's output (linear_fc2)",
-    "head": "attention's output (linear_proj)",
-    "expert_ffn": "experts' output (linear_fc2)",
-    "shared_expert_ffn": "the shared expert's output",
+    INPUT_NORM.name: "what reads the norm before attention",
+    READERS["head"]: "attention's output (linear_proj)",
+    PRE_MLP_NORM.name: "what reads the norm before the MLP",
+    READERS["ffn"]: "the MLP's output (linear_fc2)",
+    _EXPERTS: "experts' output (linear_fc2)",
+    READERS["shared_expert_ffn"]: "the shared expert's output",
+    FINAL_NORM: "what reads the final norm",
 }
-"""By the place, or by the axis whose inputs were cut."""
+"""By the place, in a layer or at the end."""
 _HEADERS = ["refitted", "places", "cut plainly", "refitted", "on held-out tokens", "worst place"]
 
 
@@ -61,12 +56,11 @@ def fits(run: Run) -> list[Sheet]:
 
 def _places(facts: dict[str, Any]) -> Iterable[_Place]:
     for each in facts.get("sequential_refit", ()):
-        inside = _LAYER.match(each["name"])
-        name = _EXPERT.sub("", inside[2] if inside else each["name"])
-        layer = int(inside[1]) if inside else None
-        yield _Place(_KINDS.get(name, name), layer, each["plain_error"], each["error"], each.get("held_out_error"))
+        kind = _KINDS[pattern_of(each["name"]).removeprefix(LAYER)]
+        held_out = each.get("held_out_error")
+        yield _Place(kind, layer_of(each["name"]), each["plain_error"], each["error"], held_out)
     for each in facts.get("compensation", ()):
-        kind = _KINDS.get(each["axis"], each["axis"])
+        kind = _KINDS[READERS.get(each["axis"], _EXPERTS)]
         yield _Place(kind, each["layer"], each["plain_error"], each["error"], None)
 
 

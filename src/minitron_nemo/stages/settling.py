@@ -77,10 +77,9 @@ def _turned(config: PruneConfig, untied: ModelShape, tied: ModelShape) -> ModelS
         for dim in untied.prunable_dims
         if dim != "hidden_size" and getattr(tied, dim) != getattr(untied, dim)
     }
-    steps = {dim: step for dim, step in config.multiple_of.items() if dim == "hidden_size"}
     budget = replace(config.budget, dims={"hidden_size": 1.0})
     with contextlib.suppress(Mistake):  # no budget for two tables
-        return resolve_target(untied, target=others, keep={}, budget=budget, multiple_of=steps)
+        return resolve_target(untied, target=others, keep={}, budget=budget, multiple_of=config.multiple_of)
     return None
 
 
