@@ -12,6 +12,7 @@
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
 #                     bench-bridge, bench-both-lines, bench-build-memory, bench-search,
 #                     bench-search-space, bench-throughput, bench-real-surgery, bench-long-distillation;
+#                     with its options: make bench-search ARGS='--save --run-dir runs/search';
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make gpu-check    the limits that only an accelerator can measure (benchmarks/gpu_check.py); make gpu-check-tiny runs
 #                     the same with small shapes on a CPU
@@ -90,7 +91,7 @@ bench: $(STAMP) $(NEWEST) $(REAL_MODEL)
 	@set -e; for benchmark in $(filter-out $(NOT_ALONE), $(wildcard benchmarks/[a-z]*.py)); do echo "== $$benchmark"; $(BIN)/python $$benchmark; done
 
 bench-%: $(STAMP) $(NEWEST)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py $(BEFORE)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(subst -,_,$*).py $(BEFORE) $(ARGS)
 
 bench-real-surgery: $(REAL_MODEL)
 

@@ -15,9 +15,10 @@ them in full, which says who is best. For each size, from one run:
 (d) is the same run at its first quarter, as a search sees it, not a run of its own with a schedule that ends there. A
 second seed (order of the data) says how far the full ranking itself can be trusted.
 
-`make bench-search`, an hour and more on one core; `--save` keeps the answer in benchmarks/results/. With `--run-dir`
-what was cut off goes on. It exits 1 where the halving's winner is not that of the full distillations, costs more than a
-quarter of their tokens, or is worse than the nearest shape, or no better than that is on average.
+`make bench-search`, a process of one thread per size, an hour and a half; `--save` keeps the answer in
+benchmarks/results/. With `--run-dir` what was cut off goes on. It exits 1 where the halving's winner is not that of the
+full distillations, costs more than a quarter of their tokens, or is worse than the nearest shape, or no better than
+that is on average.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import torch
 from minitron_nemo import engine
 from minitron_nemo.artifact import Artifact
 from minitron_nemo.report.correlation import spearman
-from stages import Stages, begin
+from stages import Stages, begin, in_parts
 
 SIZES, TOLERANCE = (0.6, 0.5), 0.03
 SPACE = {
@@ -208,17 +209,28 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=160, help="of 8 x 256 tokens, of a full distillation")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="shares of the teacher's parameters")
     parser.add_argument("--seeds", type=int, default=1, choices=range(1, len(SEEDS) + 1))
+    parser.add_argument("--jobs", type=int, default=2, help="processes that share the sizes")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # i/n: of such a process
     parser.add_argument("--run-dir", type=Path)
     parser.add_argument("--save", action="store_true")
     given = parser.parse_args()
-    began = begin()
+    began, seeds = begin(), SEEDS[: given.seeds]
+    sizes = " ".join(map(str, given.sizes))
+    command = f"benchmarks/search.py --steps {given.steps} --seeds {given.seeds} --sizes {sizes}"
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(given.run_dir or Path(folder), given.steps)
+        bench = Bench((given.run_dir or Path(folder)).resolve(), given.steps)
+        if given.part is not None:
+            part, parts = map(int, given.part.split("/"))
+            for size in given.sizes[part::parts]:
+                of_size(bench, size, seeds)
+            return 0
         bench.prepare()
-        by_size = {size: of_size(bench, size, SEEDS[: given.seeds]) for size in given.sizes}
+        asked = [*command.split()[1:], "--run-dir", str(bench.run_dir)]
+        if not in_parts([__file__, *asked], min(given.jobs, len(given.sizes))):
+            return 1
+        by_size = {size: of_size(bench, size, seeds) for size in given.sizes}  # of what the processes left
     result = {
-        "command": f"benchmarks/search.py --steps {given.steps} --seeds {given.seeds} --sizes "
-        + " ".join(map(str, given.sizes)),
+        "command": command,
         "date": date.today().isoformat(),
         "machine": f"{machine.machine()}, one thread, fp32",
         "torch": torch.__version__,
