@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import subprocess
@@ -10,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from minitron_nemo import doors
-from minitron_nemo.checks import Interrupted, NothingKept
+from minitron_nemo.checks import Interrupted, Mistake, NothingKept
+from minitron_nemo.ending import FAILED, RUNNING, STATE_FILE, STOPPED, leave_word
 from minitron_nemo.recipe import Step
 from minitron_nemo.stopping import STOP_FILE
 from support.artifacts import listing
@@ -250,6 +253,49 @@ def test_a_job_whose_time_ran_out_queues_itself_again_only_where_something_is_ke
     monkeypatch.setenv(STOP_FILE, str(file))
     assert not doors._time_is_up(Interrupted("saved")) and file.exists()
     assert doors._time_is_up(NothingKept("begins anew")) and not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("raised", "word"),
+    [
+        (None, "running"),  # the job succeeds, and nobody reads it
+        (Interrupted("saved"), "stopped"),
+        (NothingKept("begins anew"), "stopped"),
+        (Mistake("trainer.seq_length=0"), "failed"),
+        (FloatingPointError("a loss that is not finite"), "failed"),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:1] Connection closed by peer [127.0.0.1]:1"), "running"),
+        (torch.distributed.DistNetworkError("a rank is gone"), "running"),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, Exception) else "",
+)
+def test_a_run_leaves_its_last_word_for_who_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: Exception | None, word: str
+) -> None:
+    file = tmp_path / "01-distill.state"
+    monkeypatch.setenv(STATE_FILE, str(file))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(doors, "hush", lambda: None)
+
+    def run(*_: object) -> None:
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(doors, "_run", run)
+    with contextlib.suppress(FloatingPointError, torch.distributed.DistError):
+        doors.open_door("distill", ["recipe=quickstart"])
+    assert file.read_text() == word
+
+
+def test_another_rank_leaves_no_word_but_that_it_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STATE_FILE, str(tmp_path / "state"))
+    monkeypatch.setenv("RANK", "1")
+    leave_word(STOPPED)
+    assert not (tmp_path / "state").exists()
+    leave_word(FAILED)
+    monkeypatch.setenv("RANK", "0")
+    leave_word(RUNNING)  # rank 0 comes later
+    assert (tmp_path / "state").read_text() == FAILED
 
 
 def test_a_job_has_its_own_section_before_hydras_options() -> None:

@@ -46,6 +46,7 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions reach us, and we word them
 
     mistakes: list[Exception] = []  # kept from Hydra, which would announce them in its own words first
+    ending.leave_word(ending.RUNNING)
 
     def run(config: DictConfig) -> None:
         try:
@@ -68,21 +69,26 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
         if mistakes:
             raise mistakes[0]
     except Interrupted as stopped:
-        again = (
-            " A job whose time ran out does not queue itself again: raise slurm.time." if _time_is_up(stopped) else ""
-        )
+        is_up = _time_is_up(stopped)
+        ending.leave_word(ending.FAILED if is_up else ending.STOPPED)
+        again = " A job whose time ran out does not queue itself again: raise slurm.time." if is_up else ""
         ending.say_once(f"minitron {door}: {stopped}{again}")
         return INTERRUPTED
     except MISTAKES as error:
         if isinstance(error, _Left):
             return ending.told() or 1
+        ending.leave_word(ending.FAILED)
         if os.environ.get("MINITRON_TRACEBACK"):
             ending.tell(2)
             raise
         ending.say_once(f"minitron {door}: {explain(error, door, overrides)}")
         ending.tell(2)
         return 2
-    except BaseException:
+    except BaseException as error:
+        from minitron_nemo.parallel import is_of_lost_rank
+
+        if not is_of_lost_rank(error):
+            ending.leave_word(ending.FAILED)
         ending.tell(1)
         raise
     finally:

@@ -6,7 +6,8 @@
                         long work of their own
 
 `torchrun` ends the ranks of the node where one has left; those of other nodes learn it here. A process alone has no
-store, and nothing of this touches it.
+store, and nothing of this touches it. torchrun's own exit code says only that some rank's was not 0, so for whoever
+started it what became of the run stands in a file (`leave_word`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 _SAID, _SPEAKERS, _LEFT = (f"minitron_nemo/{name}" for name in ("said", "speakers", "left"))
@@ -24,7 +26,27 @@ _NOBODY_TO_ASK = 30.0  # seconds, where the ranks have not met: a mistake in the
 _LOOKS_EVERY = 1.0
 _TO_LEAVE = 10.0  # seconds that a rank has to end by itself, before it is ended where it stands
 
+STATE_FILE = "MINITRON_STATE_FILE"
+"""Environment variable that names the file of the run's last word; slurm/stage.sbatch queues a job again by it."""
+RUNNING, STOPPED, FAILED = "running", "stopped", "failed"
+
 _listening: threading.Event | None = None
+
+
+def leave_word(state: str) -> None:
+    """Write what became of the run, where somebody asked for it.
+
+    Args:
+        state: RUNNING: it began, and was killed if nothing else follows. STOPPED: it was told to stop, and the same
+            command goes on. Of these rank 0 speaks. FAILED: the same command would fail again; whoever met it says so.
+    """
+    file = os.environ.get(STATE_FILE)
+    if file is None or (state != FAILED and int(os.environ.get("RANK", 0)) > 0):
+        return
+    place = Path(file)
+    with contextlib.suppress(OSError):  # a disk that is full has its own message
+        if state != RUNNING or not place.exists():  # another rank may have failed meanwhile
+            place.write_text(state)
 
 
 def say_once(message: str) -> None:

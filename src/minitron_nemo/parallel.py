@@ -65,6 +65,11 @@ def default_store() -> dist.Store | None:
     return dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
 
 
+def is_of_lost_rank(error: BaseException) -> bool:
+    """Whether an error is what remains where another rank was killed, or the network broke: nothing this one did."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 def world() -> ProcessGroup | None:
     """The group of all ranks."""
     return dist.group.WORLD if dist.is_initialized() and not _at_work_for_all else None

@@ -20,6 +20,14 @@ from minitron_nemo.config.slurm import SlurmConfig
         ({"time": "1:00", "seconds_before_end": 60}, r"seconds_before_end=60 is not below slurm\.time=1:00 \(60 s\)"),
         ({"container_mounts": ["/data:/data"]}, r"Set slurm\.container_image, or leave the mounts out"),
         ({"partition": "gpu\n#SBATCH --uid=0"}, r"slurm\.partition=.* holds a line break"),
+        ({"directives": {"exclude": "a\nb"}}, r"slurm\.directives=.* holds a line break"),
+        ({"directives": {"--exclude": "a"}}, r"'--exclude' is no long option of sbatch\. Write exclude"),
+        ({"directives": {"qos": "long"}}, r"slurm\.directives\.qos has a key of its own: set slurm\.qos"),
+        ({"directives": {"mem": "4G"}}, r"set slurm\.memory"),
+        ({"directives": {"output": "log"}}, r"slurm\.directives\.output is what the script itself says"),
+        ({"environment": {"NCCL DEBUG": "1"}}, r"'NCCL DEBUG' cannot name a variable"),
+        ({"container_runtime": "docker"}, r"slurm\.container_runtime=docker is not known; use pyxis or apptainer"),
+        ({"requeues": -1}, r"slurm\.requeues=-1 must be at least 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_mend(values: dict[str, object], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +106,45 @@ def test_a_chain_submitted_again_starts_where_it_failed_and_a_stage_told_to_stop
     assert ours == {name: made for name, made in before.items() if name != "run"}
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.timeout(4 * JOB_MINUTES * 60)
+def test_a_rank_that_is_killed_costs_its_job_only_what_came_after_the_last_checkpoint(
+    slurm_cluster: SingleNodeSlurm, tiny_chain: TinyChain, tmp_path: Path
+) -> None:
+    """Beside a job that nothing disturbs."""
+    chain = tmp_path / "run"
+    shutil.copytree(tiny_chain.run_dir, chain, ignore=shutil.ignore_patterns("slurm"))
+    outputs = {name: tmp_path / name for name in ("undisturbed", "killed")}
+    values = [
+        *tiny_chain.overrides,
+        f"run_dir={chain}",
+        "distill.training.steps=40",
+        "distill.training.checkpoint_every=1",
+        "trainer.tensor_model_parallel_size=2",
+        "slurm.processes_per_node=2",
+        "slurm.cpus_per_task=2",
+        f"slurm.time={JOB_MINUTES}",
+        "compress.steps=[distill]",
+    ]
+    ids = {}
+    for name, output in outputs.items():
+        minitron("submit", *values, f"distill.output={output}")
+        (job,) = json.loads((chain / "slurm" / "jobs.json").read_text())
+        ids[name] = job["job_id"]
+        while not ranks_of(output):  # its script is read by then
+            assert slurm_cluster.states([ids[name]]).get(ids[name]) not in ENDED, logs(chain)
+            time.sleep(0.2)
+    while not list(tmp_path.glob("killed.training/checkpoints/step-*")):
+        assert slurm_cluster.states(list(ids.values())).get(ids["killed"]) not in ENDED, logs(chain)
+        time.sleep(0.02)
+    os.kill(ranks_of(outputs["killed"])[0], signal.SIGKILL)
+    assert slurm_cluster.wait_for_jobs(list(ids.values())) == dict.fromkeys(ids.values(), "COMPLETED"), logs(chain)
+    assert logs(chain).count("the ranks died without a word, for the 1. time of at most 3") == 1, logs(chain)
+    undisturbed, killed = (open_artifact(output) for output in outputs.values())
+    assert killed.digest == undisturbed.digest
+
+
 def minitron(*arguments: str) -> str:
     """What `minitron` prints, run as its users' shells run it; the jobs inherit its environment, as SLURM's do."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -113,6 +153,19 @@ def minitron(*arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def ranks_of(output: Path) -> list[int]:
+    """The processes that write to `output`: ranks, not the torchrun that started them."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has ended
+            continue
+        if f"distill.output={output}" in words and "torch.distributed.run" not in words and "srun" not in words[0]:
+            found.append(int(process.name))
+    return found
 
 
 def logs(run_dir: Path) -> str:

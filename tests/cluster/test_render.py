@@ -25,9 +25,18 @@ EVERYTHING = SlurmConfig(
     time="1-00:00:00",
     partition="gpu",
     account="language models",
+    qos="long",
+    reservation="maintenance",
+    constraint="h100&ib",
+    comment="8B to 4B",
+    mail_user="me@example.org",
+    mail_type="END,FAIL",
+    directives={"exclude": "node7", "switches": "1@10:00"},
     container_image="nemo image.sqsh",
     container_mounts=["/data:/data:ro", "/runs:/runs"],
-    setup=["module load cuda", "export NCCL_DEBUG=WARN"],
+    modules=["cuda/12.8", "nccl"],
+    environment={"NCCL_DEBUG": "WARN", "NOTE": "two words"},
+    setup=["ulimit -n 65536"],
     python="python",
 )
 
@@ -53,7 +62,7 @@ def test_rendering_again_leaves_no_script_of_the_longer_chain_before(tmp_path: P
 def test_what_is_not_set_is_not_asked_for(tmp_path: Path) -> None:
     (script,) = render_chain(tmp_path, CHAIN[:1], SlurmConfig(seconds_before_end=0))
     asked = {line.split("=")[0] for line in directives(script.path.read_text())}
-    assert asked == {"--job-name", "--nodes", "--ntasks-per-node", "--time", "--output", "--open-mode"}
+    assert asked == {"--job-name", "--nodes", "--ntasks-per-node", "--time", "--requeue", "--output", "--open-mode"}
     assert "--container" not in script.path.read_text()
 
 
@@ -70,11 +79,21 @@ def test_what_is_set_is_asked_for_as_written(tmp_path: Path) -> None:
         "--time=1-00:00:00",
         "--partition=gpu",
         '--account="language models"',
+        "--qos=long",
+        "--reservation=maintenance",
+        "--constraint=h100&ib",
+        '--comment="8B to 4B"',
+        "--mail-user=me@example.org",
+        "--mail-type=END,FAIL",
+        "--exclude=node7",
+        "--switches=1@10:00",
+        "--requeue",
         f"--output={tmp_path}/slurm/01-prune-%j.log",
         "--open-mode=append",
         "--signal=B:USR1@120",
     ]
-    assert "\nmodule load cuda\nexport NCCL_DEBUG=WARN\n" in text
+    set_up = "module load cuda/12.8 nccl", "export NCCL_DEBUG=WARN", "export NOTE='two words'", "ulimit -n 65536"
+    assert "\n" + "\n".join(set_up) + "\n" in text
     assert "--container-image='nemo image.sqsh'" in text
     assert "--container-mounts=/data:/data:ro,/runs:/runs" in text
     assert "--nproc-per-node=8" in text
@@ -103,6 +122,30 @@ def test_a_job_of_one_process_takes_one_node_and_no_gpu(tmp_path: Path) -> None:
         assert "--nproc-per-node=1 " in script.path.read_text()
 
 
+def test_apptainer_runs_python_where_pyxis_is_not(tmp_path: Path) -> None:
+    (script,) = render_chain(tmp_path, CHAIN[:1], replace(EVERYTHING, container_runtime="apptainer"))
+    text = script.path.read_text()
+    bound = "apptainer exec --nv --bind /data:/data:ro,/runs:/runs 'nemo image.sqsh'"
+    assert f"    {bound} \\\n    python -m torch.distributed.run" in text
+    assert "--container" not in text
+
+
+def test_a_step_has_what_slurm_steps_gives_it(tmp_path: Path) -> None:
+    own = {"distill": {"nodes": 16, "time": "2-00:00:00", "environment": {"NCCL_DEBUG": "INFO"}}}
+    prune, _, distill = (
+        script.path.read_text() for script in render_chain(tmp_path, CHAIN, replace(EVERYTHING, steps=own))
+    )
+    assert {"--nodes=2", "--time=1-00:00:00"} <= set(directives(prune))
+    assert {"--nodes=16", "--time=2-00:00:00", "--gpus-per-node=8"} <= set(directives(distill))
+    assert "export NCCL_DEBUG=INFO\nexport NOTE='two words'\n" in distill
+
+
+def test_a_step_of_one_process_can_be_given_another_partition(tmp_path: Path) -> None:
+    slurm = replace(EVERYTHING, steps={"report": {"partition": "cpu", "memory": "4G"}})
+    (script,) = render_chain(tmp_path, [StageJob("report", one_process=True)], slurm)
+    assert {"--nodes=1", "--partition=cpu", "--mem=4G"} <= set(directives(script.path.read_text()))
+
+
 @pytest.mark.parametrize("slurm", [SlurmConfig(), EVERYTHING], ids=["defaults", "everything"])
 def test_every_script_is_whole_bash(tmp_path: Path, slurm: SlurmConfig) -> None:
     for script in render_chain(tmp_path / "a run", CHAIN, slurm):
@@ -113,6 +156,24 @@ def test_every_script_is_whole_bash(tmp_path: Path, slurm: SlurmConfig) -> None:
 def test_a_name_that_cannot_be_a_files_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'\.\./prune' cannot name a job: use letters, digits"):
         StageJob("../prune")
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"distil": {"nodes": 2}}, r"slurm\.steps\.distil is no step of this chain; did you mean distill\?"),
+        ({"distill": {"node": 2}}, r"slurm\.steps\.distill\.node is no key of slurm; did you mean nodes\?"),
+        ({"distill": {"nodes": "many"}}, r"slurm\.steps\.distill: Value 'many'.*could not be converted to Integer"),
+        ({"distill": {"nodes": 0}}, r"slurm\.steps\.distill: slurm\.nodes=0 must be at least 1"),
+        ({"distill": 2}, r"slurm\.steps\.distill=2 is no group of keys"),
+    ],
+)
+def test_a_step_that_cannot_have_what_it_is_given_is_named_and_nothing_is_written(
+    tmp_path: Path, steps: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        render_chain(tmp_path / "run", CHAIN, replace(EVERYTHING, steps=steps))
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_empty_chain_is_refused(tmp_path: Path) -> None:

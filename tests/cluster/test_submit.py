@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from minitron_nemo.cluster import StageJob, render_chain, submit_chain
-from minitron_nemo.cluster.submit import run
+from minitron_nemo.cluster.submit import require_image, run
 from minitron_nemo.config.slurm import SlurmConfig
 from support.door import Door
 from support.slurm import ENDED, SingleNodeSlurm
@@ -147,6 +147,20 @@ def test_without_sbatch_a_submission_writes_nothing(tmp_path: Path, monkeypatch:
     with pytest.raises(FileNotFoundError, match="sbatch was not found"):
         run(config, [StageJob("prune")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("image", "is_missing"), [("images/nemo.sqsh", True), ("nvcr.io#nvidia/nemo:26.02", False)])
+def test_an_image_that_is_not_there_is_said_before_anything_is_submitted(
+    tmp_path: Path, image: str, is_missing: bool
+) -> None:
+    slurm = SlurmConfig(steps={"distill": {"container_image": image}})
+    if is_missing:
+        with pytest.raises(
+            FileNotFoundError, match=r"container_image=images/nemo\.sqsh is not there, as distill would"
+        ):
+            require_image(slurm, ["prune", "distill"])
+    else:
+        require_image(slurm, ["prune", "distill"])  # pyxis finds it
 
 
 def test_a_dry_run_renders_every_step_with_the_overrides_of_the_command_line(door: Door, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ import minitron_nemo
 from minitron_nemo.checks import require
 from minitron_nemo.config.slurm import SlurmConfig
 
+_AS_WRITTEN = ("partition", "account", "qos", "reservation", "constraint", "comment", "mail_user", "mail_type")
+"""Options that sbatch and `slurm` have in common."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -52,20 +54,20 @@ def render_chain(
     Args:
         run_dir: made absolute, since a job starts wherever SLURM puts it; must be visible from every node.
         module: what torchrun runs on every rank (`python -m <module> <stage> <overrides>`).
-    Raises: ValueError: no job.
+    Raises: ValueError: no job, or `slurm.steps` speaks of another.
     """
     require(len(jobs) > 0, "There is nothing to submit: the recipe names no step. Add one to compress.steps.")
+    slurm.require_steps_among([job.name for job in jobs])
+    of_jobs = [slurm.of_step(job.name, one_process=job.one_process) for job in jobs]
     folder = Path(run_dir).resolve() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("[0-9][0-9]-*.sbatch"):
         stale.unlink()
     template = template_path().read_text()
     scripts = []
-    for number, job in enumerate(jobs, start=1):
+    for number, (job, of_job) in enumerate(zip(jobs, of_jobs, strict=True), start=1):
         path = folder / f"{number:02d}-{job.name}.sbatch"
-        path.write_text(
-            _fill(template, _values(path, job, slurm.for_one_process if job.one_process else slurm, module))
-        )
+        path.write_text(_fill(template, _values(path, job, of_job, module)))
         path.chmod(0o755)
         scripts.append(StageScript(job.name, path))
     return scripts
@@ -90,21 +92,48 @@ def _values(path: Path, job: StageJob, slurm: SlurmConfig, module: str) -> dict[
         "cpus_per_task": _optional(slurm.cpus_per_task),
         "memory": _optional(slurm.memory),
         "time": str(slurm.time),
-        "partition": _directive(slurm.partition),
-        "account": _directive(slurm.account),
+        **{option: _directive(getattr(slurm, option)) for option in _AS_WRITTEN},
+        "directives": "\n".join(_further(slurm)) or None,
         # %j is the job id, so that a second submission keeps the first one's log
         "log_file": _directive(f"{path.with_suffix('')}-%j.log"),
         "signal": f"B:USR1@{slurm.seconds_before_end}" if slurm.seconds_before_end else None,
         "run_dir": shlex.quote(str(run_dir)),
         "stage": shlex.quote(job.stage),
         "stop_file": shlex.quote(str(path.with_suffix(".stop"))),
-        "setup": "\n".join(slurm.setup) or None,
-        "container_image": None if slurm.container_image is None else shlex.quote(slurm.container_image),
-        "container_mounts": shlex.quote(",".join(slurm.container_mounts)) if slurm.container_mounts else None,
+        "state_file": shlex.quote(str(path.with_suffix(".state"))),
+        "deaths": shlex.quote(str(path.with_suffix(".deaths"))),
+        "requeues": str(slurm.requeues),
+        "setup": "\n".join(_set_up(slurm)) or None,
+        **_container(slurm),
         "python": shlex.quote(slurm.python),
         "module": shlex.quote(module),
         "overrides": " ".join(shlex.quote(override) for override in job.overrides),
     }
+
+
+def _further(slurm: SlurmConfig) -> list[str]:
+    """#SBATCH lines of options that have no key of their own."""
+    return [f"#SBATCH --{option}={_directive(str(value))}" for option, value in slurm.directives.items()]
+
+
+def _set_up(slurm: SlurmConfig) -> list[str]:
+    """Shell lines before the ranks start."""
+    modules = [f"module load {' '.join(map(shlex.quote, slurm.modules))}"] if slurm.modules else []
+    variables = [f"export {name}={shlex.quote(str(value))}" for name, value in slurm.environment.items()]
+    return [*modules, *variables, *slurm.setup]
+
+
+def _container(slurm: SlurmConfig) -> dict[str, str | None]:
+    """The image as srun's options, or as the command that stands before python."""
+    image, mounts = slurm.container_image, ",".join(slurm.container_mounts)
+    values: dict[str, str | None] = dict.fromkeys(("container_image", "container_mounts", "apptainer"))
+    if image is None:
+        return values
+    if slurm.container_runtime == "apptainer":
+        gpus = ["--nv"] if slurm.gpus_per_node else []
+        command = ["apptainer", "exec", *gpus, *(["--bind", mounts] if mounts else []), image]
+        return values | {"apptainer": shlex.join(command)}
+    return values | {"container_image": shlex.quote(image), "container_mounts": shlex.quote(mounts) if mounts else None}
 
 
 def _fill(template: str, values: dict[str, str | None]) -> str:

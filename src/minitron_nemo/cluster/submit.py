@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -42,6 +43,7 @@ def run(config: DictConfig, jobs: Sequence[StageJob]) -> None:
     assert isinstance(slurm, SlurmConfig)
     if not config.submit.dry_run:
         require_sbatch()
+        require_image(slurm, [job.name for job in jobs])
     scripts = render_chain(config.run_dir, jobs, slurm)
     if config.submit.dry_run:
         for script in scripts:
@@ -66,6 +68,19 @@ def require_sbatch() -> None:
         "To write the scripts without submitting them, set submit.dry_run=true.",
         NothingThere,
     )
+
+
+def require_image(slurm: SlurmConfig, steps: Sequence[str]) -> None:
+    """Raises: NothingThere: a container image that is a file, and not there; other names are the runtime's to find."""
+    for step in steps:
+        image = slurm.of_step(step, one_process=False).container_image
+        is_file = image is not None and (image.startswith(("/", "./", "../")) or image.endswith((".sqsh", ".sif")))
+        require(
+            not is_file or Path(str(image)).exists(),
+            f"slurm.container_image={image} is not there, as {step} would find it. Make it with enroot import or "
+            "apptainer pull, on a disk that all nodes see.",
+            NothingThere,
+        )
 
 
 def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] = print) -> list[SubmittedJob]:

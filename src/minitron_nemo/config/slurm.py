@@ -1,15 +1,25 @@
-"""What a stage asks of SLURM, the same for every stage of a chain but those of one process: conf's `slurm` group."""
+"""What a stage asks of SLURM: conf's `slurm` group. The same for every step of a chain, but for those of one process
+and for what `slurm.steps` says of single ones."""
 
 from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from minitron_nemo.checks import require
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.config.ranges import Ranged, ranged
 
+RUNTIMES = ("pyxis", "apptainer")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OPTION = re.compile(r"[a-z][a-z-]*")  # man sbatch
+SCRIPTS_OWN = ("job-name", "array", "output", "error", "open-mode", "requeue", "no-requeue", "dependency", "chdir")
+"""Options of sbatch that slurm/stage.sbatch gives or cannot work with."""
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}")  # man sbatch, --time
 _MEMORY = re.compile(r"\d+[KMGT]?")  # man sbatch, --mem
 
@@ -52,28 +62,73 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     """Limit of one job: minutes, H:M:S or D-H:M:S."""
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    """Features that nodes must have, as sbatch reads them, e.g. `h100&ib`."""
+    comment: str | None = None
+    mail_user: str | None = None
+    mail_type: str | None = None
+    """Events that a mail tells of, e.g. `END,FAIL`."""
+    directives: dict[str, str] = field(default_factory=dict)
+    """Further options of sbatch by their long names, e.g. {exclude: node7, switches: 1@10:00}."""
     container_image: str | None = None
-    """Image the ranks run in, through srun's --container-image (pyxis); null runs them on the host."""
+    """Image the ranks run in; null runs them on the host."""
+    container_runtime: str = "pyxis"
+    """Who runs it: `pyxis` (srun's --container-image, enroot) or `apptainer` (`apptainer exec`)."""
     container_mounts: list[str] = field(default_factory=list)
     """Mounts into it, each source:target or source:target:flags. The run directory must be visible inside."""
+    modules: list[str] = field(default_factory=list)
+    """Environment modules that are loaded first, outside the container."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of the ranks, e.g. {NCCL_DEBUG: WARN, NCCL_IB_HCA: mlx5}."""
     setup: list[str] = field(default_factory=list)
-    """Shell lines before srun, on the job's first node and outside the container, e.g. `module load cuda`."""
+    """Shell lines before srun, on the job's first node and outside the container."""
     python: str = sys.executable
     """Interpreter that has minitron_nemo, by default the one that submits; inside a container most often `python`."""
     seconds_before_end: int = ranged(120, at_least=0, at_most=65535)
     """So long before its limit a job tells its stage to save and stop, and queues itself again to go on; 0 to 65535,
     0 never. Must be enough for a step and a checkpoint."""
+    requeues: int = ranged(3, at_least=0)
+    """How often a job queues itself again whose ranks died without a word: killed, out of host memory, a node lost. One
+    that ran out of time, or was told to stop and saved, always does; one whose stage says what is wrong never does."""
+    steps: dict[str, Any] = field(default_factory=dict)
+    """Other values of these keys for single steps by name, e.g. {distill: {nodes: 16, time: 1-00:00:00}}."""
 
-    @property
-    def for_one_process(self) -> SlurmConfig:
-        """What a job asks for whose stage is one process."""
-        return replace(
-            self,
-            nodes=1,
-            processes_per_node=1,
-            gpus_per_node=self.gpus_of_one_process,
-            partition=self.partition_of_one_process or self.partition,
-        )
+    def of_step(self, name: str, *, one_process: bool) -> SlurmConfig:
+        """What the job of one step asks for.
+
+        Args:
+            one_process: its stage is one process.
+        Raises: Mistake: `slurm.steps` gives it a key that there is not, or a value that cannot be.
+        """
+        slurm = replace(self, steps={})
+        if one_process:
+            slurm = replace(
+                slurm,
+                nodes=1,
+                processes_per_node=1,
+                gpus_per_node=self.gpus_of_one_process,
+                partition=self.partition_of_one_process or self.partition,
+            )
+        own = self.steps.get(name) or {}
+        where = f"slurm.steps.{name}"
+        require(isinstance(own, dict), f"{where}={own} is no group of keys. Write {where}.nodes=2, for instance.")
+        known = {each.name for each in fields(self)} - {"steps"}
+        for key in own:
+            require(key in known, f"{where}.{key} is no key of slurm; {did_you_mean(str(key), known)}")
+        try:
+            merged = OmegaConf.merge(OmegaConf.structured(slurm), own)
+            result = OmegaConf.to_object(merged)
+        except (OmegaConfBaseException, Mistake) as error:
+            raise Mistake(f"{where}: {str(error).splitlines()[0]}") from error
+        assert isinstance(result, SlurmConfig)
+        return result
+
+    def require_steps_among(self, names: Sequence[str]) -> None:
+        """Raises: Mistake: `slurm.steps` speaks of a step that the chain does not have."""
+        for step in self.steps:
+            require(step in names, f"slurm.steps.{step} is no step of this chain; {did_you_mean(step, names)}")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,11 +159,37 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
             f"slurm.container_mounts={list(self.container_mounts)} has no container to mount into. "
             "Set slurm.container_image, or leave the mounts out.",
         )
+        require(
+            self.container_runtime in RUNTIMES,
+            f"slurm.container_runtime={self.container_runtime} is not known; use {' or '.join(RUNTIMES)}.",
+        )
+        for variable in self.environment:
+            require(
+                _VARIABLE.fullmatch(variable) is not None,
+                f"slurm.environment: {variable!r} cannot name a variable. Use letters, digits and '_'.",
+            )
+        self._require_own_directives()
         for one in fields(self):
             value = getattr(self, one.name)
-            for text in value if isinstance(value, list) else [value]:
+            for text in value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value]:
                 require(
                     "\n" not in str(text),
                     f"slurm.{one.name}={text!r} holds a line break, which would end its line in the sbatch script. "
                     "Write it on one line; slurm.setup takes a list with one entry a line.",
                 )
+
+    def _require_own_directives(self) -> None:
+        """`directives` are options of sbatch that no other key stands for, and the script's own."""
+        keys = {each.name.replace("_", "-"): each.name for each in fields(self)}
+        keys |= {"mem": "memory", "ntasks-per-node": "processes_per_node", "signal": "seconds_before_end"}
+        for option in self.directives:
+            require(
+                _OPTION.fullmatch(option) is not None,
+                f"slurm.directives: {option!r} is no long option of sbatch. Write exclude for --exclude, for instance.",
+            )
+            key = keys.get(option)
+            require(key is None, f"slurm.directives.{option} has a key of its own: set slurm.{key}.")
+            require(
+                option not in SCRIPTS_OWN,
+                f"slurm.directives.{option} is what the script itself says. Leave it out.",
+            )
