@@ -89,6 +89,7 @@ def test_without_a_stage_the_usage_names_them_all(capsys: pytest.CaptureFixture[
     alone, asked = capsys.readouterr().out.split("usage: minitron <stage>")[1:]
     assert alone == asked
     assert ", ".join(DOORS) in alone
+    assert "       minitron status RUNDIR\n       minitron cancel RUNDIR\n\nstages: " in alone
     assert "recipes: embedded_teacher, prune, quickstart, real" in alone
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from minitron_nemo.artifact import writing
+from minitron_nemo.run_record import ListedStep, write_steps
 from minitron_nemo.shape import ModelShape
 from support.door import environment
 from support.patience import run_patiently
@@ -30,6 +31,8 @@ DOORS: dict[str, tuple[str, int, set[str]]] = {
     "a number out of range": ("distill recipe=quickstart distill.training.steps=0", 2, set()),
     "the composed config": ("prune recipe=quickstart --cfg job", 0, set()),
     "a chain's scripts": ("submit recipe=quickstart submit.dry_run=true run_dir=run", 0, set()),
+    "how far a run is": ("status run", 0, set()),
+    "what there is to cancel": ("cancel run", 0, set()),
     "a report": ("report recipe=quickstart run_dir=run", 0, {"torch", "numpy", "matplotlib"}),
 }
 """Command, its exit code, and which of the slow packages have been imported when it ends."""
@@ -54,6 +57,8 @@ def test_a_door_imports_what_it_needs_alone(door: str, tmp_path: Path) -> None:
     with writing(tmp_path / "run" / "teacher", stage="import-hf", config={}) as draft:  # for the report
         (draft.path / "shape.json").write_text(json.dumps(TEACHER.to_dict()))
         draft.metrics["parameters"] = TEACHER.num_parameters
+    listed = ListedStep("import_hf", "import-hf", str(tmp_path / "run" / "teacher"))
+    write_steps(tmp_path / "run", "compress", [listed])
     seen = tmp_path / "seen.json"
     done = run_patiently(
         [sys.executable, "-c", LOOK, str(seen), *command.split()],

@@ -32,13 +32,18 @@ DOORS = (
     "report",
     "submit",
 )
+LOOKS = ("status", "cancel")
+"""What is asked of a run that goes on elsewhere, by its directory alone."""
 _USAGE = f"""usage: minitron <stage> recipe=<name> [key=value ...]
        torchrun --nproc-per-node N launch/<stage>.py recipe=<name> [key=value ...]
+       minitron status RUNDIR
+       minitron cancel RUNDIR
 
 stages: {", ".join(DOORS)}
 recipes: {{recipes}}
 
 minitron <stage> --help says what a stage does; Hydra's options follow the recipe: --cfg job shows every key.
+minitron status runs/quickstart says how far a run is, in a shell or under SLURM; cancel ends it.
 Try: minitron compress recipe=quickstart"""
 _STAGE_USAGE = """usage: minitron {door} recipe=<name> [key=value ...]
 
@@ -46,6 +51,9 @@ _STAGE_USAGE = """usage: minitron {door} recipe=<name> [key=value ...]
 
 recipes: {recipes}
 keys: minitron {door} recipe=quickstart --cfg job"""
+_LOOK_USAGE = """usage: minitron {look} RUNDIR
+
+{about}"""
 
 # Libraries below us report to their makers unless told otherwise.
 _QUIET = {
@@ -85,7 +93,11 @@ def set_up_environment() -> None:
 
 def leave_allocation() -> None:
     """Forget that this process runs inside a SLURM allocation: `torchrun` says who the ranks are, or there is one.
-    Lightning and NeMo would take the allocation's variables (SLURM_NTASKS, SLURM_PROCID) for this run's."""
+    Lightning and NeMo would take the allocation's variables (SLURM_NTASKS, SLURM_PROCID) for this run's. Which job it
+    is of stays known to its record."""
+    if job := os.environ.get("SLURM_JOB_ID"):
+        array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+        os.environ["MINITRON_JOB"] = job if array is None else f"{array}_{task}"
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]
 
@@ -93,9 +105,29 @@ def leave_allocation() -> None:
 def _about(door: str) -> str:
     """What the stage's module says about itself, read without importing it and NeMo."""
     package = Path(__file__).parent
-    elsewhere = {"submit": "cluster/submit.py", "compress": "compress.py"}
+    elsewhere = {"submit": "cluster/submit.py", **{name: f"{name}.py" for name in ("compress", *LOOKS)}}
     file = package / elsewhere.get(door, f"stages/{door.replace('-', '_')}.py")
     return ast.get_docstring(ast.parse(file.read_text())) or door
+
+
+def _look(look: str, arguments: Sequence[str]) -> int:
+    """Run `status` or `cancel`, which import no torch and no Hydra: they answer at once."""
+    if {"-h", "--help"} & set(arguments):
+        print(_LOOK_USAGE.format(look=look, about=_about(look)))
+        return 0
+    from importlib import import_module
+
+    from minitron_nemo.checks import Mistake, require
+
+    try:
+        require(
+            len(arguments) == 1 and not arguments[0].startswith("-") and "=" not in arguments[0],
+            f"name one directory, that of the run, and no keys: minitron {look} runs/quickstart",
+        )
+        return import_module(f"minitron_nemo.{look}").run(Path(arguments[0]))
+    except Mistake as error:
+        print(f"minitron {look}: {error}", file=sys.stderr)
+        return 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,10 +137,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE.format(recipes=", ".join(recipes())))
         return 0 if arguments else 2
     door, overrides = arguments[0].replace("_", "-"), arguments[1:]
+    if door in LOOKS:
+        return _look(door, overrides)
     if door not in DOORS:
         from minitron_nemo.checks import did_you_mean
 
-        print(f"minitron: {door} is not a stage; {did_you_mean(door, DOORS)}", file=sys.stderr)
+        print(f"minitron: {door} is not a stage; {did_you_mean(door, (*DOORS, *LOOKS))}", file=sys.stderr)
         return 2
     if {"-h", "--help"} & set(overrides) and not any(override.startswith("recipe=") for override in overrides):
         print(_STAGE_USAGE.format(door=door, about=_about(door), recipes=", ".join(recipes())))

@@ -1,7 +1,8 @@
 """compress: the steps of a recipe one after the other in one process, so that NeMo is imported and ranks meet once.
 
 A step whose artifact is complete and was made from the same config and inputs is skipped, so a chain that was cut off
-goes on where it stopped. All steps' configs are checked before the first one starts.
+goes on where it stopped. All steps' configs are checked before the first one starts. How far it is, `minitron status`
+says from elsewhere.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.stages import ReportConfig
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import OWN_STEPS, Step, config_of, stage_module
+from minitron_nemo.run_record import ListedStep, write_steps
 from minitron_nemo.standing import make
 from minitron_nemo.stopping import listening
 
@@ -35,11 +37,15 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     for step in steps:
         if check := getattr(stage_module(step.stage), "check", None):
             check(configs[step.name])
+    if is_rank_zero():
+        listed = [ListedStep(step.name, step.stage, configs[step.name].output) for step in steps]
+        write_steps(config.run_dir, "compress", listed)
     started = time.monotonic()
     with listening():  # between two steps too: the next one stops then
         for number, step in enumerate(steps, start=1):
             say(f"[{number}/{len(steps)}] {step.name}")
-            make(step, configs[step.name], overwrite=config.overwrite, verify_inputs=config.verify_inputs)
+            values = configs[step.name]
+            make(step, values, overwrite=config.overwrite, verify_inputs=config.verify_inputs, of_chain=True)
             _let_go()
     rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 

@@ -158,4 +158,5 @@ def _job(step: Step, values: Any, overrides: Sequence[str]) -> Any:
     from minitron_nemo.cluster import StageJob, stage_overrides
 
     section = () if step.name in OWN_STEPS else (f"section={step.name}",)
-    return StageJob(step.stage, (*section, *stage_overrides(overrides)), step.name, runs_in_one_process(values))
+    given = (*section, *stage_overrides(overrides))
+    return StageJob(step.stage, given, step.name, runs_in_one_process(values), values.output)

@@ -1,4 +1,4 @@
-"""Progress of one job, as a person sees it: done, left, speed."""
+"""Progress of one job, as a person sees it: done, left, speed; who looks later, finds it in the run's record."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from minitron_nemo import run_record
 
 
 def progress_bar(label: str, show: bool) -> Progress:
@@ -32,6 +34,7 @@ class Reporter:
         self.task = self.bar.add_task(label, total=total, note="")
         self.started = self.last_line = time.monotonic()
         self.first_done: int | None = None
+        run_record.begins(label, total)
 
     def __enter__(self) -> Reporter:
         self.bar.start()
@@ -44,6 +47,7 @@ class Reporter:
         if self.first_done is None:
             self.first_done = done - 1
         self.bar.update(self.task, completed=done, note=note)
+        run_record.gets_on(self.label, done, self.total, note)
         now = time.monotonic()
         if self.show and self.bar.disable and (now - self.last_line >= self.quiet_seconds or done >= self.total):
             rate = (done - self.first_done) / max(now - self.started, 1e-9)

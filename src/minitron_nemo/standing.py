@@ -21,16 +21,18 @@ from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.parallel import is_rank_zero, rank_zero_works
 from minitron_nemo.recipe import SHARED, Step, stage_module
+from minitron_nemo.run_record import recording
 from minitron_nemo.stopping import listening
 
 
-def make(step: Step, config: Any, *, overwrite: bool, verify_inputs: bool = False) -> Artifact:
+def make(step: Step, config: Any, *, overwrite: bool, verify_inputs: bool = False, of_chain: bool = False) -> Artifact:
     """The artifact of a step: what stands at its config's `output` where that serves, or what its stage makes now.
 
     The only place where a recipe's steps are run. Communicates: all ranks.
 
     Args:
         verify_inputs: read every file of the artifacts that the config names, before the stage starts.
+        of_chain: other steps stand before or after it.
     Raises: Mistake: something else stands there, or an input is damaged.
     """
     if rank_zero_works(partial(serves, step, config, overwrite=overwrite)):
@@ -41,7 +43,8 @@ def make(step: Step, config: Any, *, overwrite: bool, verify_inputs: bool = Fals
         if verify_inputs:
             rank_zero_works(partial(_verify_inputs, step, config))
         stage_begins()
-        return stage_module(step.stage).run(config)
+        with recording(step.name, config.output, of_chain=of_chain):
+            return stage_module(step.stage).run(config)
 
 
 def _verify_inputs(step: Step, config: Any) -> None:

@@ -29,6 +29,8 @@ class StageJob:
     overrides: tuple[str, ...] = ()
     name: str = ""
     one_process: bool = False
+    output: str = ""
+    """Where its artifact will stand, for `minitron status`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.stage)

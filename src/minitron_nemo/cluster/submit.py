@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.config.slurm import SlurmConfig
+from minitron_nemo.run_record import ListedStep, write_steps
 
 JOBS = "jobs.json"
 
@@ -51,6 +52,7 @@ def run(config: DictConfig, jobs: Sequence[StageJob]) -> None:
         print("Nothing was submitted: submit.dry_run=true.")
         return
     submit_chain(scripts)
+    write_steps(config.run_dir, "submit", [ListedStep(job.name, job.stage, job.output) for job in jobs])
 
 
 def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from minitron_nemo import run_record
 from minitron_nemo.checks import require
 from minitron_nemo.distillation.teacher_student import teacher_student_in
 from minitron_nemo.nemo.load_balancing import LOAD_BALANCING, LoadBalancing
@@ -130,6 +131,9 @@ class History(pl.Callback):
             "tflops_per_device": float(f"{tflops:.4g}"),
         }
         return speed if self.peak_tflops is None else speed | {"mfu": float(f"{tflops / self.peak_tflops:.4g}")}
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        run_record.is_at_work()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.reporter is not None and "val_loss" in trainer.callback_metrics:
