@@ -15,7 +15,7 @@ from minitron_nemo.importance import ImportanceEstimator
 from minitron_nemo.parallel import Groups
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
-from minitron_nemo.pruning.basis import norm_scales, principal_basis
+from minitron_nemo.pruning.basis import norm_scales, principal_basis, read_basis, reading_moment
 from minitron_nemo.scores import Importance
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import prune
@@ -260,7 +260,8 @@ def basis_on_rank() -> tuple[int, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         eigh = torch.linalg.eigh
         patch.setattr(torch.linalg, "eigh", lambda matrix: (made.append(1), eigh(matrix))[1])
-        basis = prune.shared_basis(torch.eye(7).cumsum(0) @ torch.eye(7).cumsum(0).t(), 3, keeps_mean=False)
+        moment = torch.eye(7).cumsum(0) @ torch.eye(7).cumsum(0).t()
+        basis = prune.shared_basis(lambda: principal_basis(moment, 3), 7, 3)
     return len(made), basis
 
 
@@ -279,3 +280,74 @@ def test_a_basis_is_checked_once_until_its_values_change(monkeypatch: pytest.Mon
     again.hidden[0] += 1
     with pytest.raises(ValueError, match="columns are not orthonormal"):
         dataclasses.replace(again, origin={"a": 1})
+
+
+def moment_of(size: int, rank: int, seed: int) -> Tensor:
+    rows = torch.randn(rank, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return rows.t() @ rows
+
+
+def missed(basis: Tensor, moment: Tensor, reading: Tensor) -> float:
+    """Of x^T M x what the best linear map of Q^T x leaves: tr(M (C - C Q (Q^T C Q)^-1 Q^T C))."""
+    seen = moment @ basis
+    return float((reading * (moment - seen @ torch.linalg.solve(basis.t() @ seen, seen.t()))).sum())
+
+
+def test_axes_that_are_read_leave_less_to_a_linear_map_than_any_others() -> None:
+    moment, reading, generator = moment_of(12, 40, 1), moment_of(12, 30, 2), torch.Generator().manual_seed(3)
+    moment[:3] *= 5  # what there is most of is not what is read most
+    moment[:, :3] *= 5
+    best = read_basis(moment, reading, 5)
+    assert_close(best.t() @ best, torch.eye(5, dtype=torch.float64))
+    least = missed(best, moment, reading)
+    assert least < 0.7 * missed(principal_basis(moment, 5), moment, reading)
+    for size in (1e-3, 0.1, 10.0):
+        other = best + size * torch.randn(12, 5, generator=generator, dtype=torch.float64)
+        assert missed(other, moment, reading) > least
+
+
+def test_what_nobody_reads_is_left_out_however_much_there_is() -> None:
+    moment, reading = moment_of(12, 40, 1), torch.zeros(12, 12, dtype=torch.float64)
+    reading[:4, :4] = moment_of(4, 9, 2)
+    moment[4:, 4:] *= 100
+    basis = read_basis(moment, reading, 4)
+    assert_close(basis[4:], torch.zeros(8, 4, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def reading_on_rank(source: ModelShape) -> Tensor:
+    moment = moment_of(source.hidden_size, 50, 4)
+    return reading_moment(build_gpt(source), turned(source), moment, Groups.from_megatron())
+
+
+READERS = {
+    "input_layernorm": ("self_attention.linear_qkv",),
+    "pre_mlp_layernorm": ("mlp.linear_fc1",),
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "tied", "qwen2"])
+def test_what_is_read_is_the_mean_over_norms_of_what_their_readers_read(architecture: str) -> None:
+    source = ARCHITECTURES[architecture]
+    moment, model = moment_of(source.hidden_size, 50, 4), build_gpt(source)
+    weights = {name: full.double() for name, full in stream_full_parameters(model, source, Groups.from_megatron())}
+    expected = torch.zeros_like(moment)
+
+    def add(norm: str, reader: str) -> None:
+        read = weights[reader] * weights[norm]
+        gram = read.t() @ read
+        expected.add_(gram / (gram * moment).sum())
+
+    for layer in range(source.num_layers):
+        for norm, (reader,) in READERS.items():
+            add(f"decoder.layers.{layer}.{norm}.weight", f"decoder.layers.{layer}.{reader}.weight")
+    tied = source.share_embeddings_and_output_weights
+    add("decoder.final_layernorm.weight", "embedding.word_embeddings.weight" if tied else "output_layer.weight")
+    assert_close(reading_on_rank(source), expected, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "dp2-ep2"])
+def test_what_is_read_is_the_same_on_every_layout(ranks: Ranks, layout: str) -> None:
+    source = ARCHITECTURES["experts" if "ep2" in layout else "tied"]
+    expected = reading_on_rank(source)
+    for found in ranks(layout).run(reading_on_rank, source):
+        assert_close(found, expected, rtol=1e-5, atol=1e-9)

@@ -12,17 +12,26 @@ which every coordinate is equal, as the student takes the mean over k: Q 1_k = s
 on it. The idea of turning the stream is SliceGPT's (arXiv:2401.15024), which turns every layer by itself and pays with
 matrices in the residual path; here one basis serves all layers and the student is a model as any other.
 
-Nothing here communicates.
+A sequential refit gives what reads the stream a map of its own, so there other axes are better than the principal ones:
+those that say most of what is read (`read_basis`).
+
+Nothing here communicates, but `reading_moment`.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minitron_nemo.axes import norm_number, norm_of
+from minitron_nemo.axis_expressions import norm_gamma
 from minitron_nemo.checks import require
+from minitron_nemo.parallel import Groups
+from minitron_nemo.places import EMBEDDING, FINAL_NORM
+from minitron_nemo.plan import PruningPlan
 from minitron_nemo.scores import NORM, STREAM, Importance
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.weights import stream_full_parameters
 
 
 def stream_moments(importance: Importance) -> tuple[Tensor, Tensor]:
@@ -54,6 +63,68 @@ def principal_basis(second_moment: Tensor, keep: int, *, keeps_mean: bool = Fals
     axes[0, 0] = 1
     axes[1:, 1:] = _first_axes((around_mean @ matrix @ around_mean)[1:, 1:], keep - 1)
     return around_mean @ axes @ _mean_first(keep)
+
+
+def read_basis(second_moment: Tensor, reading: Tensor, keep: int) -> Tensor:
+    """The `keep` axes that say most of what the stream is read for, where readers are refitted to them.
+
+    With C the second moment and M the reading, what a linear map of k numbers of the stream x gives back misses least
+    of |M^1/2 x|^2 if the numbers are the first principal components of M^1/2 x: so x along the columns of M^1/2 U, with
+    U the first axes of M^1/2 C M^1/2. A basis of one stream has to be orthonormal; any of the same span says the same.
+
+    Args:
+        second_moment: [h, h], symmetric.
+        reading: [h, h], symmetric: the mean of W^T W over the matrices W that read the stream.
+    Returns: [h, keep] float64, orthonormal columns.
+    """
+    values, axes = torch.linalg.eigh(reading.double())
+    root = (axes * values.clamp(min=0).sqrt()) @ axes.t()
+    return torch.linalg.qr(root @ _first_axes(root @ second_moment.double() @ root, keep)).Q
+
+
+@torch.no_grad()
+def reading_moment(model: nn.Module, plan: PruningPlan, second_moment: Tensor, groups: Groups) -> Tensor:
+    """What each norm's readers read of the stream, all norms alike: [h, h] float64.
+
+    Of a norm with weights gamma and readers W it is the mean over W's rows of (W gamma)^T (W gamma), summed over W, as
+    a share of what they read in all, so that it says nothing of how large a layer's numbers are.
+
+    Args:
+        model: GPTModel of shape plan.source on this rank.
+        second_moment: [h, h].
+    Communicates: tp and pp, for each parameter; every rank takes part.
+    """
+    shape, h = plan.source, plan.source.hidden_size
+    total, of_norm = torch.zeros(h, h, dtype=torch.float64), torch.zeros(h, h, dtype=torch.float64)
+    gammas: dict[str, Tensor] = {}
+    current, embedding = "", None
+
+    def close() -> None:
+        read = (of_norm * second_moment).sum()
+        if read > 0:
+            total.add_(of_norm / read)
+        of_norm.zero_()
+
+    def see(norm: str, weight: Tensor) -> None:
+        nonlocal current
+        if norm != current:
+            close()
+            current = norm
+        folded = weight.float() * norm_gamma(gammas[norm], shape).float()
+        of_norm.add_((folded.t() @ folded).double().cpu() / len(folded))
+
+    for name, full in stream_full_parameters(model, shape, groups):
+        norm = norm_of(name)
+        if norm_number(name, shape) is not None:
+            gammas[name] = full
+        elif norm is not None and norm_number(norm, shape) is not None and full.dim() == 2:
+            see(norm, full)
+        if name == EMBEDDING and plan.unties:
+            embedding = full
+    if embedding is not None:
+        see(f"{FINAL_NORM}.weight", embedding)
+    close()
+    return total
 
 
 def missed_by_axes(second_moment: Tensor, keep: int) -> float:

@@ -21,7 +21,7 @@ from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.parallel import Groups, agree, is_rank_zero, rank_zero_works, world_size
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance
-from minitron_nemo.pruning.basis import principal_basis
+from minitron_nemo.pruning.basis import principal_basis, read_basis, reading_moment, stream_moments
 from minitron_nemo.pruning.compensation import compensate
 from minitron_nemo.pruning.composition import joined, split
 from minitron_nemo.pruning.depth_correction import correct_depth
@@ -119,18 +119,19 @@ class Scores:
             self.importance = replace(self.importance, moments={**self.importance.moments, **moments})
 
     def basis(self, second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
-        """`shared_basis` of the stream, made once."""
+        """The principal axes of the stream, made once."""
         if (keep, keeps_mean) not in self._bases:
-            self._bases[keep, keeps_mean] = shared_basis(second_moment, keep, keeps_mean=keeps_mean)
+            make = partial(principal_basis, second_moment, keep, keeps_mean=keeps_mean)
+            self._bases[keep, keeps_mean] = shared_basis(make, len(second_moment), keep)
         return self._bases[keep, keeps_mean]
 
 
-def shared_basis(second_moment: Tensor, keep: int, *, keeps_mean: bool) -> Tensor:
-    """`principal_basis`, made by rank 0 alone: it takes minutes of every core, and of nearly equal axes another
+def shared_basis(make: Callable[[], Tensor], channels: int, keep: int) -> Tensor:
+    """A basis [channels, keep], made by rank 0 alone: it takes minutes of every core, and of nearly equal axes another
     processor may find others. Communicates: all ranks."""
     made: list[Tensor] = []
-    rank_zero_works(lambda: made.append(principal_basis(second_moment, keep, keeps_mean=keeps_mean)))
-    basis = made[0] if made else torch.empty(len(second_moment), keep, dtype=torch.float64)
+    rank_zero_works(lambda: made.append(make()))
+    basis = made[0] if made else torch.empty(channels, keep, dtype=torch.float64)
     # contiguous: a broadcast sends memory as it lies, and the axes of a decomposition lie in columns
     return agree(basis.contiguous().to(platform.device())).cpu()
 
@@ -237,11 +238,21 @@ class Job:
         config = self._config.surgery.sequential
         if self._config.plan is not None:
             config = replace(config, selection="scores")  # a plan that is given is followed
+        groups = Groups.from_megatron()
+        if config.chooses and plan.has_basis and plan.source.normalization == "RMSNorm":
+            plan = replace(plan, hidden=self._read_basis(teacher, plan, groups))
         run = self._passes(teacher, config.num_samples, "sequential refit")
-        found = refit_sequentially(teacher, plan, Groups.from_megatron(), run, config)
+        found = refit_sequentially(teacher, plan, groups, run, config)
         student = cut(teacher, found.plan, self._config.trainer)
         found.finish(student)
         return student, found.plan, {"sequential_refit": [asdict(each) for each in found.places]}
+
+    def _read_basis(self, teacher: MCoreGPTModel, plan: PruningPlan, groups: Groups) -> Tensor:
+        """Communicates: the teacher's parameters, and the basis from rank 0 to all."""
+        assert self._scores is not None
+        stream, _ = stream_moments(self._scores.importance)
+        reading = reading_moment(teacher, plan, stream, groups)
+        return shared_basis(partial(read_basis, stream, reading, plan.target.hidden_size), *plan.hidden.shape)
 
     def _passes(self, core: MCoreGPTModel, num_samples: int, label: str) -> CalibrationPass:
         """Forward passes over the first of the drawn samples."""
