@@ -27,7 +27,10 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Packages beside the environment, which tests put in front of its own: the newest transformers, and what NVIDIA's last
+# image with NeMo has.
 NEWEST := $(VENV)/transformers-5/.installed
+LAST_IMAGE := $(VENV)/nemo-26.02/.installed
 REAL_MODEL := $(VENV)/.real-model
 
 # The pins of constraints/cpu.txt were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
@@ -62,7 +65,7 @@ real: $(REAL_MODEL)
 # One OpenMP thread a process: the multi-rank tests share the cores, and sums keep their order.
 TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
-test: $(STAMP) $(NEWEST)
+test: $(STAMP) $(NEWEST) $(LAST_IMAGE)
 	$(TESTS) -rsfE --durations=20
 
 test-quick: $(STAMP) $(NEWEST)
@@ -105,10 +108,10 @@ docs: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(wildcard tests/test_readme.py) \
 	    tests/test_shell.py::test_every_link_in_the_documents_leads_somewhere
 
-setup: $(STAMP) $(NEWEST)
+setup: $(STAMP) $(NEWEST) $(LAST_IMAGE)
 
-$(NEWEST): $(STAMP) constraints/transformers-5.txt
-	$(BIN)/python -m pip install --no-deps --upgrade --target $(@D) -r constraints/transformers-5.txt
+$(NEWEST) $(LAST_IMAGE): $(VENV)/%/.installed: $(STAMP) constraints/%.txt
+	$(BIN)/python -m pip install --no-deps --upgrade --target $(@D) -r constraints/$*.txt
 	@touch $@
 
 $(STAMP): pyproject.toml constraints/cpu.txt src/minitron_nemo/__init__.py

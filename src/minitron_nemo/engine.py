@@ -32,6 +32,7 @@ from minitron_nemo.runtime.distributed_checkpoint import load_weights, save_weig
 from minitron_nemo.runtime.model_artifact import ModelInput
 from minitron_nemo.runtime.training_run import Trained, TrainingRun
 from minitron_nemo.shape import ModelShape
+from minitron_nemo.versions import require_llm
 
 
 class Implementation(Protocol):
@@ -54,6 +55,7 @@ class Implementation(Protocol):
 
 
 def _nemo() -> Implementation:
+    require_llm()
     from minitron_nemo.nemo import implementation
 
     _forget_what_failed_since(sys._getframe())

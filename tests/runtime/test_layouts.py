@@ -22,8 +22,10 @@ from minitron_nemo.config.distillation import DistillationConfig, HiddenStateCon
 from minitron_nemo.config.importance import ImportanceConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
+from minitron_nemo.runtime.distributed_checkpoint import CONTENT, save_weights
 from minitron_nemo.scores import Importance
 from minitron_nemo.stages import distill, estimate_importance, evaluate, pretrain, prune
+from support.megatron import TINY, build_gpt
 from support.ranks import Ranks, current_layout
 from support.tiny_run import TARGET, TinyRun, read_weights, trainer_values
 
@@ -272,6 +274,17 @@ def test_held_out_loss_is_the_same_on_every_layout(ranks: Ranks, tiny_run: TinyR
     for layout in LAYOUTS:
         losses = ranks(layout).run(run_evaluate, tiny_run, str(tiny_run.directory / f"{layout} evaluation"))
         assert losses == pytest.approx([expected] * 2, rel=0, abs=EVALUATION_TOLERANCE), layout
+
+
+def save_a_model(directory: Path) -> dict[str, Any]:
+    """How a layer is named, as it is told to every model that is saved, once one was."""
+    save_weights(build_gpt(TINY), directory)
+    return CONTENT
+
+
+def test_a_saved_model_leaves_nothing_of_its_layout_to_the_next(ranks: Ranks, tmp_path: Path) -> None:
+    for content in ranks("dp2").run(save_a_model, tmp_path):
+        assert content == CONTENT
 
 
 def test_every_parallel_size_of_a_layout_is_megatrons_under_the_same_name() -> None:

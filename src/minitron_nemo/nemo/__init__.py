@@ -2,9 +2,10 @@
 
 import logging
 
+from minitron_nemo.nemo.core_016 import tensorstore_named
 from minitron_nemo.quiet import imports_held_back
 
-with imports_held_back():
+with imports_held_back(), tensorstore_named():
     import nemo.collections.llm  # noqa: F401  (what it prints while it is imported is held back here, once for all)
     from nemo.collections.common.tokenizers import AutoTokenizer
     from nemo.lightning import io

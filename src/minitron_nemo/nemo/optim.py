@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from minitron_nemo import platform
 from minitron_nemo.config.training import OptimConfig, lr_multiplier
 from minitron_nemo.distillation.teacher_student import teacher_student_in
+from minitron_nemo.nemo.core_016 import optimizer_by_conditions
 
 
 class WarmupDecay(LRSchedulerModule):
@@ -71,7 +72,8 @@ class SkippingOptimizer(MegatronOptimizerModule):
         if teacher is not None:
             of_teacher = set(teacher.parameters())
             self.scale_lr_cond, self.lr_mult = lambda _, parameter: parameter in of_teacher, _TEACHERS
-        [optimizer] = super().optimizers(model)
+        with optimizer_by_conditions():
+            [optimizer] = super().optimizers(model)
         megatron = optimizer.mcore_optimizer
         prepare_grads, get_grad_norm = megatron.prepare_grads, megatron.get_grad_norm
         norm = math.nan  # of the student

@@ -23,7 +23,11 @@ from minitron_nemo.runtime.checkpoint_metadata import as_data, read_common, read
 WEIGHTS = "weights"
 PREFIX = "module."
 CONTENT: dict[str, Any] = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-"""As NeMo's strategy writes: layers that are alike are stacked, [l, ...] under one key."""
+"""As NeMo's strategy writes: layers that are alike are stacked, [l, ...] under one key.
+
+Whoever asks for a `sharded_state_dict` gives a copy: Megatron-core 0.16 puts a process group of the layout at hand into
+it, which would be used for the next layout's.
+"""
 
 
 def save_weights(core: MCoreGPTModel, directory: Path) -> None:
@@ -31,7 +35,7 @@ def save_weights(core: MCoreGPTModel, directory: Path) -> None:
     weights = directory / WEIGHTS
     weights.mkdir(parents=True, exist_ok=True)
     dist_checkpointing.save(
-        core.sharded_state_dict(prefix=PREFIX, metadata=CONTENT), str(weights), content_metadata=CONTENT
+        core.sharded_state_dict(prefix=PREFIX, metadata=dict(CONTENT)), str(weights), content_metadata=CONTENT
     )
 
 

@@ -131,7 +131,7 @@ class _Into(dcp.DefaultLoadPlanner):
 
 def _sharded_state(core: GPTModel, content: dict[str, Any]) -> dict[str, Any]:
     """`sharded_state_dict` of a whole model on the meta device; fused matrices taken apart."""
-    state = core.sharded_state_dict(prefix=PREFIX, metadata=content)
+    state = core.sharded_state_dict(prefix=PREFIX, metadata=dict(content))
     apply_factories(state)
     return state
 
