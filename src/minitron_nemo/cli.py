@@ -30,6 +30,7 @@ DOORS = (
     "export-hf",
     "throughput",
     "report",
+    "plan",
     "submit",
 )
 _USAGE = f"""usage: minitron <stage> recipe=<name> [key=value ...]
@@ -93,7 +94,7 @@ def leave_allocation() -> None:
 def _about(door: str) -> str:
     """What the stage's module says about itself, read without importing it and NeMo."""
     package = Path(__file__).parent
-    elsewhere = {"submit": "cluster/submit.py", "compress": "compress.py"}
+    elsewhere = {"submit": "cluster/submit.py", "compress": "compress.py", "plan": "sizing/__init__.py"}
     file = package / elsewhere.get(door, f"stages/{door.replace('-', '_')}.py")
     return ast.get_docstring(ast.parse(file.read_text())) or door
 
