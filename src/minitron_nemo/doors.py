@@ -38,7 +38,7 @@ INTERRUPTED = 75
 
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
-    """Run `door` (a stage, `compress`, `plan` or `submit`) with Hydra `overrides`; returns the exit code: 0, 2 or 75."""
+    """Run `door` (a stage, `compress`, `plan`, `submit`) with Hydra `overrides`; returns the exit code: 0, 2 or 75."""
     hush()
     if "--info" in overrides:
         logging.disable(logging.NOTSET)  # Hydra answers through its log

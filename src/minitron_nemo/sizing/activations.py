@@ -1,4 +1,4 @@
-"""Bytes of activations on one rank: what a micro-batch leaves behind for the backward pass, and what it needs meanwhile.
+"""Bytes of activations on one rank: what a micro-batch leaves behind for the backward pass, and what it needs.
 
     residual stream, norms     [s/cp, b, h], over tp too with sequence parallelism
     queries, keys, values      [s/cp, b, (n + 2g)/tp x d]
@@ -151,8 +151,8 @@ def at_work_forward(part: Part, flow: Flow) -> int:
 
 
 def at_work_backward(part: Part, flow: Flow) -> int:
-    """Gradients of a layer's activations that stand at once: of the neurons, before and after the activation, and of the
-    stream."""
+    """Gradients of a layer's activations that stand at once: of the neurons, before and after the activation, and of
+    the stream."""
     halves = 3 if part.gated_linear_unit else 2
     neurons = max((halves * size * flow.element for size in _sizes(part)), default=0)
     return 2 * flow.stream(part) + flow.tokens * neurons

@@ -1,4 +1,4 @@
-"""What a step's stage would refuse on its ranks, asked of the stages' own checks: all of it, before anything is spent."""
+"""What a step's stage would refuse on its ranks, asked of the stages' own checks, before anything is spent."""
 
 from __future__ import annotations
 

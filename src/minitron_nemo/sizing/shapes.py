@@ -1,7 +1,7 @@
 """Shapes of a recipe's models before there are any: what each step will make, from what is known of the teacher.
 
-A model is one that an earlier step of the recipe makes, an artifact that is on this disk, or the teacher: a Hugging Face
-folder's config.json, a GGUF file's metadata, or a published name where neither is here. No weights are needed.
+A model is one that an earlier step of the recipe makes, an artifact that is on this disk, or the teacher: a Hugging
+Face folder's config.json, a GGUF file's metadata, or a published name where neither is here. No weights are needed.
 """
 
 from __future__ import annotations

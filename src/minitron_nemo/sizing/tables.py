@@ -58,7 +58,9 @@ def pages(reckoned: Sequence[Reckoned], plan: PlanConfig, machine: Machine) -> I
 
 
 def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False
+    )
     for name in words:
         table.add_column(name, no_wrap=True)
     for name in numbers:
@@ -67,7 +69,7 @@ def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 
 def _models(reckoned: Sequence[Reckoned]) -> Table:
-    numbers = ("layers", "hidden", "ffn", "heads", "groups", "experts", "parameters", "outside embeddings", "active")
+    numbers = ("layers", "hidden", "ffn", "heads", "groups", "experts", "parameters", "without tables", "active")
     table = _table("Models", ["first in"], numbers)
     for name, shape in distinct(reckoned):
         neurons = shape.moe_ffn_hidden_size if shape.num_moe_experts else shape.ffn_hidden_size
@@ -90,11 +92,15 @@ def distinct(reckoned: Sequence[Reckoned]) -> list[tuple[str, ModelShape]]:
 
 def _memory(reckoned: Sequence[Reckoned], machine: Machine) -> Table:
     title = f"GiB on the fullest rank; {_gib(machine.room_bytes)} of {_gib(machine.memory_bytes)} are to be had"
-    table = _table(title, ["step"], [*PIECES, "in all", "", "all recomputed"])
+    there = [piece for piece in PIECES if any(each.memory.pieces[piece] for each in reckoned)]
+    table = _table(title, ["step"], [*there, "total", "recomputed"])
     for each in reckoned:
         again = UNKNOWN if each.recomputed is None else _gib(each.recomputed.total)
-        pieces = (_gib(each.memory.pieces[piece]) for piece in PIECES)
-        table.add_row(each.name, *pieces, _gib(each.memory.total), "fits" if each.fits else "too much", again)
+        pieces = (_gib(each.memory.pieces[piece]) if each.memory.pieces[piece] else UNKNOWN for piece in there)
+        total = Text(_gib(each.memory.total), style="bold" if each.fits else "bold red")
+        table.add_row(each.name, *pieces, total, again)
+    table.caption = "recomputed: the total with trainer.recompute_granularity=full"
+    table.caption_justify = "left"
     return table
 
 
