@@ -81,9 +81,10 @@ def of_layer(part: Part, flow: Flow, *, experts: bool) -> OfLayer:
     attention = flow.tokens * channels * (groups + heads + heads + 2 * groups + heads) * flow.element
     if part.qk_layernorm:
         numbers = (heads + groups) * channels
-        attention += flow.tokens * (numbers * flow.element + (heads + groups) * FLOAT32)
-        if not flow.fused:
-            attention += flow.tokens * numbers * (2 * FLOAT32 - flow.element)
+        kept = numbers * flow.element
+        if not flow.fused:  # in float32: what is normalised (keys in float32 are a view that is kept), and normalised
+            kept = FLOAT32 * (numbers + (heads * channels if flow.element == FLOAT32 else numbers))
+        attention += flow.tokens * (kept + (heads + groups) * FLOAT32)
     if not flow.fused:
         rotated = int(channels * part.whole.rotary_percent)
         attention += 4 * flow.seq_length * rotated * flow.element  # cos and sin, of queries and of keys

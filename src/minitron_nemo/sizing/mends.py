@@ -1,7 +1,7 @@
 """What to change where a step does not fit into a device's memory, with what the change is worth and what it costs.
 
-One change at a time, then all that are cheap at once. They are tried on the same arithmetic; those that a stage would
-refuse are left out.
+One change at a time, and where none is enough, two. They are tried on the same arithmetic; those that a stage would
+refuse are left out. What more communication costs is not reckoned: of equal hours, the fewer ranks a model the better.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.table import Table
 
 from minitron_nemo.checks import Mistake, require
 from minitron_nemo.config.plan import PlanConfig
@@ -36,7 +37,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     reckoned = reckon(config, steps, plan, machine)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for page in pages(reckoned, plan, machine):
-        console.print(page)
+        console.print(page, end="\n\n" if isinstance(page, Table) else "\n")
     if plan.output is not None:
         file = Path(plan.output)
         file.parent.mkdir(parents=True, exist_ok=True)
