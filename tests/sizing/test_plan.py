@@ -22,7 +22,10 @@ from support.door import Door
 from test_ranges import numbers_of
 
 IN_CHAINS = [recipe for recipe in recipes() if recipe != "embedded_teacher"]  # which trains one model, without a chain
-TO_SAY = {"prune": ["+prune.keep.hidden_size=0.75"], "real": ["import_hf.model=embedded"]}
+TO_SAY = {
+    "prune": ["+prune.keep.hidden_size=0.75"],
+    "real": ["import_hf.model=embedded", "prune.target.ffn_hidden_size=320"],
+}
 """What a person has to say of a recipe; the GGUF file of `real` is not in the checkout."""
 PAPERS = {
     "llama31_8b_to_4b_width": [(8_030_261_248, 6_979_588_096), (4_512_746_496, 3_724_741_632)],
