@@ -63,7 +63,7 @@ def saved_bytes(shape: ModelShape, layout: Layout, dtype: torch.dtype, recompute
     modules = [*core.decoder.layers, core.decoder.final_layernorm]
     for number, module in enumerate(modules):
         module.register_forward_pre_hook(lambda *_, number=number: place.__setitem__(0, number))
-    core.decoder.final_layernorm.register_forward_hook(lambda *_: place.__setitem__(0, -1))
+    core.output_layer.register_forward_hook(lambda *_: place.__setitem__(0, -1))  # it reads what the final norm gives
     tokens = torch.randint(0, shape.padded_vocab_size, (BATCH.micro_batch_size, BATCH.seq_length))
     positions = torch.arange(BATCH.seq_length).expand_as(tokens)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

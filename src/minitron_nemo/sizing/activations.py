@@ -82,18 +82,25 @@ def of_layer(part: Part, flow: Flow, *, experts: bool) -> OfLayer:
     if part.qk_layernorm:
         numbers = (heads + groups) * channels
         kept = numbers * flow.element
-        if not flow.fused:  # in float32: what is normalised (keys in float32 are a view that is kept), and normalised
-            kept = FLOAT32 * (numbers + (heads * channels if flow.element == FLOAT32 else numbers))
+        if (
+            not flow.fused
+        ):  # in float32 what goes in, where it is no view of the product that is kept, and what comes out
+            copied = heads * channels if groups > 1 else 0
+            kept = FLOAT32 * (numbers + (copied if flow.element == FLOAT32 else numbers))
         attention += flow.tokens * (kept + (heads + groups) * FLOAT32)
     if not flow.fused:
-        rotated = int(channels * part.whole.rotary_percent)
-        attention += 4 * flow.seq_length * rotated * flow.element  # cos and sin, of queries and of keys
+        attention += 4 * flow.seq_length * _rotated(part) * flow.element  # cos and sin, of queries and of keys
     return OfLayer(
         norms=2 * norm_bytes(part, flow),
         attention=attention,
         attention_sums=flow.tokens * heads * FLOAT32,
         mlp=_of_experts(part, flow) if experts else flow.tokens * _neurons(part, flow) * part.ffn_hidden_size,
     )
+
+
+def _rotated(part: Part) -> int:
+    """Channels of a head that the rotary embedding turns."""
+    return int(part.kv_channels * part.whole.rotary_percent)
 
 
 def _neurons(part: Part, flow: Flow) -> int:
@@ -120,9 +127,10 @@ def of_layers(part: Part, flow: Flow, recomputation: Recomputation | None = None
     largest = max(layers, key=lambda layer: layer.total)
     if recomputation.recompute_granularity == "full":
         number, entry = recomputation.recompute_num_layers, flow.stream(part)
+        angles = flow.seq_length * _rotated(part) * FLOAT32  # of the rotary embedding, an input of all
         if recomputation.recompute_method == "uniform":
-            return -(-len(layers) // number) * entry, number * largest.total
-        return number * entry + sum(layer.total for layer in layers[number:]), largest.total
+            return angles + -(-len(layers) // number) * entry, number * largest.total
+        return angles + number * entry + sum(layer.total for layer in layers[number:]), largest.total
     kept, again = 0, [0]
     for number, layer in enumerate(layers):
         dropped = dropped_of_layer(layer, recomputation, experts=part.whole.has_experts(part.layers[number]), flow=flow)
