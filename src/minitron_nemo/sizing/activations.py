@@ -78,13 +78,12 @@ def of_layer(part: Part, flow: Flow, *, experts: bool) -> OfLayer:
     heads, groups, channels = part.num_attention_heads, part.num_query_groups, part.kv_channels
     # Keys and queries turned, the fused product that values are a view of, and attention's output, which the output
     # projection reads too.
-    attention = flow.tokens * channels * (groups + heads + heads + 2 * groups + heads) * flow.element
+    attention = flow.tokens * channels * ((heads + groups) + (heads + 2 * groups) + heads) * flow.element
     if part.qk_layernorm:
         numbers = (heads + groups) * channels
         kept = numbers * flow.element
-        if (
-            not flow.fused
-        ):  # in float32 what goes in, where it is no view of the product that is kept, and what comes out
+        if not flow.fused:
+            # In float32: what goes in, where it is no view of the product that is kept anyway, and what comes out.
             copied = heads * channels if groups > 1 else 0
             kept = FLOAT32 * (numbers + (copied if flow.element == FLOAT32 else numbers))
         attention += flow.tokens * (kept + (heads + groups) * FLOAT32)
