@@ -15,6 +15,7 @@ import torch
 
 from minitron_nemo import doors
 from minitron_nemo.checks import Interrupted, Mistake, NothingKept
+from minitron_nemo.conf_tree import recipes
 from minitron_nemo.ending import FAILED, RUNNING, STATE_FILE, STOPPED, leave_word
 from minitron_nemo.recipe import Step
 from minitron_nemo.stopping import STOP_FILE
@@ -89,7 +90,7 @@ MISTYPED = {
     "an unknown recipe": (["prune", "recipe=quickstrat"], "recipe=quickstrat is not a file under"),
     "no recipe": (
         ["prune"],
-        "say which recipe: recipe=<name>. Known: embedded_teacher, prune, quickstart, real, search.",
+        f"say which recipe: recipe=<name>. Known: {', '.join(recipes())}.",
     ),
     "an unknown stage": (["prone", "recipe=quickstart"], "prone is not a stage; did you mean prune?"),
     "an unknown section": (["prune", "recipe=quickstart", "section=prun"], "did you mean prune?"),

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.cli import DOORS, main
+from minitron_nemo.conf_tree import recipes
 from minitron_nemo.recipe import STAGES
 from support.door import ROOT, Door, environment
 from support.nodes import torchrun_on_two_nodes
@@ -75,12 +76,12 @@ def losses(model: Path) -> list[float]:
 
 
 def test_every_stage_has_a_door_and_a_script_that_opens_it() -> None:
-    assert set(DOORS) == {*STAGES, "compress", "submit"}
+    assert set(DOORS) == {*STAGES, "compress", "plan", "submit"}
     opened = {}
     for script in (ROOT / "launch").glob("*.py"):
         (opened[script.stem],) = re.findall(r'main\(\["(.+?)", \*sys\.argv\[1:\]\]\)', script.read_text())
-    # submit hands scripts to SLURM: nothing of it runs under torchrun
-    assert opened == {door.replace("-", "_"): door for door in DOORS if door != "submit"}
+    # plan reckons and submit hands scripts to SLURM: nothing of them runs under torchrun
+    assert opened == {door.replace("-", "_"): door for door in DOORS if door not in ("plan", "submit")}
 
 
 def test_without_a_stage_the_usage_names_them_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +91,7 @@ def test_without_a_stage_the_usage_names_them_all(capsys: pytest.CaptureFixture[
     assert alone == asked
     assert ", ".join(DOORS) in alone
     assert "       minitron status RUNDIR\n       minitron cancel RUNDIR\n\nstages: " in alone
-    assert "recipes: embedded_teacher, prune, quickstart, real" in alone
+    assert f"recipes: {', '.join(recipes())}" in alone
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -108,7 +109,7 @@ def test_hydras_options_answer(door: Door) -> None:
     assert OmegaConf.create(config.out).distill.training.steps == 7
     section = door("distill", "recipe=quickstart", "--cfg", "job", "--package", "prune")
     assert {"model", "importance", "target", "output"} <= set(OmegaConf.create(section.out))
-    assert "recipe: embedded_teacher, prune, quickstart, real" in door("distill", "recipe=quickstart", "--help").out
+    assert f"recipe: {', '.join(recipes())}" in door("distill", "recipe=quickstart", "--help").out
     assert "recipe/quickstart" in door("distill", "recipe=quickstart", "--info", "defaults").out
 
 

@@ -30,6 +30,7 @@ DOORS = (
     "export-hf",
     "throughput",
     "report",
+    "plan",
     "submit",
 )
 LOOKS = ("status", "cancel")
@@ -105,7 +106,8 @@ def leave_allocation() -> None:
 def _about(door: str) -> str:
     """What the stage's module says about itself, read without importing it and NeMo."""
     package = Path(__file__).parent
-    elsewhere = {"submit": "cluster/submit.py", **{name: f"{name}.py" for name in ("compress", *LOOKS)}}
+    elsewhere = {"submit": "cluster/submit.py", "plan": "sizing/__init__.py"}
+    elsewhere |= {name: f"{name}.py" for name in ("compress", *LOOKS)}
     file = package / elsewhere.get(door, f"stages/{door.replace('-', '_')}.py")
     return ast.get_docstring(ast.parse(file.read_text())) or door
 

@@ -38,7 +38,7 @@ INTERRUPTED = 75
 
 
 def open_door(door: str, overrides: Sequence[str]) -> int:
-    """Run `door` (a stage, `compress` or `submit`) with Hydra `overrides`; returns the exit code: 0, 2 or 75."""
+    """Run `door` (a stage, `compress`, `plan`, `submit`) with Hydra `overrides`; returns the exit code: 0, 2 or 75."""
     hush()
     if "--info" in overrides:
         logging.disable(logging.NOTSET)  # Hydra answers through its log
@@ -127,6 +127,11 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
 
         # what is wrong is said now, not by a job hours later
         submit.run(config, [_job(step, config_of(step, config), overrides) for step in chosen])
+        return
+    if door == "plan":
+        from minitron_nemo.sizing.run import run as reckon
+
+        reckon(config, chosen)
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # alone, a stage starts what it needs
         from minitron_nemo.config.trainer import Layout

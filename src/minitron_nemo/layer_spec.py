@@ -131,11 +131,12 @@ def uneven_stages(num_layers: int, stages: int) -> dict[str, int]:
     return {"num_layers_in_first_pipeline_stage": first, "num_layers_in_last_pipeline_stage": last}
 
 
-def layers_of_stages(num_layers: int, stages: int) -> set[int]:
-    """How many layers a pipeline stage may have."""
+def layers_by_stage(num_layers: int, stages: int) -> list[int]:
+    """Layers of each pipeline stage, in their order."""
     ends = list(uneven_stages(num_layers, stages).values())
     between = stages - len(ends)
-    return {*ends, *([(num_layers - sum(ends)) // between] if between else [])}
+    middle = [(num_layers - sum(ends)) // between] * between if between else []
+    return [*ends[:1], *middle, *ends[1:]]
 
 
 FUSED_BLOCK_SPEC = partial(get_gpt_decoder_block_spec, use_transformer_engine=True)

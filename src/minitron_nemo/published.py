@@ -3,6 +3,7 @@
     Nemotron-4 15B            arXiv:2402.16819;  Minitron 8B and 4B: arXiv:2407.14679, table of architectures
     Llama-3.1-8B              config.json on the Hugging Face hub;  its two students: arXiv:2408.11796, table 3
     Mistral-NeMo-12B          config.json on the Hugging Face hub;  its student: arXiv:2408.11796, table 3
+    Qwen3-8B                  arXiv:2505.09388, table 1, and its config.json
 
 Rotary bases, scaling and contexts are those of the config.json files; the depth-pruned student's, which was not at
 hand, are its teacher's.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.shape import ModelShape
 
 _LLAMA_3_1_8B = ModelShape(
@@ -60,6 +62,21 @@ _NEMOTRON_4_15B = ModelShape(
     rotary_percent=0.5,
 )
 
+_QWEN3_8B = ModelShape(
+    family="qwen3",
+    num_layers=36,
+    hidden_size=4096,
+    ffn_hidden_size=12288,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    padded_vocab_size=151936,
+    seq_length=40960,
+    layernorm_epsilon=1e-6,
+    qk_layernorm=True,
+    rotary_base=1e6,
+)
+
 PUBLISHED: dict[str, ModelShape] = {
     "Llama-3.1-8B": _LLAMA_3_1_8B,
     "Llama-3.1-Minitron-4B-Width": _LLAMA_3_1_8B.pruned_to(hidden_size=3072, ffn_hidden_size=9216),
@@ -71,4 +88,18 @@ PUBLISHED: dict[str, ModelShape] = {
     "Nemotron-4 15B": _NEMOTRON_4_15B,
     "Minitron 8B": _NEMOTRON_4_15B.pruned_to(hidden_size=4096, ffn_hidden_size=16384),
     "Minitron 4B": _NEMOTRON_4_15B.pruned_to(hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24),
+    "Qwen3-8B": _QWEN3_8B,
 }
+
+
+def published_shape(name: str, *, key: str) -> ModelShape:
+    """The shape of a model by its published name, in whatever case, blanks as hyphens: llama-3.1-8b, nemotron-4-15b.
+
+    Args:
+        key: the user's config key that named it.
+    Raises: ValueError: no such model is known.
+    """
+    known = {each.lower().replace(" ", "-"): shape for each, shape in PUBLISHED.items()}
+    wanted = name.lower().replace(" ", "-")
+    require(wanted in known, f"{key}={name} is not known by that name; {did_you_mean(wanted, known)}")
+    return known[wanted]

@@ -40,6 +40,7 @@ from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.config import stages
 from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.plan import PlanConfig
 from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.config.throughput import ThroughputConfig
@@ -234,6 +235,7 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("compress", stages.CompressConfig, field(default_factory=stages.CompressConfig)),
         ("submit", stages.SubmitConfig, field(default_factory=stages.SubmitConfig)),
         ("slurm", SlurmConfig, field(default_factory=SlurmConfig)),
+        ("plan", PlanConfig, field(default_factory=PlanConfig)),
     ]
     for step in steps.values():
         section = _section_schema(step, steps)
@@ -242,7 +244,7 @@ def register_schema(steps: Mapping[str, Step]) -> None:
     ConfigStore.instance().store(name="schema", node=dataclasses.make_dataclass("Recipe", fields))
 
 
-_DOORS = ("section", "overwrite", "verify_inputs", "compress", "submit", "slurm")
+_DOORS = ("section", "overwrite", "verify_inputs", "compress", "submit", "slurm", "plan")
 _TOP = ("name", "run_dir", *_DOORS, *SHARED, "hydra")
 
 

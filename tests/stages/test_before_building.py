@@ -13,7 +13,7 @@ from minitron_nemo.config.distillation import DistillationConfig, HiddenStateCon
 from minitron_nemo.config.stages import DistillConfig, PretrainConfig
 from minitron_nemo.config.trainer import Layout, TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
-from minitron_nemo.layer_spec import layers_of_stages
+from minitron_nemo.layer_spec import layers_by_stage
 from minitron_nemo.nemo.history import History
 from minitron_nemo.plan import PruningPlan
 from minitron_nemo.runtime.layout import prepare_layout
@@ -42,7 +42,8 @@ def test_more_layers_recomputed_together_than_there_are(values: dict[str, object
 
 
 def test_how_many_layers_stages_have() -> None:
-    assert [layers_of_stages(*each) for each in ((6, 2), (6, 4), (7, 2), (9, 4))] == [{3}, {1, 2}, {3, 4}, {1, 2, 3}]
+    found = [layers_by_stage(*each) for each in ((6, 2), (6, 4), (7, 2), (9, 4))]
+    assert found == [[3, 3], [1, 2, 2, 1], [4, 3], [2, 3, 3, 1]]
 
 
 @pytest.mark.parametrize(

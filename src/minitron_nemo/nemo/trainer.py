@@ -26,7 +26,6 @@ from nemo.lightning.pytorch.strategies.utils import setup_parallel_ranks
 from nemo.utils import AppState
 
 from minitron_nemo import platform
-from minitron_nemo.checks import require_divisible
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import TrainingConfig
 from minitron_nemo.distillation.teacher_student import adjust_tensor_shapes_fn, teacher_student_in
@@ -41,6 +40,7 @@ from minitron_nemo.parallel import is_rank_zero, local_rank, rank, ranks_per_nod
 from minitron_nemo.platform.peak import peak_tflops_here
 from minitron_nemo.runtime.checkpoint_metadata import as_data
 from minitron_nemo.runtime.distributed_checkpoint import WEIGHTS
+from minitron_nemo.runtime.layout import require_batch_splits
 from minitron_nemo.runtime.training_run import CHECKPOINTS, HISTORY, OPTIMIZER, TrainingRun
 from nemo import lightning as nl
 
@@ -237,12 +237,7 @@ def fit(model: EngineModel, data: PackedDataModule, run: TrainingRun) -> list[di
         were not finite.
     """
     config, training, directory = run.trainer, run.training, run.directory
-    require_divisible(
-        "trainer.global_batch_size",
-        config.global_batch_size,
-        "trainer.micro_batch_size x data-parallel ranks",
-        config.micro_batch_size * (world_size() // config.model_parallel_size),
-    )
+    require_batch_splits(config, world_size())
     directory.mkdir(parents=True, exist_ok=True)
     balancing = _balancing(model, run)
     by_source = SourceLosses(data.sources) if len(data.sources) > 1 else None

@@ -14,7 +14,8 @@ from megatron.core import parallel_state, tensor_parallel
 
 from minitron_nemo import platform
 from minitron_nemo.checks import require, require_divisible
-from minitron_nemo.config.trainer import Layout
+from minitron_nemo.config.trainer import Layout, TrainerConfig
+from minitron_nemo.layer_spec import layers_by_stage
 from minitron_nemo.parallel import local_rank, ranks_per_node
 from minitron_nemo.shape import ModelShape
 
@@ -56,7 +57,21 @@ def use_layout(layout: Layout, *, seed: int) -> None:
     Raises: ValueError where the world cannot hold the layout.
     """
     start(layout)
-    world = dist.get_world_size()
+    require_world_holds(layout, dist.get_world_size())
+    if not _stands(layout):
+        # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
+        # a thread that wakes a hundred times a second.
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            **layout.sizes,
+            distributed_timeout_minutes=layout.distributed_timeout_minutes,
+        )
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def require_world_holds(layout: Layout, world: int) -> None:
+    """Raises: ValueError: so many processes are no whole number of copies of the model."""
     require(
         world % layout.model_parallel_size == 0,
         f"{world} processes cannot hold tensor_model_parallel_size={layout.tensor_model_parallel_size} x "
@@ -72,16 +87,6 @@ def use_layout(layout: Layout, *, seed: int) -> None:
         f"ranks that {world} processes leave it beside tensor and pipeline parallelism. Start "
         f"{layout.model_parallel_size * layout.expert_model_parallel_size} processes, or lower it.",
     )
-    if not _stands(layout):
-        # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
-        # a thread that wakes a hundred times a second.
-        parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel(
-            **layout.sizes,
-            distributed_timeout_minutes=layout.distributed_timeout_minutes,
-        )
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _stands(layout: Layout) -> bool:
@@ -104,22 +109,7 @@ def prepare_layout(layout: Layout, shape: ModelShape, *, seq_length: int = 1, se
     require_splits(shape, layout)
     if layout.expert_model_parallel_size > 1:
         require_tokens_split(shape, layout)
-    require(
-        seq_length <= shape.seq_length,
-        f"trainer.seq_length={seq_length} is longer than the model's context of {shape.seq_length} tokens. "
-        f"Set trainer.seq_length to at most {shape.seq_length}.",
-    )
-    if seq_length > 1:  # each rank of context parallelism takes two chunks, which sequence parallelism splits again
-        chunks = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
-        require_divisible("trainer.seq_length", seq_length, "2 x trainer.context_parallel_size", chunks)
-        if layout.sequence_parallel:
-            local, size = seq_length // layout.context_parallel_size, layout.tensor_model_parallel_size
-            require(
-                local % size == 0,
-                f"trainer.seq_length={seq_length} leaves a rank {local} tokens, which trainer.sequence_parallel=true "
-                f"cannot split over trainer.tensor_model_parallel_size={size}. Set trainer.seq_length to a multiple of "
-                f"{size * layout.context_parallel_size * (2 if layout.context_parallel_size > 1 else 1)}.",
-            )
+    require_samples_split(shape, layout, seq_length)
     require(
         layout.context_parallel_size == 1 or platform.has_transformer_engine(),
         f"trainer.context_parallel_size={layout.context_parallel_size} needs transformer-engine, whose attention "
@@ -141,4 +131,50 @@ def require_tokens_split(shape: ModelShape, layout: Layout) -> None:
         shape.num_moe_experts is None or layout.tensor_model_parallel_size == 1 or layout.sequence_parallel,
         f"trainer.tensor_model_parallel_size={layout.tensor_model_parallel_size} of a model with experts needs "
         "sequence parallelism, as every rank would route every token. Set trainer.sequence_parallel=true.",
+    )
+
+
+def require_samples_split(shape: ModelShape, layout: Layout, seq_length: int) -> None:
+    """Raises: ValueError: samples longer than the model's context, or of tokens that ranks cannot share out."""
+    require(
+        seq_length <= shape.seq_length,
+        f"trainer.seq_length={seq_length} is longer than the model's context of {shape.seq_length} tokens. "
+        f"Set trainer.seq_length to at most {shape.seq_length}.",
+    )
+    if seq_length > 1:  # each rank of context parallelism takes two chunks, which sequence parallelism splits again
+        chunks = 2 * layout.context_parallel_size if layout.context_parallel_size > 1 else 1
+        require_divisible("trainer.seq_length", seq_length, "2 x trainer.context_parallel_size", chunks)
+        if layout.sequence_parallel:
+            local, size = seq_length // layout.context_parallel_size, layout.tensor_model_parallel_size
+            require(
+                local % size == 0,
+                f"trainer.seq_length={seq_length} leaves a rank {local} tokens, which trainer.sequence_parallel=true "
+                f"cannot split over trainer.tensor_model_parallel_size={size}. Set trainer.seq_length to a multiple of "
+                f"{size * layout.context_parallel_size * (2 if layout.context_parallel_size > 1 else 1)}.",
+            )
+
+
+def require_recomputed_layers(shape: ModelShape, trainer: TrainerConfig) -> None:
+    """Raises: ValueError: more layers are to be recomputed together than a pipeline stage has, or no whole chunks."""
+    if trainer.recompute_granularity != "full":
+        return
+    asked, stages = trainer.recompute_num_layers, trainer.pipeline_model_parallel_size
+    for have in sorted(set(layers_by_stage(shape.num_layers, stages))):
+        uniform = trainer.recompute_method == "uniform"
+        can = [number for number in range(1, have + 1) if not uniform or have % number == 0]
+        require(
+            asked in can,
+            f"trainer.recompute_num_layers={asked} with recompute_method={trainer.recompute_method} does not fit the "
+            f"{have} layers of a pipeline stage ({shape.num_layers} layers over "
+            f"trainer.pipeline_model_parallel_size={stages}). There it can be {', '.join(map(str, can))}.",
+        )
+
+
+def require_batch_splits(trainer: TrainerConfig, world: int) -> None:
+    """Raises: ValueError: a step's samples are no whole number of micro-batches on every data-parallel rank."""
+    require_divisible(
+        "trainer.global_batch_size",
+        trainer.global_batch_size,
+        "trainer.micro_batch_size x data-parallel ranks",
+        trainer.micro_batch_size * (world // trainer.model_parallel_size),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,22 +36,9 @@ def settle(
 
     Raises: ValueError: nothing to prune, or a target that does not fit.
     """
-    require(
-        bool(config.target) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
-        "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
-        "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
+    base, layers, resolve = asked(
+        config, source, lambda number: kept_layers(importance, source, number, layers=config.layers, depth=config.depth)
     )
-    dims, layers, base = dict(config.target), config.layers, as_family(source, config.family)
-    if layers is not None:
-        dims.setdefault("num_layers", len(layers))
-    if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
-        layers = kept_layers(importance, source, dims.pop("num_layers"), layers=layers, depth=config.depth)
-        base = base.keeping_layers(layers)
-
-    def resolve(base: ModelShape) -> ModelShape:
-        options: dict[str, Any] = {"target": dims, "keep": config.keep, "multiple_of": config.multiple_of}
-        return resolve_target(base, budget=config.budget, **options)
-
     target = resolve(base)
     surgery = config.surgery.settled(source, target)
     if source.share_embeddings_and_output_weights and target.hidden_size < source.hidden_size:
@@ -68,6 +56,35 @@ def settle(
                 surgery, target = config.surgery.settled(source, turned, basis="rotation"), turned
     _say_what_is_moot(config.surgery, surgery)
     return replace(config, surgery=surgery), target, layers
+
+
+def asked(
+    config: PruneConfig, source: ModelShape, choose: Callable[[int], list[int]]
+) -> tuple[ModelShape, list[int] | None, Callable[[ModelShape], ModelShape]]:
+    """What is cut from, under its family's name; the layers it keeps where they are said; and what makes the student's
+    shape of it, before surgery is settled.
+
+    Args:
+        choose: which layers stay of so many, where dense ones and such with experts are mixed.
+    Raises: ValueError: nothing to prune.
+    """
+    require(
+        bool(config.target) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
+        "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
+        "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
+    )
+    dims, layers, base = dict(config.target), config.layers, as_family(source, config.family)
+    if layers is not None:
+        dims.setdefault("num_layers", len(layers))
+    if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
+        layers = choose(dims.pop("num_layers"))
+        base = base.keeping_layers(layers)
+
+    def resolve(base: ModelShape) -> ModelShape:
+        options: dict[str, Any] = {"target": dims, "keep": config.keep, "multiple_of": config.multiple_of}
+        return resolve_target(base, budget=config.budget, **options)
+
+    return base, layers, resolve
 
 
 def _turned(config: PruneConfig, untied: ModelShape, tied: ModelShape) -> ModelShape | None:

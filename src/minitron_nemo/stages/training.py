@@ -21,9 +21,8 @@ from minitron_nemo.config.identity import as_dict, differences
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import DownstreamConfig, TrainingConfig, lr_multiplier
 from minitron_nemo.evaluation.questions import open_questions
-from minitron_nemo.layer_spec import layers_of_stages
 from minitron_nemo.parallel import is_rank_zero, rank_zero_says, rank_zero_works
-from minitron_nemo.runtime.layout import require_tokens_split
+from minitron_nemo.runtime.layout import require_recomputed_layers, require_tokens_split
 from minitron_nemo.runtime.training_run import (
     CHECKPOINTS,
     HISTORY,
@@ -115,22 +114,6 @@ def run_training(
 def directory_of_run(output: Path) -> Path:
     """Where a training keeps its checkpoints and history until its artifact `output` is whole."""
     return output.with_name(output.name + ".training")
-
-
-def require_recomputed_layers(shape: ModelShape, trainer: TrainerConfig) -> None:
-    """Raises: ValueError: more layers are to be recomputed together than a pipeline stage has, or no whole chunks."""
-    if trainer.recompute_granularity != "full":
-        return
-    asked, stages = trainer.recompute_num_layers, trainer.pipeline_model_parallel_size
-    for have in sorted(layers_of_stages(shape.num_layers, stages)):
-        uniform = trainer.recompute_method == "uniform"
-        can = [number for number in range(1, have + 1) if not uniform or have % number == 0]
-        require(
-            asked in can,
-            f"trainer.recompute_num_layers={asked} with recompute_method={trainer.recompute_method} does not fit the "
-            f"{have} layers of a pipeline stage ({shape.num_layers} layers over "
-            f"trainer.pipeline_model_parallel_size={stages}). There it can be {', '.join(map(str, can))}.",
-        )
 
 
 def _write(run: TrainingRun, result: Trained, draft: Draft) -> None:
