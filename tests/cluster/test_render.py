@@ -10,6 +10,7 @@ import pytest
 
 from minitron_nemo.cluster import StageJob, render_chain
 from minitron_nemo.config.slurm import SlurmConfig
+from support.door import Door
 
 CHAIN = [
     StageJob("prune", ("recipe=quickstart", "target.hidden_size=24")),
@@ -128,6 +129,18 @@ def test_apptainer_runs_python_where_pyxis_is_not(tmp_path: Path) -> None:
     bound = "apptainer exec --nv --bind /data:/data:ro,/runs:/runs 'nemo image.sqsh'"
     assert f"    {bound} \\\n    python -m torch.distributed.run" in text
     assert "--container" not in text
+
+
+def test_the_papers_distillation_on_32_nodes_is_this_script(door: Door, tmp_path: Path) -> None:
+    """The whole of it, as a person reads it; written again by hand where the template changes."""
+    values = ["partition=gpu", "account=llm", "cpus_per_task=96", "container_image=/shared/nemo-26.02.sqsh"]
+    values += ["container_mounts=['/shared:/shared']", "python=python"]
+    recipe = ["recipe=llama31_8b_to_4b_width", f"run_dir={tmp_path}"]
+    slurm = [f"slurm.{value}" for value in values]
+    done = door("submit", *recipe, *slurm, "+slurm.environment={NCCL_DEBUG: WARN}", "submit.dry_run=true")
+    assert done.code == 0, done.err
+    golden = Path(__file__).with_name("llama31_8b_to_4b_width.sbatch").read_text()
+    assert (tmp_path / "slurm" / "06-distill.sbatch").read_text() == golden.replace("/shared/runs/4b", str(tmp_path))
 
 
 def test_a_step_has_what_slurm_steps_gives_it(tmp_path: Path) -> None:

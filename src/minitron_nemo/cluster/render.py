@@ -10,6 +10,7 @@ from pathlib import Path
 
 import minitron_nemo
 from minitron_nemo.checks import require
+from minitron_nemo.cluster.resources import of_step, require_steps_among
 from minitron_nemo.config.slurm import SlurmConfig
 
 _AS_WRITTEN = ("partition", "account", "qos", "reservation", "constraint", "comment", "mail_user", "mail_type")
@@ -59,8 +60,8 @@ def render_chain(
     Raises: ValueError: no job, or `slurm.steps` speaks of another.
     """
     require(len(jobs) > 0, "There is nothing to submit: the recipe names no step. Add one to compress.steps.")
-    slurm.require_steps_among([job.name for job in jobs])
-    of_jobs = [slurm.of_step(job.name, one_process=job.one_process) for job in jobs]
+    require_steps_among(slurm, [job.name for job in jobs])
+    of_jobs = [of_step(slurm, job.name, one_process=job.one_process) for job in jobs]
     folder = Path(run_dir).resolve() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob("[0-9][0-9]-*.sbatch"):

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
+from minitron_nemo.cluster.resources import of_step
 from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.run_record import ListedStep, write_steps
 
@@ -75,7 +76,7 @@ def require_sbatch() -> None:
 def require_image(slurm: SlurmConfig, steps: Sequence[str]) -> None:
     """Raises: NothingThere: a container image that is a file, and not there; other names are the runtime's to find."""
     for step in steps:
-        image = slurm.of_step(step, one_process=False).container_image
+        image = of_step(slurm, step).container_image
         is_file = image is not None and (image.startswith(("/", "./", "../")) or image.endswith((".sqsh", ".sif")))
         require(
             not is_file or Path(str(image)).exists(),

@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from minitron_nemo.checks import Mistake, did_you_mean, require
+from minitron_nemo.checks import require
 from minitron_nemo.config.ranges import Ranged, ranged
 
 RUNTIMES = ("pyxis", "apptainer")
@@ -95,40 +91,16 @@ class SlurmConfig(Ranged):  # conf/slurm/*.yaml
     steps: dict[str, Any] = field(default_factory=dict)
     """Other values of these keys for single steps by name, e.g. {distill: {nodes: 16, time: 1-00:00:00}}."""
 
-    def of_step(self, name: str, *, one_process: bool) -> SlurmConfig:
-        """What the job of one step asks for.
-
-        Args:
-            one_process: its stage is one process.
-        Raises: Mistake: `slurm.steps` gives it a key that there is not, or a value that cannot be.
-        """
-        slurm = replace(self, steps={})
-        if one_process:
-            slurm = replace(
-                slurm,
-                nodes=1,
-                processes_per_node=1,
-                gpus_per_node=self.gpus_of_one_process,
-                partition=self.partition_of_one_process or self.partition,
-            )
-        own = self.steps.get(name) or {}
-        where = f"slurm.steps.{name}"
-        require(isinstance(own, dict), f"{where}={own} is no group of keys. Write {where}.nodes=2, for instance.")
-        known = {each.name for each in fields(self)} - {"steps"}
-        for key in own:
-            require(key in known, f"{where}.{key} is no key of slurm; {did_you_mean(str(key), known)}")
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(slurm), own)
-            result = OmegaConf.to_object(merged)
-        except (OmegaConfBaseException, Mistake) as error:
-            raise Mistake(f"{where}: {str(error).splitlines()[0]}") from error
-        assert isinstance(result, SlurmConfig)
-        return result
-
-    def require_steps_among(self, names: Sequence[str]) -> None:
-        """Raises: Mistake: `slurm.steps` speaks of a step that the chain does not have."""
-        for step in self.steps:
-            require(step in names, f"slurm.steps.{step} is no step of this chain; {did_you_mean(step, names)}")
+    @property
+    def for_one_process(self) -> SlurmConfig:
+        """What a job asks for whose stage is one process."""
+        return replace(
+            self,
+            nodes=1,
+            processes_per_node=1,
+            gpus_per_node=self.gpus_of_one_process,
+            partition=self.partition_of_one_process or self.partition,
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minitron_nemo.checks import Mistake, require
+from minitron_nemo.cluster.resources import of_step, require_steps_among
 from minitron_nemo.config.plan import PlanConfig
 from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.recipe import Step, config_of
@@ -36,6 +38,9 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     machine = Machine.of(plan, _section(config, "slurm", SlurmConfig))
     reckoned = reckon(config, steps, plan, machine)
     console = Console(width=None if sys.stdout.isatty() else 120)
+    for name, own in _machines(config, steps, machine).items():
+        if own != machine:
+            console.print(f"{name}: {own.ranks} ranks ({own.ranks // own.ranks_per_node} nodes x {own.ranks_per_node})")
     for page in pages(reckoned, plan, machine):
         console.print(page, end="\n\n" if isinstance(page, Table) else "\n")
     if plan.output is not None:
@@ -54,21 +59,35 @@ def _section(config: DictConfig, name: str, kind: type) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.get(name) or {}))
 
 
+def _machines(config: DictConfig, steps: Sequence[Step], machine: Machine) -> dict[str, Machine]:
+    """By step, with the ranks that `slurm.steps` gives it."""
+    slurm: SlurmConfig = _section(config, "slurm", SlurmConfig)
+    require_steps_among(slurm, [step.name for step in steps])
+    own = {step.name: of_step(slurm, step.name) if step.name in slurm.steps else slurm for step in steps}
+    return {
+        name: machine
+        if of is slurm
+        else replace(machine, ranks=of.nodes * of.processes_per_node, ranks_per_node=of.processes_per_node)
+        for name, of in own.items()
+    }
+
+
 def reckon(config: DictConfig, steps: Sequence[Step], plan: PlanConfig, machine: Machine) -> list[Reckoned]:
     """Of the steps that run a model. Raises: Mistake: all that their stages would refuse."""
     shapes = Shapes()
     found = [planned(step, config_of(step, config), shapes, plan) for step in steps]
+    machines = _machines(config, steps, machine)
     refused: dict[str, list[str]] = {}
     for each in found:
         if each.job is not None:
-            for words in mistakes_of(each.job, each.values.trainer, machine):
+            for words in mistakes_of(each.job, each.values.trainer, machines[each.step.name]):
                 refused.setdefault(words, []).append(each.step.name)
     if refused:
         nodes = machine.ranks // machine.ranks_per_node
         world = f"slurm.nodes={nodes} x slurm.processes_per_node={machine.ranks_per_node} = {machine.ranks} ranks"
         lines = [f"{', '.join(names)}: {words}" for words, names in refused.items()]
         raise Mistake("\n".join([f"{world}; to mend:", *lines]))
-    return [_reckoned(each, machine) for each in found if each.job is not None]
+    return [_reckoned(each, machines[each.step.name]) for each in found if each.job is not None]
 
 
 def _reckoned(each: Planned, machine: Machine) -> Reckoned:
