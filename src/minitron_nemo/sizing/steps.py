@@ -113,7 +113,7 @@ def _pretrain(name: str, config: PretrainConfig, shapes: Shapes, plan: PlanConfi
 def _distill(name: str, config: DistillConfig, shapes: Shapes, plan: PlanConfig) -> Job:
     student = Model("student", shapes.at(config.student, f"{name}.student"), trained=True)
     shapes.make(config.output, student.shape)
-    models = (student,)
+    models: tuple[Model, ...] = (student,)
     if config.teacher_logits is None:
         teacher = shapes.at(config.teacher, f"{name}.teacher")
         if config.corrected_teacher is not None:
