@@ -37,7 +37,9 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     reckoned = reckon(config, steps, plan, machine)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for page in pages(reckoned, plan, machine):
-        console.print(page, end="\n\n" if isinstance(page, Table) else "\n")
+        console.print(page)
+        if isinstance(page, Table):
+            console.print()
     if plan.output is not None:
         file = Path(plan.output)
         file.parent.mkdir(parents=True, exist_ok=True)
