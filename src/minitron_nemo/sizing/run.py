@@ -42,7 +42,9 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
         if own != machine:
             console.print(f"{name}: {own.ranks} ranks ({own.ranks // own.ranks_per_node} nodes x {own.ranks_per_node})")
     for page in pages(reckoned, plan, machine):
-        console.print(page, end="\n\n" if isinstance(page, Table) else "\n")
+        console.print(page)
+        if isinstance(page, Table):
+            console.print()
     if plan.output is not None:
         file = Path(plan.output)
         file.parent.mkdir(parents=True, exist_ok=True)
