@@ -16,7 +16,7 @@ import torch
 from minitron_nemo import doors
 from minitron_nemo.checks import Interrupted, Mistake, NothingKept
 from minitron_nemo.conf_tree import recipes
-from minitron_nemo.config.stages import ReportConfig
+from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.ending import FAILED, RUNNING, STATE_FILE, STOPPED, leave_word
 from minitron_nemo.recipe import Step
 from minitron_nemo.stopping import STOP_FILE
@@ -302,5 +302,5 @@ def test_another_rank_leaves_no_word_but_that_it_failed(tmp_path: Path, monkeypa
 
 def test_a_job_has_its_own_section_before_hydras_options() -> None:
     step = Step("again", "distill", "distill")
-    job = doors._job(step, ReportConfig(), ["recipe=mine", "section=distill", "slurm.nodes=4", "--config-dir", "here"])
+    job = doors._job(step, PruneConfig(), ["recipe=mine", "section=distill", "slurm.nodes=4", "--config-dir", "here"])
     assert job.overrides == ("section=again", "recipe=mine", "--config-dir", "here")
