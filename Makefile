@@ -68,7 +68,7 @@ TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist workst
 test: $(STAMP) $(NEWEST) $(LAST_IMAGE)
 	$(TESTS) -rsfE --durations=20
 
-test-quick: $(STAMP) $(NEWEST)
+test-quick: $(STAMP) $(NEWEST) $(LAST_IMAGE)
 	$(TESTS) -m quick
 
 # tests/gpu, and what other rooms' tests take an accelerator's path in where there is one.
