@@ -97,8 +97,10 @@ def leave_allocation() -> None:
     Lightning and NeMo would take the allocation's variables (SLURM_NTASKS, SLURM_PROCID) for this run's. Which job it
     is of stays known to its record."""
     if job := os.environ.get("SLURM_JOB_ID"):
+        from minitron_nemo.run_record import JOB
+
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-        os.environ["MINITRON_JOB"] = job if array is None else f"{array}_{task}"
+        os.environ[JOB] = job if array is None else f"{array}_{task}"
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]
 

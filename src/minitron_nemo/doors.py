@@ -85,9 +85,7 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
         ending.tell(2)
         return 2
     except BaseException as error:
-        from minitron_nemo.parallel import is_of_lost_rank
-
-        if not is_of_lost_rank(error):
+        if not ending.is_of_lost_rank(error):
             ending.leave_word(ending.FAILED)
         ending.tell(1)
         raise

@@ -49,6 +49,15 @@ def leave_word(state: str) -> None:
             place.write_text(state)
 
 
+def is_of_lost_rank(error: BaseException) -> bool:
+    """As `parallel.is_of_lost_rank`; False where nothing has met yet, and torch may not even be imported."""
+    if "torch.distributed" not in sys.modules:
+        return False
+    from minitron_nemo import parallel
+
+    return parallel.is_of_lost_rank(error)
+
+
 def say_once(message: str) -> None:
     """Print a message that several ranks may have for the run: on the one that is first, rank 0 where it has it too."""
     rank, store = int(os.environ.get("RANK", 0)), _store()

@@ -94,8 +94,9 @@ def reading_moment(model: nn.Module, plan: PruningPlan, second_moment: Tensor, g
         second_moment: [h, h].
     Communicates: tp and pp, for each parameter; every rank takes part.
     """
-    shape, h = plan.source, plan.source.hidden_size
-    total, of_norm = torch.zeros(h, h, dtype=torch.float64), torch.zeros(h, h, dtype=torch.float64)
+    shape = plan.source
+    second_moment = second_moment.double().to(next(model.parameters()).device)
+    total, of_norm = torch.zeros_like(second_moment), torch.zeros_like(second_moment)
     gammas: dict[str, Tensor] = {}
     current, embedding = "", None
 
@@ -111,7 +112,7 @@ def reading_moment(model: nn.Module, plan: PruningPlan, second_moment: Tensor, g
             close()
             current = norm
         folded = weight.float() * norm_gamma(gammas[norm], shape).float()
-        of_norm.add_((folded.t() @ folded).double().cpu() / len(folded))
+        of_norm.add_((folded.t() @ folded).double() / len(folded))
 
     for name, full in stream_full_parameters(model, shape, groups):
         norm = norm_of(name)
@@ -124,7 +125,7 @@ def reading_moment(model: nn.Module, plan: PruningPlan, second_moment: Tensor, g
     if embedding is not None:
         see(f"{FINAL_NORM}.weight", embedding)
     close()
-    return total
+    return total.cpu()
 
 
 def missed_by_axes(second_moment: Tensor, keep: int) -> float:

@@ -38,9 +38,11 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     machine = Machine.of(plan, _section(config, "slurm", SlurmConfig))
     reckoned = reckon(config, steps, plan, machine)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for name, own in _machines(config, steps, machine).items():
+    for each in reckoned:
+        own = each.machine
         if own != machine:
-            console.print(f"{name}: {own.ranks} ranks ({own.ranks // own.ranks_per_node} nodes x {own.ranks_per_node})")
+            nodes = own.ranks // own.ranks_per_node
+            console.print(f"{each.name}: {own.ranks} ranks ({nodes} nodes x {own.ranks_per_node})")
     for page in pages(reckoned, plan, machine):
         console.print(page)
         if isinstance(page, Table):
@@ -61,24 +63,19 @@ def _section(config: DictConfig, name: str, kind: type) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.get(name) or {}))
 
 
-def _machines(config: DictConfig, steps: Sequence[Step], machine: Machine) -> dict[str, Machine]:
-    """By step, with the ranks that `slurm.steps` gives it."""
-    slurm: SlurmConfig = _section(config, "slurm", SlurmConfig)
-    require_steps_among(slurm, [step.name for step in steps])
-    own = {step.name: of_step(slurm, step.name) if step.name in slurm.steps else slurm for step in steps}
-    return {
-        name: machine
-        if of is slurm
-        else replace(machine, ranks=of.nodes * of.processes_per_node, ranks_per_node=of.processes_per_node)
-        for name, of in own.items()
-    }
+def _machine_of(step: Step, slurm: SlurmConfig, machine: Machine) -> Machine:
+    """With the ranks that `slurm.steps` gives the step."""
+    own = of_step(slurm, step.name)
+    return replace(machine, ranks=own.nodes * own.processes_per_node, ranks_per_node=own.processes_per_node)
 
 
 def reckon(config: DictConfig, steps: Sequence[Step], plan: PlanConfig, machine: Machine) -> list[Reckoned]:
     """Of the steps that run a model. Raises: Mistake: all that their stages would refuse."""
     shapes = Shapes()
     found = [planned(step, config_of(step, config), shapes, plan) for step in steps]
-    machines = _machines(config, steps, machine)
+    slurm: SlurmConfig = _section(config, "slurm", SlurmConfig)
+    require_steps_among(slurm, [step.name for step in steps])
+    machines = {step.name: _machine_of(step, slurm, machine) for step in steps}
     refused: dict[str, list[str]] = {}
     for each in found:
         if each.job is not None:
@@ -99,4 +96,4 @@ def _reckoned(each: Planned, machine: Machine) -> Reckoned:
         again = memory_of(each.job.changed(recompute_granularity="full"), machine)
     fits = memory.total <= machine.room_bytes
     mends = [] if fits else mends_of(each.step.name, each.job, each.values.trainer, machine)
-    return Reckoned(each.step.name, each.step.stage, each.job, memory, again, cost, fits, mends)
+    return Reckoned(each.step.name, each.step.stage, each.job, machine, memory, again, cost, fits, mends)

@@ -28,6 +28,8 @@ class Reckoned:
     name: str
     stage: str
     job: Job
+    machine: Machine
+    """With the step's own ranks."""
     memory: Memory
     recomputed: Memory | None
     """With all layers formed again in the backward pass; None: it does not train."""
