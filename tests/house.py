@@ -5,8 +5,8 @@
 A room is a folder of the package; files beside the folders stand for themselves. An arrow is an import of one file by
 another; it runs back where it leads from a floor to one above, or to a sibling that is to be independent, by the floors
 in the checkout's own pyproject.toml. Prints a table for any version of the project, and exits 1 with the name of each
-thing beyond a limit. import-linter says which lines make an arrow or a circle; it does not see sizes, nor which part of
-torch is imported.
+thing beyond a limit, and of test files that pytest would confuse. import-linter says which lines make an arrow or a
+circle; it does not see sizes, nor which part of torch is imported.
 """
 
 from __future__ import annotations
@@ -138,6 +138,14 @@ def too_much(modules: list[Module], rooms: Mapping[str, list[Module]]) -> list[s
     return found
 
 
+def alike(tests: Path) -> list[str]:
+    """Test files of one name: without packages around them, pytest takes the second for the first."""
+    places: dict[str, list[str]] = {}
+    for file in sorted(tests.rglob("test_*.py")):
+        places.setdefault(file.name, []).append(str(file.relative_to(tests.parent)))
+    return [f"{' and '.join(files)} have one name; pytest wants two." for files in places.values() if len(files) > 1]
+
+
 def show(modules: list[Module], rooms: Mapping[str, list[Module]], arrows: set[tuple[str, str]], root: Path) -> None:
     print(f"{'room':16}{'files':>6}{'lines':>8}")
     for room, inside in sorted(rooms.items(), key=lambda each: -sum(module.lines for module in each[1])):
@@ -170,7 +178,7 @@ def main() -> int:
         if (folder / "__init__.py").is_file()
     }
     show(modules, rooms, read_arrows(root / "src"), root)
-    offences = too_much(modules, rooms)
+    offences = too_much(modules, rooms) + alike(root / "tests")
     if offences:
         print("\n" + "\n".join(offences))
     return 1 if offences else 0

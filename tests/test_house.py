@@ -34,6 +34,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> str:
         file = checkout / "src" / "minitron_nemo" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    for name in ("test_one.py", "upper/test_one.py", "upper/test_two.py"):
+        file = checkout / "tests" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
     done = subprocess.run([sys.executable, HOUSE, checkout], capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     return done.stdout
@@ -53,6 +57,7 @@ def test_what_is_beyond_a_limit_is_named_with_it(said: str) -> None:
         "left.long.endless has 61 lines; the limit of a function is 60.\n"
         "left.talks names torch.distributed; only parallel, platform, runtime may.\n"
         "lower has 501 lines; the limit of a module is 500.\n"
+        "tests/test_one.py and tests/upper/test_one.py have one name; pytest wants two.\n"
     )
 
 

@@ -46,6 +46,7 @@ COUNTS = {  # all parameters, those that are not embeddings
     "Nemotron-4 15B": (15_628_775_424, 12_483_047_424),
     "Minitron 8B": (8_271_699_968, 6_174_547_968),
     "Minitron 4B": (4_190_509_056, 2_617_645_056),
+    "Qwen3-8B": (8_190_735_360, 6_946_075_648),
     "Mixtral-8x7B": (46_702_792_704, 46_440_648_704),
 }
 PUBLISHED = SHAPES | {"Mixtral-8x7B": MIXTRAL_8X7B}

@@ -1,6 +1,7 @@
 """Told to stop? What every loop that takes long asks after a micro-batch, and all ranks hear the same answer.
 
-    SIGTERM or SIGUSR1 to any rank                while a door is open (`listening`); one 10 s later ends it as ever
+    SIGTERM or SIGUSR1 to any rank                while a door is open (`listening`); one 10 s later ends it as ever;
+                                                  what writes a checkpoint for it is not told (`only_this_process`)
     the file that $MINITRON_STOP_FILE names       signals do not reach ranks on other nodes, or reach torchrun first,
                                                   which gives its ranks 30 seconds; a file on a shared disk does
 
@@ -26,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 
@@ -76,6 +78,21 @@ def listening() -> Iterator[None]:
         for each, handler in before.items():
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
         _Ear.listening = _Ear.heard = False
+
+
+@contextmanager
+def only_this_process() -> Iterator[None]:
+    """Processes that this thread starts in here never hear a stop signal; this one does, behind it at the latest.
+
+    Around a save: SLURM, torchrun and a node that goes down send their signal to all processes of a job, and
+    Megatron-core (0.15.3, 0.16.0) writes a checkpoint by some of its own and waits for ever for one that is gone.
+    """
+    resource_tracker.ensure_running()  # when it starts, it lets SIGTERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def told_to_stop() -> bool:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from nemo.lightning.io.pl import TrainerContext
@@ -22,6 +25,7 @@ from minitron_nemo.runtime.distributed_checkpoint import load_weights, save_weig
 from minitron_nemo.runtime.model_artifact import read_shape
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import evaluate
+from minitron_nemo.stopping import listening
 from minitron_nemo.weights import local_parameters, stream_full_parameters
 from nemo import lightning as nl
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, random_parameter, smaller, start_alone
@@ -117,6 +121,33 @@ def test_experts_saved_on_uneven_stages_and_expert_parallel_ranks_load_in_one_pr
     load_weights(loaded, tmp_path)
     for name, tensor in stream_full_parameters(loaded, TINY_EXPERTS, Groups()):
         assert torch.equal(tensor, random_parameter(name, TINY_EXPERTS)), name
+
+
+def test_what_is_told_to_all_of_a_jobs_processes_costs_no_save(tmp_path: Path) -> None:
+    """SLURM, torchrun and a node that goes down also tell the processes that write for a rank, which waits for them."""
+    start_alone()
+    core, ended = build_gpt(TINY), threading.Event()
+
+    def tell_all_but_this_process() -> None:
+        while not ended.wait(0.001):
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+
+    teller = threading.Thread(target=tell_all_but_this_process)
+    with listening():
+        teller.start()
+        try:
+            for number in range(4):
+                save_weights(core, tmp_path / str(number))
+        finally:
+            ended.set()
+            teller.join()
+    for number in range(4):
+        loaded = build_gpt(TINY, seed=1)
+        load_weights(loaded, tmp_path / str(number))
+        for name, tensor in stream_full_parameters(loaded, TINY, Groups()):
+            assert torch.equal(tensor, random_parameter(name, TINY)), name
 
 
 # ---- NeMo's, read by us ----------------------------------------------------------------------------------------------

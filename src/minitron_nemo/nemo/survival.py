@@ -26,7 +26,7 @@ from minitron_nemo.checks import Interrupted, Mistake, Paused
 from minitron_nemo.nemo.optim import SkippingOptimizer
 from minitron_nemo.parallel import all_reduce_max, rank_zero_works, world
 from minitron_nemo.runtime.training_run import checkpoint_of, newest_checkpoint
-from minitron_nemo.stopping import listening, told_to_stop
+from minitron_nemo.stopping import listening, only_this_process, told_to_stop
 
 
 class ResumableCheckpoints(pl.Callback):
@@ -56,7 +56,8 @@ class ResumableCheckpoints(pl.Callback):
         previous = self.newest()
         if previous == whole:
             return
-        trainer.save_checkpoint(writing)
+        with only_this_process():
+            trainer.save_checkpoint(writing)
 
         def replace() -> None:
             writing.rename(whole)

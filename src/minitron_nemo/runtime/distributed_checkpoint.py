@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from minitron_nemo.places import layer_of
 from minitron_nemo.runtime.checkpoint_metadata import as_data, read_common, read_metadata
+from minitron_nemo.stopping import only_this_process
 
 WEIGHTS = "weights"
 PREFIX = "module."
@@ -34,9 +35,9 @@ def save_weights(core: MCoreGPTModel, directory: Path) -> None:
     """Write `directory/weights`. Every rank calls; each writes its own shards."""
     weights = directory / WEIGHTS
     weights.mkdir(parents=True, exist_ok=True)
-    dist_checkpointing.save(
-        core.sharded_state_dict(prefix=PREFIX, metadata=dict(CONTENT)), str(weights), content_metadata=CONTENT
-    )
+    state = core.sharded_state_dict(prefix=PREFIX, metadata=dict(CONTENT))
+    with only_this_process():
+        dist_checkpointing.save(state, str(weights), content_metadata=CONTENT)
 
 
 def load_weights(core: MCoreGPTModel, directory: Path) -> None:
