@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 
 from minitron_nemo.conf_tree import conf_dir, recipes
 from minitron_nemo.config.identity import as_dict, differences
-from minitron_nemo.recipe import compose, config_of, names_of, steps_of
+from minitron_nemo.recipe import chain_of, compose, config_of, steps_of
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 
@@ -38,7 +38,7 @@ def test_every_step_of_every_recipe_is_what_its_stage_takes_and_writes_to_a_plac
 @pytest.mark.parametrize("recipe", recipes())
 def test_every_recipe_names_steps_and_dims_that_exist(recipe: str) -> None:
     config, steps = compose([f"recipe={recipe}"])
-    assert set(names_of(config.compress.steps)) <= steps.keys()
+    assert set(chain_of(config)) <= steps.keys()
     assert set(config.prune.target) <= set(PRUNABLE_DIMS)
     if config.pretrain.shape is not None:
         assert ModelShape.from_dict(dict(config.pretrain.shape)).num_parameters > 0

@@ -8,20 +8,12 @@ import json
 import pytest
 import torch
 
-from minitron_nemo.published import PUBLISHED as SHAPES
+from minitron_nemo.published import PUBLISHED
 from minitron_nemo.shape import ModelShape
 from support.megatron import TINY, TINY_EXPERTS, bare_model, start_alone
 
-LLAMA_3_1_8B = SHAPES["Llama-3.1-8B"]
-MIXTRAL_8X7B = dataclasses.replace(
-    LLAMA_3_1_8B,
-    family="mixtral",
-    padded_vocab_size=32000,
-    rotary_base=1e6,
-    rope_scaling=None,
-    num_moe_experts=8,
-    moe_router_topk=2,
-)
+LLAMA_3_1_8B = PUBLISHED["Llama-3.1-8B"]
+MIXTRAL_8X7B = PUBLISHED["Mixtral-8x7B"]
 QWEN3_30B_A3B = ModelShape(
     family="qwen3_moe",
     num_layers=48,
@@ -49,8 +41,6 @@ COUNTS = {  # all parameters, those that are not embeddings
     "Qwen3-8B": (8_190_735_360, 6_946_075_648),
     "Mixtral-8x7B": (46_702_792_704, 46_440_648_704),
 }
-PUBLISHED = SHAPES | {"Mixtral-8x7B": MIXTRAL_8X7B}
-
 VARIANTS = {  # what else a shape can say, in small
     "tied": {"share_embeddings_and_output_weights": True},
     "biases": {"add_bias_linear": True},

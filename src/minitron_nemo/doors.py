@@ -24,10 +24,10 @@ from minitron_nemo.quiet import hush
 from minitron_nemo.recipe import (
     OWN_STEPS,
     Step,
+    chain_of,
     compose,
     config_of,
     find_step,
-    names_of,
     register_schema,
     require_own_keys,
     steps_of,
@@ -119,7 +119,7 @@ def _another_rank_left(error: RuntimeError) -> bool:
 
 def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping[str, Step]) -> None:
     require_own_keys(config, overrides)
-    chosen = [find_step(name, steps) for name in names_of(config.compress.steps)]
+    chosen = [find_step(name, steps) for name in chain_of(config)]
     if door == "submit":
         from minitron_nemo.cluster import submit
 

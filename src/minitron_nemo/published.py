@@ -3,6 +3,7 @@
     Nemotron-4 15B            arXiv:2402.16819;  Minitron 8B and 4B: arXiv:2407.14679, table of architectures
     Llama-3.1-8B              config.json on the Hugging Face hub;  its two students: arXiv:2408.11796, table 3
     Mistral-NeMo-12B          config.json on the Hugging Face hub;  its student: arXiv:2408.11796, table 3
+    Mixtral-8x7B              arXiv:2401.04088, table 1, and its config.json
     Qwen3-8B                  arXiv:2505.09388, table 1, and its config.json
 
 Rotary bases, scaling and contexts are those of the config.json files; the depth-pruned student's, which was not at
@@ -89,6 +90,16 @@ PUBLISHED: dict[str, ModelShape] = {
     "Minitron 8B": _NEMOTRON_4_15B.pruned_to(hidden_size=4096, ffn_hidden_size=16384),
     "Minitron 4B": _NEMOTRON_4_15B.pruned_to(hidden_size=3072, ffn_hidden_size=9216, num_attention_heads=24),
     "Qwen3-8B": _QWEN3_8B,
+    "Mixtral-8x7B": dataclasses.replace(
+        _LLAMA_3_1_8B,
+        family="mixtral",
+        padded_vocab_size=32000,
+        seq_length=32768,
+        rotary_base=1e6,
+        rope_scaling=None,
+        num_moe_experts=8,
+        moe_router_topk=2,
+    ),
 }
 
 

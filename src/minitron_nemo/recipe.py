@@ -16,6 +16,9 @@ puts them in order, and gives their values in a section of that name:
 
 `from` names a step whose values it takes, key by key, unless it gives its own; of another stage's step, those of the
 keys that both have. Its output is `${run_dir}/<name>` unless it says another.
+
+A family is several students, each made of the one before: of `family: [8b, 4b]` the steps of `MEMBER_STEPS` run once a
+member, as `prune_8b`, `distill_8b`, ..., `prune_4b`, each `from` the one that stands in compress.steps.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import importlib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from minitron_nemo.checks import Mistake, did_you_mean, require
@@ -77,6 +80,10 @@ class Step:
     name: str
     stage: str
     base: str | None = None
+    wiring: Mapping[str, str] = field(default_factory=dict)
+    """Of a member of a family: what it takes from another member's steps in place of the base's values."""
+    bases: tuple[Step, ...] = ()
+    """The base, the base's base and so on."""
 
     @property
     def schema(self) -> type:
@@ -85,6 +92,11 @@ class Step:
 
 OWN_STEPS = {stage.replace("-", "_"): Step(stage.replace("-", "_"), stage) for stage in STAGES}
 """The step of each stage's own name."""
+
+MEMBER_STEPS = ("estimate_importance", "prune", "distill", "evaluate", "export_hf")
+"""What each member of a family has one of; the first three make it."""
+FIRST, LAST = "first", "last"
+"""Who teaches in a family: the first teacher all members, or each member the next."""
 
 
 # ---- which steps a recipe has --------------------------------------------------------------------------------------
@@ -105,15 +117,16 @@ def steps_of(overrides: Sequence[str]) -> dict[str, Step]:
                 known == step,
                 f"compress.steps: {step.name} is a step of stage {known.stage} already. Choose another name.",
             )
+    for step in _of_members(overrides):
+        require(step.name not in found, f"family: {step.name} is another step already. Name the member otherwise.")
+        found[step.name] = step
     for step in found.values():
         require(
             step.base is None or step.base in found,
             f"compress.steps: {step.name} takes its values from {step.base}, which is no step; "
             f"{did_you_mean(str(step.base), found)}",
         )
-    for step in found.values():
-        _require_ends(step, found)
-    return found
+    return {name: replace(step, bases=_bases(step, found)) for name, step in found.items()}
 
 
 def _step(entry: Mapping[str, Any]) -> Step:
@@ -135,31 +148,76 @@ def _step(entry: Mapping[str, Any]) -> Step:
     return Step(name, stage, None if base is None else str(base))
 
 
-def _require_ends(step: Step, steps: Mapping[str, Step]) -> None:
-    seen = [step.name]
-    while (base := steps[seen[-1]].base) is not None:
+def _bases(step: Step, steps: Mapping[str, Step]) -> tuple[Step, ...]:
+    found = [step]
+    while (base := found[-1].base) is not None:
+        names = [each.name for each in found]
         require(
-            base not in seen,
-            f"compress.steps: {' takes its values from '.join([*seen, base])}, without an end. Give one its own.",
+            base not in names,
+            f"compress.steps: {' takes its values from '.join([*names, base])}, without an end. Give one its own.",
         )
-        seen.append(base)
+        found.append(steps[base])
+    return tuple(found[1:])
+
+
+def _of_members(overrides: Sequence[str]) -> list[Step]:
+    """Raises: Mistake: a family or its teacher that cannot be."""
+    *_, family = [[], *_settings("family", overrides)]
+    *_, teacher = [FIRST, *_settings("family_teacher", overrides)]
+    if not isinstance(family, list):
+        return []  # the schema will say so
+    members = [str(member) for member in family]
+    for member in members:
+        require(
+            f"prune_{member}".isidentifier() and members.count(member) == 1,
+            f"family={members}: {member} must be letters, digits and underscores, and there once.",
+        )
+    require(
+        teacher in (FIRST, LAST),
+        f"family_teacher={teacher} must be {FIRST}, which teaches all members, or {LAST}, the member before each.",
+    )
+    return [
+        Step(f"{step}_{member}", step.replace("_", "-"), step, wiring)
+        for before, member in zip([None, *members], members, strict=False)
+        for step, wiring in _wiring(member, before, teacher).items()
+    ]
+
+
+def _wiring(member: str, before: str | None, teacher: str) -> dict[str, dict[str, str]]:
+    """Step of a member -> its inputs; `before`: the member that it is made of, None where that is the teacher."""
+    model = f"${{distill_{member}.output}}"
+    source = {} if before is None else {"model": f"${{distill_{before}.output}}"}
+    taught = {} if before is None or teacher == FIRST else {"teacher": f"${{distill_{before}.output}}"}
+    scores = f"estimate_importance_{member}"
+    return {
+        "estimate_importance": source,
+        "prune": {"model": f"${{{scores}.model}}", "importance": f"${{{scores}.output}}"},
+        "distill": {"student": f"${{prune_{member}.output}}", **taught},
+        "evaluate": {"model": model},
+        "export_hf": {"model": model},
+    }
 
 
 def _entries(overrides: Sequence[str]) -> Iterator[Any]:
-    """What stands in `compress.steps`: of the recipe's file, of those it begins from, and of the command line."""
+    """What stands in `compress.steps`, everywhere."""
+    for steps in _settings("compress.steps", overrides):
+        yield from steps if isinstance(steps, list) else ()
+
+
+def _settings(key: str, overrides: Sequence[str]) -> Iterator[Any]:
+    """What `key` is set to: by those that the recipe's file begins from, by it, and by the command line."""
     plain = [each for each in overrides if not each.startswith("-") and "=" in each]
     folders = [conf_dir(), *_config_dirs(overrides)]
     for override in plain:
         if override.startswith("recipe="):
-            yield from _entries_of_file(override.removeprefix("recipe="), folders)
+            yield from _settings_of_file(key, override.removeprefix("recipe="), folders)
     for override in plain:
-        if override.lstrip("+").startswith("compress.steps="):
+        if override.lstrip("+").startswith(f"{key}="):
             try:
                 [parsed] = OverridesParser.create().parse_overrides([override])
-                value = parsed.value()
+                yield parsed.value()
             except HydraException:
                 continue  # Hydra will say so in its own words
-            yield from value if isinstance(value, list) else ()
 
 
 def _config_dirs(overrides: Sequence[str]) -> Iterator[Path]:
@@ -170,7 +228,7 @@ def _config_dirs(overrides: Sequence[str]) -> Iterator[Path]:
             yield Path(value or (overrides[place + 1] if place + 1 < len(overrides) else ""))
 
 
-def _entries_of_file(recipe: str, folders: Sequence[Path]) -> Iterator[Any]:
+def _settings_of_file(key: str, recipe: str, folders: Sequence[Path]) -> Iterator[Any]:
     file = next((path for folder in folders if (path := folder / "recipe" / f"{recipe}.yaml").is_file()), None)
     if file is None:
         return  # Hydra will say so in its own words
@@ -179,16 +237,31 @@ def _entries_of_file(recipe: str, folders: Sequence[Path]) -> Iterator[Any]:
         return
     for default in OmegaConf.select(content, "defaults") or ():
         if isinstance(default, str) and default != "_self_":
-            yield from _entries_of_file(Path(default).name, folders)
-    steps = OmegaConf.select(content, "compress.steps", throw_on_resolution_failure=False)
-    entries = OmegaConf.to_container(steps, resolve=False) if isinstance(steps, ListConfig) else []
-    assert isinstance(entries, list)
-    yield from entries
+            yield from _settings_of_file(key, Path(default).name, folders)
+    value = OmegaConf.select(content, key, throw_on_resolution_failure=False)
+    if value is not None:
+        yield OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
 
 
-def names_of(entries: Sequence[Any]) -> list[str]:
-    """Names of the steps in a composed `compress.steps`."""
-    return [_step(entry).name if isinstance(entry, Mapping) else str(entry) for entry in entries]
+def chain_of(config: DictConfig) -> list[str]:
+    """Names of a composed recipe's steps in their order; a family's are together, behind what stands among them.
+
+    Raises: Mistake: a family without the steps that make one.
+    """
+    names = [_step(entry).name if isinstance(entry, Mapping) else str(entry) for entry in config.compress.steps]
+    if not config.family:
+        return names
+    of_member = [name for name in names if name in MEMBER_STEPS]
+    for step in MEMBER_STEPS[:3]:
+        require(step in names, f"family={list(config.family)} is made by {step}, which compress.steps lacks. Add it.")
+    stored = OmegaConf.select(config, "distill.teacher_logits", throw_on_resolution_failure=False)
+    require(
+        config.family_teacher == FIRST or stored is None,
+        f"family_teacher={LAST}: more than one teacher, and distill.teacher_logits={stored} is of one. Leave one out.",
+    )
+    last = names.index(of_member[-1])
+    before, behind = [name for name in names[:last] if name not in MEMBER_STEPS], names[last + 1 :]
+    return [*before, *(f"{step}_{member}" for member in config.family for step in of_member), *behind]
 
 
 def compose(overrides: Sequence[str], *, directory: Path | None = None) -> tuple[DictConfig, dict[str, Step]]:
@@ -231,6 +304,8 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("overwrite", bool, False),
         ("verify_inputs", bool, False),
         ("seed", int, 1234),
+        ("family", list[str], field(default_factory=list)),
+        ("family_teacher", str, FIRST),
         *((name, group, field(default_factory=group)) for name, group in _GROUPS.items()),
         ("compress", stages.CompressConfig, field(default_factory=stages.CompressConfig)),
         ("submit", stages.SubmitConfig, field(default_factory=stages.SubmitConfig)),
@@ -238,31 +313,36 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("plan", PlanConfig, field(default_factory=PlanConfig)),
     ]
     for step in steps.values():
-        section = _section_schema(step, steps)
+        section = _section_schema(step)
         # a class as default: its fields are read, but no half-filled instance is made and checked
         fields.append((step.name, section, field(default=section)))
     ConfigStore.instance().store(name="schema", node=dataclasses.make_dataclass("Recipe", fields))
 
 
-_DOORS = ("section", "overwrite", "verify_inputs", "compress", "submit", "slurm", "plan")
+_DOORS = ("section", "overwrite", "verify_inputs", "family", "family_teacher", "compress", "submit", "slurm", "plan")
 _TOP = ("name", "run_dir", *_DOORS, *SHARED, "hydra")
 
 
-def _section_schema(step: Step, steps: Mapping[str, Step]) -> type:
+def _given(step: Step) -> set[str]:
+    """Fields that a step takes from its base."""
+    if not step.bases:
+        return set()
+    hints, base = typing.get_type_hints(step.schema), step.bases[0].schema
+    both = {name for name, kind in typing.get_type_hints(base).items() if hints.get(name) == kind}
+    return both - set(SHARED) - ({"output"} if base is step.schema else {"output", "model", "plan"})
+
+
+def _section_schema(step: Step) -> type:
     """The stage's dataclass less what stands at the top of a recipe, and without its checks, which run on the whole."""
-    given: set[str] = set()
-    hints = typing.get_type_hints(step.schema)
-    if step.base is not None:
-        base = steps[step.base].schema
-        same_stage = base is step.schema
-        given = {name for name, kind in typing.get_type_hints(base).items() if hints.get(name) == kind}
-        given -= {"output"} if same_stage else {"output", "model", "plan"}
+    hints, given = typing.get_type_hints(step.schema), _given(step)
     own = []
     for each in dataclasses.fields(step.schema):
         if each.name in SHARED:
             continue
         if each.name == "output" and step.name not in OWN_STEPS:
             own.append((each.name, str, f"${{run_dir}}/{step.name}"))
+        elif each.name in step.wiring:
+            own.append((each.name, hints[each.name], step.wiring[each.name]))
         elif each.name in given:
             own.append((each.name, *_following(hints[each.name], f"{step.base}.{each.name}")))
         else:
@@ -277,7 +357,10 @@ def _default(each: dataclasses.Field[Any]) -> Any:
 
 
 def _following(kind: Any, key: str) -> tuple[Any, Any]:
-    """Type and default of a field that is that of `key`, of a group field by field, so that each can be set alone."""
+    """Type and default of a field that is that of `key`, of a group field by field, so that each can be set alone; a
+    table is filled later (`_fill_tables`), as its keys are not known."""
+    if typing.get_origin(kind) is dict:
+        return kind, field(default_factory=dict)
     if not dataclasses.is_dataclass(kind):
         return kind, f"${{{key}}}"
     hints = typing.get_type_hints(kind)
@@ -304,6 +387,8 @@ def config_of(step: Step, config: DictConfig) -> Any:
     shared = [name for name in SHARED if name in hints]
     values = OmegaConf.to_container(config[step.name], resolve=True)
     assert isinstance(values, dict)
+    for name in _given(step) & values.keys():
+        values[name] = _fill_tables(values[name], hints[name], name, step, config)
     for name in shared:
         values[name] = config[name]
         if name in _GROUPS:
@@ -320,6 +405,27 @@ def config_of(step: Step, config: DictConfig) -> Any:
         own = "|".join(set(hints) - set(shared))
         begins = rf"\A({own})\b|(?<![\w./=-])({own})(?=(\.[a-z]\w*)+)|(?<![\w./=-])({own})(?==)"
         raise Mistake(re.sub(begins, rf"{step.name}.\g<0>", str(error))) from error
+
+
+def _fill_tables(values: Any, kind: Any, key: str, step: Step, config: DictConfig) -> Any:
+    """Of a section's field `key`, the tables within with the keys of the base's that they do not have.
+
+    Were they interpolations, as other fields are, Hydra would merge a recipe's keys with what the base has by then, and
+    what the command line gives the base later would not be followed.
+    """
+    if typing.get_origin(kind) is dict:
+        of_bases: Any = {}
+        for child, base in zip((step, *step.bases), step.bases, strict=False):
+            if key.partition(".")[0] not in _given(child):
+                break
+            table = OmegaConf.to_container(OmegaConf.select(config, f"{base.name}.{key}"), resolve=True)
+            of_bases = table | of_bases
+        return of_bases | values
+    if dataclasses.is_dataclass(kind) and isinstance(values, dict):
+        for name, inner in typing.get_type_hints(kind).items():
+            if name in values:
+                values[name] = _fill_tables(values[name], inner, f"{key}.{name}", step, config)
+    return values
 
 
 def _part(values: Any, whole: type, narrow: type) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from minitron_nemo.conf_tree import recipes
 from minitron_nemo.config.plan import PlanConfig
 from minitron_nemo.config.ranges import range_of
 from minitron_nemo.config.slurm import SlurmConfig
-from minitron_nemo.recipe import compose, config_of, names_of
+from minitron_nemo.recipe import chain_of, compose, config_of
 from minitron_nemo.sizing.machine import Machine
 from minitron_nemo.sizing.run import reckon
 from minitron_nemo.sizing.tables import Reckoned, distinct
@@ -32,6 +32,11 @@ PAPERS = {
     "llama31_8b_to_4b_depth": [(8_030_261_248, 6_979_588_096), (4_540_469_248, 3_489_796_096)],
     "mistral_nemo_12b_to_8b": [(12_247_782_400, 10_905_605_120), (8_414_105_600, 7_340_363_776)],
     "nemotron4_15b_to_8b": [(15_628_775_424, 12_483_047_424), (8_271_699_968, 6_174_547_968)],
+    "nemotron4_15b_to_8b_to_4b": [
+        (15_628_775_424, 12_483_047_424),
+        (8_271_699_968, 6_174_547_968),
+        (4_190_509_056, 2_617_645_056),
+    ],
 }
 """Parameters, and those outside embeddings, of teacher and student."""
 TOKENS = {
@@ -39,13 +44,14 @@ TOKENS = {
     "llama31_8b_to_4b_depth": 94e9,
     "mistral_nemo_12b_to_8b": 380e9,
     "nemotron4_15b_to_8b": 94e9,
+    "nemotron4_15b_to_8b_to_4b": 94e9,
 }
 """That the papers distil on."""
 
 
 def reckoned(recipe: str, *overrides: str) -> dict[str, Reckoned]:
     config, steps = compose([f"recipe={recipe}", *overrides])
-    chosen = [steps[name] for name in names_of(config.compress.steps)]
+    chosen = [steps[name] for name in chain_of(config)]
     plan = PlanConfig(**config.plan)
     return {each.name: each for each in reckon(config, chosen, plan, Machine.of(plan, SlurmConfig(**config.slurm)))}
 
@@ -58,7 +64,7 @@ def test_every_recipe_is_reckoned_in_seconds_and_fits(recipe: str) -> None:
     assert time.process_time() - started < 20
     assert all(each.fits for each in found.values()), {name: each.memory for name, each in found.items()}
     config, _ = compose([f"recipe={recipe}", *overrides])
-    left_out = set(names_of(config.compress.steps)) - set(found)
+    left_out = set(chain_of(config)) - set(found)
     assert left_out <= {"prepare_data", "report"}
 
 
@@ -67,7 +73,8 @@ def test_parameters_and_tokens_are_the_papers(recipe: str) -> None:
     found = reckoned(recipe)
     shapes = [shape for _, shape in distinct(list(found.values()))]
     assert [(shape.num_parameters, shape.num_non_embedding_parameters) for shape in shapes] == PAPERS[recipe]
-    assert found["distill"].job.tokens == pytest.approx(TOKENS[recipe], rel=0.005)
+    distilled = [each.job.tokens for name, each in found.items() if name.startswith("distill")]
+    assert distilled == pytest.approx([TOKENS[recipe]] * (len(shapes) - 1), rel=0.005)
 
 
 def test_hours_are_flops_over_what_all_ranks_do_in_one() -> None:
@@ -189,5 +196,5 @@ def test_the_door_shows_tables_writes_json_and_ends_with_2_where_it_does_not_fit
 
 def test_every_step_has_its_config_before_anything_is_reckoned() -> None:
     config, steps = compose(["recipe=llama31_8b_to_4b_width"])
-    for name in names_of(config.compress.steps):
+    for name in chain_of(config):
         assert config_of(steps[name], config) is not None

@@ -143,10 +143,10 @@ class PruneConfig(Ranged):
     plan: str | None = None
     """A plan's folder (one that prune wrote, or an edited copy) to follow instead of importance and target. With
     surgery.compensate its neurons and heads stay, and what reads them is refitted."""
-    target: dict[str, int] = ranged(of=dict, at_least=1)
+    target: dict[str, int | None] = ranged(of=dict, at_least=1)
     """Dims of the student: num_layers, hidden_size, ffn_hidden_size, num_attention_heads, num_query_groups, and of
-    experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out stay as they
-    are."""
+    experts num_moe_experts, moe_ffn_hidden_size, moe_shared_expert_intermediate_size. Those left out, or null, stay as
+    they are."""
     keep: dict[str, float] = ranged(of=dict, above=0, at_most=1)
     """The same dims as fractions of the model's."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -174,6 +174,11 @@ class PruneConfig(Ranged):
     """Cut the checkpoint on disk piece by piece in one process, never holding a model; for machines smaller than it."""
     trainer: Calibrating = field(default_factory=Calibrating)
     output: str = how("runs/student_pruned")
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Those of `target` that are said."""
+        return {dim: size for dim, size in self.target.items() if size is not None}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -69,11 +69,11 @@ def asked(
     Raises: ValueError: nothing to prune.
     """
     require(
-        bool(config.target) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
+        bool(config.dims) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
         "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
         "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
     )
-    dims, layers, base = dict(config.target), config.layers, as_family(source, config.family)
+    dims, layers, base = config.dims, config.layers, as_family(source, config.family)
     if layers is not None:
         dims.setdefault("num_layers", len(layers))
     if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
@@ -126,7 +126,7 @@ def _is_basis_open(config: PruneConfig) -> bool:
     chooses = (
         config.rounds == 1
         and "hidden_size" in config.budget.dims
-        and "hidden_size" not in {**config.target, **config.keep}
+        and "hidden_size" not in {**config.dims, **config.keep}
     )
     return config.budget.cost in ("parameters", "memory") and chooses and not said
 
