@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 
 from minitron_nemo.conf_tree import conf_dir, recipes
 from minitron_nemo.config.identity import as_dict, differences
+from minitron_nemo.config.launcher import LOCAL, SLURM, TORCHRUN
 from minitron_nemo.recipe import chain_of, compose, config_of, steps_of
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
@@ -21,9 +22,10 @@ def typed(name: str, *overrides: str) -> Any:
     return config_of(steps[name], config)
 
 
-def test_every_file_is_a_recipe_or_the_wiring() -> None:
+def test_every_file_is_a_recipe_a_launcher_or_the_wiring() -> None:
     files = {path.relative_to(conf_dir()).as_posix() for path in conf_dir().rglob("*") if path.is_file()}
-    assert files == {"wiring.yaml", *(f"recipe/{name}.yaml" for name in recipes())}
+    launchers = {f"launcher/{name}.yaml" for name in (LOCAL, TORCHRUN, SLURM)}
+    assert files == {"wiring.yaml", *launchers, *(f"recipe/{name}.yaml" for name in recipes())}
 
 
 @pytest.mark.parametrize("recipe", recipes())
@@ -40,7 +42,7 @@ def test_every_recipe_names_steps_and_dims_that_exist(recipe: str) -> None:
     config, steps = compose([f"recipe={recipe}"])
     assert set(chain_of(config)) <= steps.keys()
     assert set(config.prune.target) <= set(PRUNABLE_DIMS)
-    if config.pretrain.shape is not None:
+    if config.pretrain.shape:
         assert ModelShape.from_dict(dict(config.pretrain.shape)).num_parameters > 0
 
 
@@ -99,6 +101,12 @@ def test_a_renamed_field_fails_while_composing(tmp_path: Path, file: str, field:
     with pytest.raises(HydraException, match=f"once_{field}") as failure:
         compose([f"recipe={recipe}"], directory=conf)
     assert f"once_{field}" in str(failure.value)
+
+
+def test_the_shape_of_random_weights_can_be_typed() -> None:
+    """OmegaConf 2.3.0 cannot merge into a dict that may be None, and is."""
+    assert typed("pretrain", "recipe=quickstart", "+pretrain.shape={num_layers:3}").shape == {"num_layers": 3}
+    assert typed("pretrain", "recipe=embedded_teacher", "pretrain.shape.num_layers=3").shape["num_layers"] == 3
 
 
 def test_remaking_finished_artifacts_has_to_be_asked_for() -> None:

@@ -95,13 +95,13 @@ def set_up_environment() -> None:
 def leave_allocation() -> None:
     """Forget that this process runs inside a SLURM allocation: `torchrun` says who the ranks are, or there is one.
     Lightning and NeMo would take the allocation's variables (SLURM_NTASKS, SLURM_PROCID) for this run's. Which job it
-    is of stays known to its record."""
+    is of stays known to its record, and to sbatch where the cluster's configuration is."""
     if job := os.environ.get("SLURM_JOB_ID"):
         from minitron_nemo.run_record import JOB
 
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         os.environ[JOB] = job if array is None else f"{array}_{task}"
-    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
         del os.environ[name]
 
 

@@ -13,12 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from minitron_nemo import ending
 from minitron_nemo.checks import Interrupted, Mistake, NothingKept, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
+from minitron_nemo.config.launcher import SLURM, TORCHRUN
 from minitron_nemo.config.stages import runs_in_one_process
+from minitron_nemo.launcher import become_torchrun, is_one_of_several, launcher_of
 from minitron_nemo.mistakes import MISTAKES, explain
 from minitron_nemo.quiet import hush
 from minitron_nemo.recipe import (
@@ -50,7 +53,7 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
 
     def run(config: DictConfig) -> None:
         try:
-            _run(door, config, overrides, steps)
+            _run(door, config, _of_this_run(overrides), steps)
         except MISTAKES as error:
             mistakes.append(error)
         except RuntimeError as error:
@@ -94,6 +97,11 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _of_this_run(overrides: Sequence[str]) -> Sequence[str]:
+    """Of --multirun the overrides of the job at hand."""
+    return list(HydraConfig.get().overrides.task) if is_one_of_several() else overrides
+
+
 def _time_is_up(stopped: Interrupted) -> bool:
     """Whether a job's time ran out (slurm/stage.sbatch) on a run that kept nothing. Such a job would begin anew and run
     out again, for ever: it queues itself again only where the file is still there."""
@@ -119,18 +127,24 @@ def _another_rank_left(error: RuntimeError) -> bool:
 
 def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping[str, Step]) -> None:
     require_own_keys(config, overrides)
-    chosen = [find_step(name, steps) for name in chain_of(config)]
-    if door == "submit":
+    chain = [find_step(name, steps) for name in chain_of(config)]
+    if door == "plan":
+        from minitron_nemo.sizing.run import run as reckon
+
+        reckon(config, chain)
+        return
+    chosen = chain if door in ("compress", "submit") else [_step_of(door, config, steps)]
+    launcher = launcher_of(config)
+    if door == "submit" or launcher.kind == SLURM:
         from minitron_nemo.cluster import submit
 
         # what is wrong is said now, not by a job hours later
         submit.run(config, [_job(step, config_of(step, config), overrides) for step in chosen])
         return
-    if door == "plan":
-        from minitron_nemo.sizing.run import run as reckon
-
-        reckon(config, chosen)
-        return
+    if launcher.kind == TORCHRUN:
+        for step in chosen:
+            config_of(step, config)
+        become_torchrun(launcher, door, overrides)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # alone, a stage starts what it needs
         from minitron_nemo.config.trainer import Layout
         from minitron_nemo.runtime.layout import start
@@ -142,17 +156,22 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
 
         compress.run(config, chosen)
         return
-    step = find_step(config.section or door.replace("-", "_"), steps)
-    values = config_of(step, config)
-    require(
-        step.stage == door,
-        f"section={step.name} is run by another stage: minitron {step.stage} section={step.name} ...",
-    )
     from minitron_nemo.standing import make
 
-    artifact = make(step, values, overwrite=config.overwrite, verify_inputs=config.verify_inputs)
+    [step] = chosen
+    artifact = make(step, config_of(step, config), overwrite=config.overwrite, verify_inputs=config.verify_inputs)
     if int(os.environ.get("RANK", 0)) == 0:
         print(artifact.path)
+
+
+def _step_of(stage: str, config: DictConfig, steps: Mapping[str, Step]) -> Step:
+    """The step that the door of a stage runs: its own, or the one that `section` names."""
+    step = find_step(config.section or stage.replace("-", "_"), steps)
+    require(
+        step.stage == stage,
+        f"section={step.name} is run by another stage: minitron {step.stage} section={step.name} ...",
+    )
+    return step
 
 
 def _job(step: Step, values: Any, overrides: Sequence[str]) -> Any:

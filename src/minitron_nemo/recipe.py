@@ -1,6 +1,7 @@
 """A recipe: everything one compression needs, as data.
 
     conf/wiring.yaml       a section for each stage: which step's output is which step's input
+    conf/launcher/<name>   who starts the ranks
     conf/recipe/<name>     the values, and the steps in their order
 
 A step is a section that a stage runs. Every stage has one of its own name (`distill`); a recipe names others where it
@@ -43,6 +44,7 @@ from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.config import stages
 from minitron_nemo.config.data import DataConfig
+from minitron_nemo.config.launcher import LauncherConfig
 from minitron_nemo.config.plan import PlanConfig
 from minitron_nemo.config.search import SearchConfig
 from minitron_nemo.config.slurm import SlurmConfig
@@ -311,6 +313,7 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("submit", stages.SubmitConfig, field(default_factory=stages.SubmitConfig)),
         ("slurm", SlurmConfig, field(default_factory=SlurmConfig)),
         ("plan", PlanConfig, field(default_factory=PlanConfig)),
+        ("launcher", LauncherConfig, field(default_factory=LauncherConfig)),
     ]
     for step in steps.values():
         section = _section_schema(step)
@@ -319,8 +322,8 @@ def register_schema(steps: Mapping[str, Step]) -> None:
     ConfigStore.instance().store(name="schema", node=dataclasses.make_dataclass("Recipe", fields))
 
 
-_DOORS = ("section", "overwrite", "verify_inputs", "family", "family_teacher", "compress", "submit", "slurm", "plan")
-_TOP = ("name", "run_dir", *_DOORS, *SHARED, "hydra")
+_DOORS = ("section", "overwrite", "verify_inputs", "compress", "submit", "slurm", "plan", "launcher")
+_TOP = ("name", "run_dir", "family", "family_teacher", *_DOORS, *SHARED, "hydra")
 
 
 def _given(step: Step) -> set[str]:

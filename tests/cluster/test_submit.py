@@ -137,7 +137,7 @@ def test_a_refused_job_takes_back_the_accepted_ones(
 def test_without_sbatch_the_error_says_how_to_render_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scripts = render_chain(tmp_path, [StageJob("first")], SlurmConfig())
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"sbatch was not found.*submit\.dry_run=true"):
+    with pytest.raises(FileNotFoundError, match=r"sbatch was not found.*launcher=local.*submit\.dry_run=true"):
         submit_chain(scripts)
 
 

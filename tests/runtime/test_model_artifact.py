@@ -127,14 +127,15 @@ def test_what_is_told_to_all_of_a_jobs_processes_costs_no_save(tmp_path: Path) -
     """SLURM, torchrun and a node that goes down also tell the processes that write for a rank, which waits for them."""
     start_alone()
     core, ended = build_gpt(TINY), threading.Event()
+    others = set(psutil.Process().children(recursive=True))  # of other tests
 
-    def tell_all_but_this_process() -> None:
+    def tell_those_that_write() -> None:
         while not ended.wait(0.001):
-            for process in psutil.Process().children(recursive=True):
+            for process in set(psutil.Process().children(recursive=True)) - others:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.terminate()
 
-    teller = threading.Thread(target=tell_all_but_this_process)
+    teller = threading.Thread(target=tell_those_that_write)
     with listening():
         teller.start()
         try:

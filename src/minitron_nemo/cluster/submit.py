@@ -57,9 +57,9 @@ def run(config: DictConfig, jobs: Sequence[StageJob]) -> None:
 
 
 def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The overrides of a command line that a stage understands: all but those of the submission itself and the
-    section, which each job has its own of."""
-    own = re.compile(r"[+~]*(section|slurm|submit)([.=@].*)?")
+    """The overrides of a command line that a stage understands: all but those of the submission itself, who
+    starts the ranks, and the section, which each job has its own of."""
+    own = re.compile(r"[+~]*(section|slurm|submit|launcher)([.=@].*)?")
     return tuple(override for override in overrides if not own.fullmatch(override))
 
 
@@ -68,7 +68,8 @@ def require_sbatch() -> None:
     require(
         shutil.which("sbatch") is not None,
         "sbatch was not found: submitting needs the SLURM client commands, on a login node for instance. "
-        "To write the scripts without submitting them, set submit.dry_run=true.",
+        "To run here, use compress or the stage itself with launcher=local. To write the scripts without submitting "
+        "them, set submit.dry_run=true.",
         NothingThere,
     )
 

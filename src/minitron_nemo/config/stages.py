@@ -76,8 +76,8 @@ class PrepareDataConfig(Ranged):  # conf/prepare-data.yaml
 
 @dataclass
 class PretrainConfig(Ranged):
-    shape: dict[str, Any] | None = None
-    """Fields of ModelShape for random weights; null with `initial` or `like`."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """Fields of ModelShape for random weights; empty with `initial` or `like`."""
     like: str | None = None
     """A model artifact whose shape random weights take."""
     initial: str | None = None
@@ -90,7 +90,7 @@ class PretrainConfig(Ranged):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given = [name for name in ("shape", "like", "initial") if getattr(self, name) is not None]
+        given = [name for name in ("shape", "like", "initial") if getattr(self, name)]
         require(len(given) <= 1, f"pretrain: {' and '.join(given)} exclude each other; keep one of them.")
 
 

@@ -101,7 +101,7 @@ def _correct(name: str, config: CorrectTeacherConfig, shapes: Shapes, plan: Plan
 
 
 def _pretrain(name: str, config: PretrainConfig, shapes: Shapes, plan: PlanConfig) -> Job:
-    if config.shape is not None:
+    if config.shape:
         shape = ModelShape.from_dict(config.shape)
     else:
         key = "like" if config.like is not None else "initial"

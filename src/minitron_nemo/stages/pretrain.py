@@ -26,7 +26,7 @@ def run(config: PretrainConfig) -> Artifact:
         "initial (continue a model).",
     )
     inputs = [artifact for artifact, _ in open_blend(config.data)]
-    if config.shape is not None:
+    if config.shape:
         shape, tokenizer = ModelShape.from_dict(config.shape), inputs[0].path / "tokenizer"
         vocab_size = require_vocabulary(shape, tokenizer)
     else:

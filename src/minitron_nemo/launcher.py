@@ -1,0 +1,60 @@
+"""Start the ranks of a command that was started as one process: `launcher=torchrun`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from minitron_nemo.checks import require
+from minitron_nemo.config.launcher import LOCAL, LauncherConfig
+
+
+def launcher_of(config: DictConfig) -> LauncherConfig:
+    """Of a composed recipe; local in a process that is a rank already, whatever the recipe says."""
+    asked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LauncherConfig), config.launcher))
+    assert isinstance(asked, LauncherConfig)
+    return LauncherConfig(LOCAL) if "WORLD_SIZE" in os.environ else asked
+
+
+def is_one_of_several() -> bool:
+    """Whether Hydra runs this command as a job of `--multirun`."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def torchrun(launcher: LauncherConfig, door: str, overrides: Sequence[str]) -> list[str]:
+    """The command that runs `minitron door overrides` on every rank."""
+    several = ["--rdzv-backend=c10d", "--rdzv-id=minitron", f"--rdzv-endpoint={launcher.endpoint}"]
+    return [
+        *(sys.executable, "-m", "torch.distributed.run"),
+        f"--nnodes={launcher.nodes}",
+        f"--nproc-per-node={launcher.processes_per_node or _devices()}",
+        *(["--standalone"] if launcher.nodes == 1 else several),
+        *("-m", "minitron_nemo.cli", door, *overrides),
+    ]
+
+
+def become_torchrun(launcher: LauncherConfig, door: str, overrides: Sequence[str]) -> None:
+    """This process becomes torchrun, which so hears the signals that were meant for it; does not return.
+
+    Raises: Mistake: Hydra would go on with another job of a sweep behind it.
+    """
+    require(
+        not is_one_of_several(),
+        "launcher=torchrun starts one run, and --multirun several. Leave launcher out, and start the sweep itself by "
+        f"torchrun --nproc-per-node N -m minitron_nemo.cli {door} ...",
+    )
+    command = torchrun(launcher, door, overrides)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def _devices() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())

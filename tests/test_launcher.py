@@ -1,0 +1,73 @@
+"""Who starts the ranks of a command: `launcher=`, and Hydra's `--multirun`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitron_nemo.artifact import open_artifact
+from minitron_nemo.config.launcher import TORCHRUN, LauncherConfig
+from minitron_nemo.launcher import torchrun
+from support.door import Door, environment
+from support.patience import run_patiently
+from support.tiny import TinyChain
+
+
+def minitron(*command: str) -> tuple[int, str]:
+    """Exit code and all that came on the screen."""
+    done = run_patiently(
+        [sys.executable, "-m", "minitron_nemo.cli", *command], env=environment(), stderr=subprocess.STDOUT
+    )
+    return done.returncode, done.stdout
+
+
+def test_torchrun_is_started_by_the_command_itself(tiny_chain: TinyChain, tmp_path: Path) -> None:
+    output, values = tmp_path / "importance", ["trainer.tensor_model_parallel_size=2"]
+    values += ["launcher=torchrun", "launcher.processes_per_node=2", f"estimate_importance.output={output}"]
+    code, screen = minitron("estimate-importance", *tiny_chain.overrides, *values)
+    assert code == 0 and screen.count(f"{output}\n") == 1, screen
+    assert open_artifact(output).manifest["config"]["trainer"]["tensor_model_parallel_size"] == 2
+
+
+def test_a_mistake_is_said_before_any_rank_is_started(tiny_chain: TinyChain) -> None:
+    code, screen = minitron("distill", *tiny_chain.overrides, "launcher=torchrun", "seed=-1")
+    assert code == 2 and len(screen.splitlines()) == 1, screen
+    assert "distill.seed=-1" in screen or "seed=-1" in screen, screen
+
+
+def test_machines_meet_at_the_endpoint_and_devices_say_how_many_ranks_one_has() -> None:
+    alone = torchrun(LauncherConfig(TORCHRUN), "distill", ["recipe=a"])
+    assert alone[1:6] == ["-m", "torch.distributed.run", "--nnodes=1", alone[4], "--standalone"]
+    assert alone[6:] == ["-m", "minitron_nemo.cli", "distill", "recipe=a"]
+    several = torchrun(LauncherConfig(TORCHRUN, processes_per_node=8, nodes=4, endpoint="a:29500"), "distill", [])
+    assert several[3:8] == [
+        *("--nnodes=4", "--nproc-per-node=8", "--rdzv-backend=c10d", "--rdzv-id=minitron", "--rdzv-endpoint=a:29500")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["launcher.kind=slurn"], "launcher.kind=slurn is not known; did you mean slurm?"),
+        (["launcher=torchrun", "launcher.nodes=2"], "launcher.nodes=2 have to know where they meet."),
+        (["launcher=torchrun", "--multirun"], "launcher=torchrun starts one run, and --multirun several."),
+        (["launcher=mpi"], "mpi"),
+    ],
+)
+def test_a_launcher_that_cannot_be_says_why(door: Door, given: list[str], words: str) -> None:
+    assert words in door("prune", "recipe=quickstart", *given).mistake
+
+
+def test_a_sweep_runs_a_stage_once_for_each_value(door: Door, tiny_chain: TinyChain, tmp_path: Path) -> None:
+    given = [value for value in tiny_chain.overrides if not value.startswith("prune.target.hidden_size=")]
+    output = f"prune.output={tmp_path}/student_${{prune.target.hidden_size}}"
+    done = door("prune", *given, "prune.target.hidden_size=24,16", output, f"hydra.sweep.dir={tmp_path}", "--multirun")
+    assert done.code == 0, done.err
+    for size in (24, 16):
+        assert open_artifact(tmp_path / f"student_{size}").manifest["config"]["target"]["hidden_size"] == size
+    assert {each.name for each in tmp_path.iterdir()} == {"student_24", "student_16", "multirun.yaml"}
+    student = tiny_chain.run_dir / "student_pruned"
+    assert open_artifact(tmp_path / "student_24").digest == open_artifact(student).digest
