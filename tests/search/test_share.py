@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from threading import Timer
 import pytest
 
 from minitron_nemo.checks import Interrupted, Mistake
+from minitron_nemo.run_record import JOB
 from minitron_nemo.search.ledger import Ledger
-from minitron_nemo.search.share import Share
+from minitron_nemo.search.share import Share, locked
 from support.door import environment
 
 NAMES = [f"part {number}" for number in range(5)]
@@ -75,3 +77,20 @@ def test_a_process_that_shares_but_makes_something_else_is_told(tmp_path: Path) 
     Ledger(tmp_path / "made.json", {"seed": 2}).put(NAMES[0], {"loss": 0.2})
     with pytest.raises(Mistake, match=r"made.json was begun anew with seed=2, not 1, .* need the same command"):
         ours.look()
+
+
+def test_a_disk_without_locks_keeps_nobody_out_and_is_refused_to_an_array(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("minitron_nemo.search.share.fcntl.lockf", no_locks)
+    monkeypatch.setenv(JOB, "17")
+    alone = locked(tmp_path / "search" / "one", wait=False)
+    assert alone is not None
+    alone.close()
+    assert (tmp_path / "search" / "one").read_text().endswith(", job 17")
+    monkeypatch.setenv(JOB, "17_1")
+    with pytest.raises(Mistake, match=r"without locks \(No locks available\), so the jobs of an array cannot share"):
+        locked(tmp_path / "search" / "one", wait=False)

@@ -24,9 +24,9 @@ from typing import IO
 
 from minitron_nemo.checks import Interrupted, Mistake
 from minitron_nemo.parallel import rank_zero_works
+from minitron_nemo.run_record import JOB
 from minitron_nemo.stopping import told_to_stop
 
-_TASKS = "SLURM_ARRAY_TASK_COUNT"
 _SECONDS = 1.0
 """Between two looks whether another process is done."""
 
@@ -92,9 +92,10 @@ def locked(file: Path, *, wait: bool) -> IO[str] | None:
     """The file, locked for this process until it is closed; None: another process has it, and we do not wait.
 
     Where the file system has no locks, nobody is kept out.
-    Raises: Mistake: there, as one of several tasks of a SLURM array.
+    Raises: Mistake: there, as a task of a SLURM array.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    job = os.environ.get(JOB, "")
     opened = file.open("a+")
     try:
         fcntl.lockf(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -102,14 +103,13 @@ def locked(file: Path, *, wait: bool) -> IO[str] | None:
         opened.close()
         return None
     except OSError as error:
-        if int(os.environ.get(_TASKS, 1)) > 1:
+        if "_" in job:
             raise Mistake(
-                f"{file.parent} lies on a file system without locks ({error.strerror}), so {os.environ[_TASKS]} jobs "
-                "cannot share a search there. Set slurm.jobs_of_search=1, or run_dir to another file system."
+                f"{file.parent} lies on a file system without locks ({error.strerror}), so the jobs of an array cannot "
+                "share a search there. Set slurm.jobs_of_search=1, or run_dir to another file system."
             ) from error
     opened.truncate(0)
-    job = f", job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-    opened.write(f"{socket.gethostname()}, process {os.getpid()}{job}")
+    opened.write(f"{socket.gethostname()}, process {os.getpid()}{job and f', job {job}'}")
     opened.flush()
     return opened
 
