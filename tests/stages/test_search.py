@@ -17,37 +17,9 @@ from minitron_nemo.report.table import count
 from support.door import Done, Door, kill_once_there, started_until_there
 from support.ranks import Ranks, current_layout
 from support.report_runs import Page
-from support.tiny import TinyChain
+from support.tiny import SEARCH_RUNGS as RUNGS
+from support.tiny import TinyChain, search_command
 from support.tiny_run import TinyRun, trainer_values
-
-RUNGS = (2, 4)
-
-
-def overrides(chain: TinyChain, output: Path) -> list[str]:
-    return [
-        "search",
-        *chain.overrides,
-        f"search.output={output}",
-        "search.parameters=0.75",
-        "search.tolerance=0.1",
-        "search.constraints.seq_length=16",
-        "search.constraints.time_to_first_token=100s",
-        "+search.space.hidden_size=[16,24,32]",
-        "+search.space.ffn_hidden_size={from:32,to:64,step:16}",
-        "+search.space.num_attention_heads=[4,8]",
-        "search.surgery.method=calibrated",
-        "search.surgery.basis=channels",
-        "search.surgery.compensation.layers_at_once=0",
-        "search.surgery.compensation.num_samples=4",
-        "search.pricing.points=1",
-        "search.pricing.num_samples=4",
-        "search.pricing.measured=4",
-        "search.halving.survivors=3",
-        f"search.halving.rungs=[{','.join(map(str, RUNGS))}]",
-        f"search.training.steps={RUNGS[-1]}",
-        "search.training.checkpoint_every=1",
-        "search.training.optim.warmup_steps=1",
-    ]
 
 
 def found_in(output: Path) -> dict[str, Any]:
@@ -76,7 +48,7 @@ def validations(of: Artifact) -> list[tuple[int, float]]:
 def searched(door: Door, tiny_chain: TinyChain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Done, Path]:
     """One search that nothing disturbed."""
     output = tmp_path_factory.mktemp("search") / "it"
-    done = door(*overrides(tiny_chain, output))
+    done = door(*search_command(tiny_chain, output))
     assert done.code == 0, done.err
     return done, output
 
@@ -144,10 +116,10 @@ def test_a_search_that_was_killed_goes_on_to_the_same_table(
     door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path], tmp_path: Path, file: str
 ) -> None:
     output = tmp_path / "it"
-    kill_once_there(tmp_path / "it.search" / file, overrides(tiny_chain, output))
+    kill_once_there(tmp_path / "it.search" / file, search_command(tiny_chain, output))
     assert not output.exists()
 
-    done = door(*overrides(tiny_chain, output))
+    done = door(*search_command(tiny_chain, output))
 
     assert done.code == 0, done.err
     expected, found = found_in(searched[1]), found_in(output)
@@ -162,7 +134,7 @@ def test_processes_share_a_search_and_find_the_same(
     door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "it"
-    command = overrides(tiny_chain, output)
+    command = search_command(tiny_chain, output)
     first = started_until_there(tmp_path / "it.search" / "candidates" / "*" / "distilled.training", command)
     second = door(*command)
     _, said = first.communicate()
@@ -174,7 +146,7 @@ def test_processes_share_a_search_and_find_the_same(
 
 
 def test_losses_of_another_training_are_refused(door: Door, tiny_chain: TinyChain, searched: tuple[Done, Path]) -> None:
-    command = [*overrides(tiny_chain, searched[1]), "overwrite=true"]
+    command = [*search_command(tiny_chain, searched[1]), "overwrite=true"]
     said = door(*command, "search.training.optim.lr=0.05").mistake
     assert re.search(r"candidates that were made with distill.training.optim.lr=\S+, not 0.05.*or remove \S+", said), (
         said
@@ -186,8 +158,8 @@ def test_what_was_measured_under_other_values_is_measured_again(
     door: Door, tiny_chain: TinyChain, tmp_path: Path
 ) -> None:
     output, changed = tmp_path / "it", "search.pricing.num_samples=6"
-    kill_once_there(tmp_path / "it.search" / "candidates" / "*" / "pruned", overrides(tiny_chain, output))
-    done = door(*overrides(tiny_chain, output), changed)
+    kill_once_there(tmp_path / "it.search" / "candidates" / "*" / "pruned", search_command(tiny_chain, output))
+    done = door(*search_command(tiny_chain, output), changed)
     assert done.code == 0, done.err
     assert "measured.json was measured with num_samples=4, not 6: everything is measured again" in done.err
 
@@ -212,7 +184,7 @@ def test_what_was_measured_under_other_values_is_measured_again(
 def test_what_cannot_be_searched_is_said_before_a_model_is_loaded(
     door: Door, tiny_chain: TinyChain, tmp_path: Path, changed: list[str], said: str
 ) -> None:
-    command = overrides(tiny_chain, tmp_path / "it")
+    command = search_command(tiny_chain, tmp_path / "it")
     if "search.parameters=null" in changed:
         command = [each for each in command if "search.space" not in each and "search.constraints" not in each]
     found = door(*command, *changed).mistake

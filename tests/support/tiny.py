@@ -12,6 +12,7 @@ from support.door import Done, Door
 VOCAB_SIZE = 512
 SEQ_LENGTH = 32
 STEPS = 3
+SEARCH_RUNGS = (2, 4)
 
 
 def write_corpus(directory: Path, files: int = 60) -> Path:
@@ -102,3 +103,31 @@ def compress_once(door: Door, directory: Path) -> TinyChain:
     teacher = write_teacher(directory / "teacher", corpus)
     done = door("compress", *quickstart_overrides(directory, teacher, corpus))
     return TinyChain(directory, teacher, corpus, done)
+
+
+def search_command(chain: TinyChain, output: Path) -> list[str]:
+    """A search of the chain's teacher, in miniature: three survivors, two rungs."""
+    return [
+        "search",
+        *chain.overrides,
+        f"search.output={output}",
+        "search.parameters=0.75",
+        "search.tolerance=0.1",
+        "search.constraints.seq_length=16",
+        "search.constraints.time_to_first_token=100s",
+        "+search.space.hidden_size=[16,24,32]",
+        "+search.space.ffn_hidden_size={from:32,to:64,step:16}",
+        "+search.space.num_attention_heads=[4,8]",
+        "search.surgery.method=calibrated",
+        "search.surgery.basis=channels",
+        "search.surgery.compensation.layers_at_once=0",
+        "search.surgery.compensation.num_samples=4",
+        "search.pricing.points=1",
+        "search.pricing.num_samples=4",
+        "search.pricing.measured=4",
+        "search.halving.survivors=3",
+        f"search.halving.rungs=[{','.join(map(str, SEARCH_RUNGS))}]",
+        f"search.training.steps={SEARCH_RUNGS[-1]}",
+        "search.training.checkpoint_every=1",
+        "search.training.optim.warmup_steps=1",
+    ]

@@ -13,7 +13,8 @@ class Accelerator(NamedTuple):
     """What one device has."""
 
     memory_gib: float
-    """What torch reports as its total capacity; a data sheet's "80 GB" are a little more."""
+    """The least that torch names as "total capacity" in published out-of-memory messages (looked up on 2026-11-30); a
+    data sheet's "80 GB" are a little more."""
     peak_tflops: float
     """Dense bf16 products, from NVIDIA's data sheets, as in platform/peak.py."""
 

@@ -180,6 +180,8 @@ def as_json(reckoned: Sequence[Reckoned], plan: PlanConfig, machine: Machine) ->
             {
                 "step": each.name,
                 "stage": each.stage,
+                "ranks": each.machine.ranks,
+                "ranks_per_node": each.machine.ranks_per_node,
                 "layout": asdict(each.job.layout),
                 "memory_bytes": each.memory.pieces,
                 "fullest_pipeline_stage": each.memory.stage,
