@@ -15,6 +15,9 @@ from minitron_nemo.config.launcher import LOCAL, SLURM, TORCHRUN
 from minitron_nemo.recipe import chain_of, compose, config_of, steps_of
 from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
+FOLLOWING = {"child": "prune", "grandchild": "child", "whole": "prune"}
+"""Step -> that which it takes its values from."""
+
 
 def typed(name: str, *overrides: str) -> Any:
     """A step's config as its stage gets it."""
@@ -107,6 +110,18 @@ def test_the_shape_of_random_weights_can_be_typed() -> None:
     """OmegaConf 2.3.0 cannot merge into a dict that may be None, and is."""
     assert typed("pretrain", "recipe=quickstart", "+pretrain.shape={num_layers:3}").shape == {"num_layers": 3}
     assert typed("pretrain", "recipe=embedded_teacher", "pretrain.shape.num_layers=3").shape["num_layers"] == 3
+
+
+def test_a_table_follows_the_bases_key_by_key_unless_it_is_another_ones_whole() -> None:
+    steps = ",".join(f"{{stage:prune,name:{name},from:{base}}}" for name, base in FOLLOWING.items())
+    typed = [f"compress.steps=[{steps}]", "prune.target.ffn_hidden_size=320", "+child.target.hidden_size=96"]
+    typed += ["+grandchild.target.num_query_groups=1", "whole.target=${child.target}"]
+    config, found = compose(["recipe=quickstart", *typed])
+    targets = {name: config_of(found[name], config).target for name in ("prune", *FOLLOWING)}
+    assert targets["prune"]["ffn_hidden_size"] == 320 and targets["prune"]["hidden_size"] != 96
+    assert targets["child"] == targets["prune"] | {"hidden_size": 96}
+    assert targets["grandchild"] == targets["child"] | {"num_query_groups": 1}
+    assert targets["whole"] == targets["child"]
 
 
 def test_remaking_finished_artifacts_has_to_be_asked_for() -> None:

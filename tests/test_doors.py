@@ -127,9 +127,9 @@ MISTYPED = {
         ],
         "a takes its values from b takes its values from a, without an end.",
     ),
-    "a key of a group that a step takes whole": (
+    "a key of a table that a step takes from another": (
         ["compress", "recipe=quickstart", "prune_calibrated.target.hidden_size=96"],
-        "prune_calibrated.target is that of prune.target, whole. Set prune.target.hidden_size",
+        "A new entry of prune_calibrated.target is written with a plus: +prune_calibrated.target.hidden_size=",
     ),
     "a recipe without steps": (
         ["compress", "recipe=embedded_teacher"],

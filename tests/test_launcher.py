@@ -11,6 +11,7 @@ import pytest
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.launcher import TORCHRUN, LauncherConfig
 from minitron_nemo.launcher import torchrun
+from minitron_nemo.platform import has_accelerator
 from support.door import Door, environment
 from support.patience import run_patiently
 from support.tiny import TinyChain
@@ -40,7 +41,8 @@ def test_a_mistake_is_said_before_any_rank_is_started(tiny_chain: TinyChain) -> 
 
 def test_machines_meet_at_the_endpoint_and_devices_say_how_many_ranks_one_has() -> None:
     alone = torchrun(LauncherConfig(TORCHRUN), "distill", ["recipe=a"])
-    assert alone[1:6] == ["-m", "torch.distributed.run", "--nnodes=1", alone[4], "--standalone"]
+    ranks = "gpu" if has_accelerator() else 1  # torchrun's word for all of them
+    assert alone[3:6] == ["--nnodes=1", f"--nproc-per-node={ranks}", "--standalone"]
     assert alone[6:] == ["-m", "minitron_nemo.cli", "distill", "recipe=a"]
     several = torchrun(LauncherConfig(TORCHRUN, processes_per_node=8, nodes=4, endpoint="a:29500"), "distill", [])
     assert several[3:8] == [
@@ -55,19 +57,31 @@ def test_machines_meet_at_the_endpoint_and_devices_say_how_many_ranks_one_has() 
         (["launcher=torchrun", "launcher.nodes=2"], "launcher.nodes=2 have to know where they meet."),
         (["launcher=torchrun", "--multirun"], "launcher=torchrun starts one run, and --multirun several."),
         (["launcher=mpi"], "mpi"),
+        (["recipe=quickstart,real", "--multirun"], "recipe=quickstart,real sweeps over recipes or their steps;"),
+        (["family=[a],[b]", "--multirun"], "family=[a],[b] sweeps over recipes or their steps;"),
     ],
 )
 def test_a_launcher_that_cannot_be_says_why(door: Door, given: list[str], words: str) -> None:
     assert words in door("prune", "recipe=quickstart", *given).mistake
 
 
+def test_a_sweep_ends_with_the_first_that_fails(door: Door, tiny_chain: TinyChain, tmp_path: Path) -> None:
+    output = f"prune.output={tmp_path}/student_${{prune.target.hidden_size}}"
+    given = [value for value in tiny_chain.overrides if not value.startswith("prune.target.hidden_size=")]
+    refused = door("prune", *given, "prune.target.hidden_size=999,24", output, "--multirun")
+    assert "999" in refused.mistake and list(tmp_path.iterdir()) == []
+
+
 def test_a_sweep_runs_a_stage_once_for_each_value(door: Door, tiny_chain: TinyChain, tmp_path: Path) -> None:
     given = [value for value in tiny_chain.overrides if not value.startswith("prune.target.hidden_size=")]
     output = f"prune.output={tmp_path}/student_${{prune.target.hidden_size}}"
-    done = door("prune", *given, "prune.target.hidden_size=24,16", output, f"hydra.sweep.dir={tmp_path}", "--multirun")
+    swept = Path(door.working_directory) / "runs" / "multirun"
+    before = set(swept.glob("*"))
+    done = door("prune", *given, "prune.target.hidden_size=24,16", output, "--multirun")
     assert done.code == 0, done.err
     for size in (24, 16):
         assert open_artifact(tmp_path / f"student_{size}").manifest["config"]["target"]["hidden_size"] == size
-    assert {each.name for each in tmp_path.iterdir()} == {"student_24", "student_16", "multirun.yaml"}
+    assert {each.name for each in tmp_path.iterdir()} == {"student_24", "student_16"}
+    assert all([each.name for each in folder.iterdir()] == ["multirun.yaml"] for folder in {*swept.glob("*")} - before)
     student = tiny_chain.run_dir / "student_pruned"
     assert open_artifact(tmp_path / "student_24").digest == open_artifact(student).digest

@@ -2,7 +2,8 @@
 
 Of a submission, SLURM cancels every job that waits or runs (scancel). A run in a shell on this machine is sent SIGTERM:
 it keeps what it has done, as far as its stage can, and ends with exit code 75; the same command goes on there. A signal
-that comes 10 seconds after the first ends it at once. Of one on another machine, this says where to ask for it.
+that comes 10 seconds after the first ends it at once, if no checkpoint is being written. Of one on another machine,
+this says where to ask for it.
 
 Exit code 0: done, or there was nothing to cancel; 1: not all of it could be; 2: there is no run there.
 """

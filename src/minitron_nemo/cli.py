@@ -92,16 +92,19 @@ def set_up_environment() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
+_OF_THE_CLUSTER = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+
+
 def leave_allocation() -> None:
     """Forget that this process runs inside a SLURM allocation: `torchrun` says who the ranks are, or there is one.
     Lightning and NeMo would take the allocation's variables (SLURM_NTASKS, SLURM_PROCID) for this run's. Which job it
-    is of stays known to its record, and to sbatch where the cluster's configuration is."""
+    is of stays known to its record, and to sbatch how to reach the cluster."""
     if job := os.environ.get("SLURM_JOB_ID"):
         from minitron_nemo.run_record import JOB
 
         array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
         os.environ[JOB] = job if array is None else f"{array}_{task}"
-    for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+    for name in [name for name in os.environ if name.startswith("SLURM_") and name not in _OF_THE_CLUSTER]:
         del os.environ[name]
 
 

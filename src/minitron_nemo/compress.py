@@ -46,7 +46,7 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
             say(f"[{number}/{len(steps)}] {step.name}")
             values = configs[step.name]
             make(step, values, overwrite=config.overwrite, verify_inputs=config.verify_inputs, of_chain=True)
-            _let_go()
+            let_go()
     rank_zero_works(partial(_close, table, [configs[step.name] for step in steps], time.monotonic() - started))
 
 
@@ -55,7 +55,7 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _let_go() -> None:
+def let_go() -> None:
     """A step's models, before the next one builds its own: they lie in circles (a trainer and its model know each
     other), which Python looks for when it likes, and on a device in torch's cache."""
     gc.collect()

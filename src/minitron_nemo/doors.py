@@ -29,9 +29,12 @@ from minitron_nemo.recipe import (
     Step,
     chain_of,
     compose,
+    config_dirs,
     config_of,
     find_step,
+    follow_tables,
     register_schema,
+    require_one_recipe,
     require_own_keys,
     steps_of,
 )
@@ -48,29 +51,9 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     sys.argv = [f"minitron {door}", *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its exceptions reach us, and we word them
 
-    mistakes: list[Exception] = []  # kept from Hydra, which would announce them in its own words first
     ending.leave_word(ending.RUNNING)
-
-    def run(config: DictConfig) -> None:
-        try:
-            _run(door, config, _of_this_run(overrides), steps)
-        except MISTAKES as error:
-            mistakes.append(error)
-        except RuntimeError as error:
-            if not _another_rank_left(error) and ending.told() is None:
-                raise
-            mistakes.append(_Left())
-
     try:
-        if any(override.startswith("-") for override in overrides):  # Hydra's own options, --cfg and --multirun say
-            steps = steps_of(overrides)
-            register_schema(steps)
-            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=WIRING)(run)()
-        else:  # composed once, where hydra.main composes to find its mode and again to run
-            config, steps = compose(overrides)
-            run(config)
-        if mistakes:
-            raise mistakes[0]
+        _Command(door, overrides).run()
     except Interrupted as stopped:
         is_up = _time_is_up(stopped)
         ending.leave_word(ending.FAILED if is_up else ending.STOPPED)
@@ -97,9 +80,55 @@ def open_door(door: str, overrides: Sequence[str]) -> int:
     return 0
 
 
-def _of_this_run(overrides: Sequence[str]) -> Sequence[str]:
-    """Of --multirun the overrides of the job at hand."""
-    return list(HydraConfig.get().overrides.task) if is_one_of_several() else overrides
+class _Command:
+    """One command: a run, or the jobs of `--multirun`."""
+
+    def __init__(self, door: str, overrides: Sequence[str]) -> None:
+        self._door, self._overrides = door, overrides
+        self._steps: Mapping[str, Step] = {}
+        self._mistakes: list[Exception] = []  # kept from Hydra, which would announce them in its own words first
+        self._broke = False
+
+    def run(self) -> None:
+        if any(override.startswith("-") for override in self._overrides):  # Hydra's own options, --cfg and --multirun
+            self._steps = steps_of(self._overrides)
+            register_schema(self._steps)
+            require_one_recipe(self._overrides)
+            hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=WIRING)(self._run_for_hydra)()
+        else:  # composed once, where hydra.main composes to find its mode and again to run
+            config, self._steps = compose(self._overrides)
+            self._run(config, self._overrides)
+        if self._mistakes:
+            raise self._mistakes[0]
+
+    def _run(self, config: DictConfig, overrides: Sequence[str]) -> None:
+        try:
+            _run(self._door, config, overrides, self._steps)
+        except MISTAKES as error:
+            self._mistakes.append(error)
+        except RuntimeError as error:
+            if not _another_rank_left(error) and ending.told() is None:
+                raise
+            self._mistakes.append(_Left())
+
+    def _run_for_hydra(self, config: DictConfig) -> None:
+        if self._broke or self._mistakes:  # Hydra runs all jobs of a sweep, whatever became of the first
+            return
+        self._broke = True
+        follow_tables(config, self._steps)
+        self._run(config, self._of_this_job())
+        self._broke = False
+        if is_one_of_several() and "torch" in sys.modules:
+            from minitron_nemo.compress import let_go
+
+            let_go()
+
+    def _of_this_job(self) -> Sequence[str]:
+        """Of a sweep the overrides of the job at hand, with the folders that the command names for them all."""
+        if not is_one_of_several():
+            return self._overrides
+        folders = [f"--config-dir={folder}" for folder in config_dirs(self._overrides)]
+        return [*HydraConfig.get().overrides.task, *folders]
 
 
 def _time_is_up(stopped: Interrupted) -> bool:
@@ -139,7 +168,8 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
         from minitron_nemo.cluster import submit
 
         # what is wrong is said now, not by a job hours later
-        submit.run(config, [_job(step, config_of(step, config), overrides) for step in chosen])
+        jobs = [_job(step, config_of(step, config), overrides) for step in chosen]
+        submit.run(config, jobs, [step.name for step in chain])
         return
     if launcher.kind == TORCHRUN:
         for step in chosen:

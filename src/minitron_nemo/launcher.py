@@ -18,7 +18,7 @@ def launcher_of(config: DictConfig) -> LauncherConfig:
     """Of a composed recipe; local in a process that is a rank already, whatever the recipe says."""
     asked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LauncherConfig), config.launcher))
     assert isinstance(asked, LauncherConfig)
-    return LauncherConfig(LOCAL) if "WORLD_SIZE" in os.environ else asked
+    return LauncherConfig(LOCAL) if "LOCAL_RANK" in os.environ else asked  # WORLD_SIZE some clusters set in every shell
 
 
 def is_one_of_several() -> bool:
@@ -28,11 +28,13 @@ def is_one_of_several() -> bool:
 
 def torchrun(launcher: LauncherConfig, door: str, overrides: Sequence[str]) -> list[str]:
     """The command that runs `minitron door overrides` on every rank."""
+    from minitron_nemo import platform
+
     several = ["--rdzv-backend=c10d", "--rdzv-id=minitron", f"--rdzv-endpoint={launcher.endpoint}"]
     return [
         *(sys.executable, "-m", "torch.distributed.run"),
         f"--nnodes={launcher.nodes}",
-        f"--nproc-per-node={launcher.processes_per_node or _devices()}",
+        f"--nproc-per-node={launcher.processes_per_node or ('gpu' if platform.has_accelerator() else 1)}",
         *(["--standalone"] if launcher.nodes == 1 else several),
         *("-m", "minitron_nemo.cli", door, *overrides),
     ]
@@ -52,9 +54,3 @@ def become_torchrun(launcher: LauncherConfig, door: str, overrides: Sequence[str
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], command)
-
-
-def _devices() -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count())

@@ -18,8 +18,7 @@ puts them in order, and gives their values in a section of that name:
 `from` names a step whose values it takes, key by key, unless it gives its own; of another stage's step, those of the
 keys that both have. Its output is `${run_dir}/<name>` unless it says another.
 
-A family is several students, each made of the one before: of `family: [8b, 4b]` the steps of `MEMBER_STEPS` run once a
-member, as `prune_8b`, `distill_8b`, ..., `prune_4b`, each `from` the one that stands in compress.steps.
+A family is several students, each made of the one before (family.py).
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
+from minitron_nemo import family
 from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.conf_tree import WIRING, conf_dir
 from minitron_nemo.config import stages
@@ -95,11 +95,6 @@ class Step:
 OWN_STEPS = {stage.replace("-", "_"): Step(stage.replace("-", "_"), stage) for stage in STAGES}
 """The step of each stage's own name."""
 
-MEMBER_STEPS = ("estimate_importance", "prune", "distill", "evaluate", "export_hf")
-"""What each member of a family has one of; the first three make it."""
-FIRST, LAST = "first", "last"
-"""Who teaches in a family: the first teacher all members, or each member the next."""
-
 
 # ---- which steps a recipe has --------------------------------------------------------------------------------------
 
@@ -128,7 +123,7 @@ def steps_of(overrides: Sequence[str]) -> dict[str, Step]:
             f"compress.steps: {step.name} takes its values from {step.base}, which is no step; "
             f"{did_you_mean(str(step.base), found)}",
         )
-    return {name: replace(step, bases=_bases(step, found)) for name, step in found.items()}
+    return {name: _with_bases(step, found) for name, step in found.items()}
 
 
 def _step(entry: Mapping[str, Any]) -> Step:
@@ -150,54 +145,29 @@ def _step(entry: Mapping[str, Any]) -> Step:
     return Step(name, stage, None if base is None else str(base))
 
 
-def _bases(step: Step, steps: Mapping[str, Step]) -> tuple[Step, ...]:
-    found = [step]
-    while (base := found[-1].base) is not None:
-        names = [each.name for each in found]
+def _with_bases(step: Step, steps: Mapping[str, Step]) -> Step:
+    chain = [step]
+    while (base := chain[-1].base) is not None:
+        names = [each.name for each in chain]
         require(
             base not in names,
             f"compress.steps: {' takes its values from '.join([*names, base])}, without an end. Give one its own.",
         )
-        found.append(steps[base])
-    return tuple(found[1:])
+        chain.append(steps[base])
+    bases: tuple[Step, ...] = ()
+    for each in reversed(chain[1:]):
+        bases = (replace(each, bases=bases), *bases)
+    return replace(step, bases=bases)
 
 
 def _of_members(overrides: Sequence[str]) -> list[Step]:
     """Raises: Mistake: a family or its teacher that cannot be."""
-    *_, family = [[], *_settings("family", overrides)]
-    *_, teacher = [FIRST, *_settings("family_teacher", overrides)]
-    if not isinstance(family, list):
+    *_, members = [[], *_settings("family", overrides)]
+    *_, teacher = [family.FIRST, *_settings("family_teacher", overrides)]
+    if not isinstance(members, list):
         return []  # the schema will say so
-    members = [str(member) for member in family]
-    for member in members:
-        require(
-            f"prune_{member}".isidentifier() and members.count(member) == 1,
-            f"family={members}: {member} must be letters, digits and underscores, and there once.",
-        )
-    require(
-        teacher in (FIRST, LAST),
-        f"family_teacher={teacher} must be {FIRST}, which teaches all members, or {LAST}, the member before each.",
-    )
-    return [
-        Step(f"{step}_{member}", step.replace("_", "-"), step, wiring)
-        for before, member in zip([None, *members], members, strict=False)
-        for step, wiring in _wiring(member, before, teacher).items()
-    ]
-
-
-def _wiring(member: str, before: str | None, teacher: str) -> dict[str, dict[str, str]]:
-    """Step of a member -> its inputs; `before`: the member that it is made of, None where that is the teacher."""
-    model = f"${{distill_{member}.output}}"
-    source = {} if before is None else {"model": f"${{distill_{before}.output}}"}
-    taught = {} if before is None or teacher == FIRST else {"teacher": f"${{distill_{before}.output}}"}
-    scores = f"estimate_importance_{member}"
-    return {
-        "estimate_importance": source,
-        "prune": {"model": f"${{{scores}.model}}", "importance": f"${{{scores}.output}}"},
-        "distill": {"student": f"${{prune_{member}.output}}", **taught},
-        "evaluate": {"model": model},
-        "export_hf": {"model": model},
-    }
+    wirings = family.wirings([str(member) for member in members], teacher)
+    return [Step(name, base.replace("_", "-"), base, wiring) for name, (base, wiring) in wirings.items()]
 
 
 def _entries(overrides: Sequence[str]) -> Iterator[Any]:
@@ -209,7 +179,7 @@ def _entries(overrides: Sequence[str]) -> Iterator[Any]:
 def _settings(key: str, overrides: Sequence[str]) -> Iterator[Any]:
     """What `key` is set to: by those that the recipe's file begins from, by it, and by the command line."""
     plain = [each for each in overrides if not each.startswith("-") and "=" in each]
-    folders = [conf_dir(), *_config_dirs(overrides)]
+    folders = [conf_dir(), *config_dirs(overrides)]
     for override in plain:
         if override.startswith("recipe="):
             yield from _settings_of_file(key, override.removeprefix("recipe="), folders)
@@ -222,7 +192,7 @@ def _settings(key: str, overrides: Sequence[str]) -> Iterator[Any]:
                 continue  # Hydra will say so in its own words
 
 
-def _config_dirs(overrides: Sequence[str]) -> Iterator[Path]:
+def config_dirs(overrides: Sequence[str]) -> Iterator[Path]:
     """Those of Hydra's option --config-dir, where a person's own recipes are."""
     for place, option in enumerate(overrides):
         name, _, value = option.partition("=")
@@ -248,22 +218,10 @@ def _settings_of_file(key: str, recipe: str, folders: Sequence[Path]) -> Iterato
 def chain_of(config: DictConfig) -> list[str]:
     """Names of a composed recipe's steps in their order; a family's are together, behind what stands among them.
 
-    Raises: Mistake: a family without the steps that make one.
+    Raises: Mistake: members that cannot be told apart.
     """
     names = [_step(entry).name if isinstance(entry, Mapping) else str(entry) for entry in config.compress.steps]
-    if not config.family:
-        return names
-    of_member = [name for name in names if name in MEMBER_STEPS]
-    for step in MEMBER_STEPS[:3]:
-        require(step in names, f"family={list(config.family)} is made by {step}, which compress.steps lacks. Add it.")
-    stored = OmegaConf.select(config, "distill.teacher_logits", throw_on_resolution_failure=False)
-    require(
-        config.family_teacher == FIRST or stored is None,
-        f"family_teacher={LAST}: more than one teacher, and distill.teacher_logits={stored} is of one. Leave one out.",
-    )
-    last = names.index(of_member[-1])
-    before, behind = [name for name in names[:last] if name not in MEMBER_STEPS], names[last + 1 :]
-    return [*before, *(f"{step}_{member}" for member in config.family for step in of_member), *behind]
+    return family.spread(names, config)
 
 
 def compose(overrides: Sequence[str], *, directory: Path | None = None) -> tuple[DictConfig, dict[str, Step]]:
@@ -271,7 +229,61 @@ def compose(overrides: Sequence[str], *, directory: Path | None = None) -> tuple
     steps = steps_of(overrides)
     register_schema(steps)
     with hydra.initialize_config_dir(str(directory or conf_dir()), version_base="1.3"):
-        return hydra.compose(WIRING, list(overrides)), steps
+        config = hydra.compose(WIRING, list(overrides))
+    follow_tables(config, steps)
+    return config, steps
+
+
+def follow_tables(config: DictConfig, steps: Mapping[str, Step]) -> None:
+    """Give each step's tables (`prune.target`) the keys of its base's that they do not have; in a config that Hydra has
+    composed otherwise than by `compose`.
+
+    Were they interpolations, as other fields are, Hydra would merge a recipe's keys with what the base has by then, and
+    what the command line gives the base would not be followed.
+    """
+    for step in sorted(steps.values(), key=lambda each: len(each.bases)):
+        hints = typing.get_type_hints(step.schema)
+        for name in _given(step) & set(config[step.name]):
+            _follow(config, step, name, hints[name])
+
+
+def _follow(config: DictConfig, step: Step, key: str, kind: Any) -> None:
+    own = f"{step.name}.{key}"
+    if _is_reference(own, config):
+        return
+    if typing.get_origin(kind) is dict:
+        both: dict[Any, Any] = {}
+        for table in (f"{step.bases[0].name}.{key}", own):
+            both |= dict(OmegaConf.select(config, table).items_ex(resolve=False))
+        OmegaConf.update(config, own, both, merge=False, force_add=True)
+    elif dataclasses.is_dataclass(kind):
+        for name, inner in typing.get_type_hints(kind).items():
+            if name in OmegaConf.select(config, own):
+                _follow(config, step, f"{key}.{name}", inner)
+
+
+def _is_reference(key: str, config: DictConfig) -> bool:
+    """Whether a key, or a group that it is in, is that of another key, whole."""
+    node: Any = config
+    for part in key.split("."):
+        if OmegaConf.is_interpolation(node, part):
+            return True
+        node = node[part]
+    return False
+
+
+def require_one_recipe(overrides: Sequence[str]) -> None:
+    """Of a sweep all jobs have the same steps, as they are known before Hydra takes the values apart.
+
+    Raises: Mistake: it sweeps over what names them.
+    """
+    named = [each for each in overrides if re.match(r"[+]*(recipe|family|family_teacher|compress\.steps)=", each)]
+    for parsed in OverridesParser.create().parse_overrides(named):
+        require(
+            not parsed.is_sweep_override(),
+            f"{parsed.input_line} sweeps over recipes or their steps; --multirun runs one recipe with several values. "
+            "Start one command for each.",
+        )
 
 
 def require_own_keys(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -307,7 +319,7 @@ def register_schema(steps: Mapping[str, Step]) -> None:
         ("verify_inputs", bool, False),
         ("seed", int, 1234),
         ("family", list[str], field(default_factory=list)),
-        ("family_teacher", str, FIRST),
+        ("family_teacher", str, family.FIRST),
         *((name, group, field(default_factory=group)) for name, group in _GROUPS.items()),
         ("compress", stages.CompressConfig, field(default_factory=stages.CompressConfig)),
         ("submit", stages.SubmitConfig, field(default_factory=stages.SubmitConfig)),
@@ -361,7 +373,7 @@ def _default(each: dataclasses.Field[Any]) -> Any:
 
 def _following(kind: Any, key: str) -> tuple[Any, Any]:
     """Type and default of a field that is that of `key`, of a group field by field, so that each can be set alone; a
-    table is filled later (`_fill_tables`), as its keys are not known."""
+    table is filled later (`follow_tables`), as its keys are not known."""
     if typing.get_origin(kind) is dict:
         return kind, field(default_factory=dict)
     if not dataclasses.is_dataclass(kind):
@@ -390,8 +402,6 @@ def config_of(step: Step, config: DictConfig) -> Any:
     shared = [name for name in SHARED if name in hints]
     values = OmegaConf.to_container(config[step.name], resolve=True)
     assert isinstance(values, dict)
-    for name in _given(step) & values.keys():
-        values[name] = _fill_tables(values[name], hints[name], name, step, config)
     for name in shared:
         values[name] = config[name]
         if name in _GROUPS:
@@ -408,27 +418,6 @@ def config_of(step: Step, config: DictConfig) -> Any:
         own = "|".join(set(hints) - set(shared))
         begins = rf"\A({own})\b|(?<![\w./=-])({own})(?=(\.[a-z]\w*)+)|(?<![\w./=-])({own})(?==)"
         raise Mistake(re.sub(begins, rf"{step.name}.\g<0>", str(error))) from error
-
-
-def _fill_tables(values: Any, kind: Any, key: str, step: Step, config: DictConfig) -> Any:
-    """Of a section's field `key`, the tables within with the keys of the base's that they do not have.
-
-    Were they interpolations, as other fields are, Hydra would merge a recipe's keys with what the base has by then, and
-    what the command line gives the base later would not be followed.
-    """
-    if typing.get_origin(kind) is dict:
-        of_bases: Any = {}
-        for child, base in zip((step, *step.bases), step.bases, strict=False):
-            if key.partition(".")[0] not in _given(child):
-                break
-            table = OmegaConf.to_container(OmegaConf.select(config, f"{base.name}.{key}"), resolve=True)
-            of_bases = table | of_bases
-        return of_bases | values
-    if dataclasses.is_dataclass(kind) and isinstance(values, dict):
-        for name, inner in typing.get_type_hints(kind).items():
-            if name in values:
-                values[name] = _fill_tables(values[name], inner, f"{key}.{name}", step, config)
-    return values
 
 
 def _part(values: Any, whole: type, narrow: type) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Told to stop? What every loop that takes long asks after a micro-batch, and all ranks hear the same answer.
 
-    SIGTERM or SIGUSR1 to any rank                while a door is open (`listening`); one 10 s later ends it as ever;
-                                                  what writes a checkpoint for it is not told (`only_this_process`)
+    SIGTERM or SIGUSR1 to any rank                while a door is open (`listening`); one 10 s later ends it as ever,
+                                                  but not while it saves, nor what writes for it (`only_this_process`)
     the file that $MINITRON_STOP_FILE names       signals do not reach ranks on other nodes, or reach torchrun first,
                                                   which gives its ranks 30 seconds; a file on a shared disk does
 

@@ -14,14 +14,15 @@ from minitron_nemo.artifact import open_artifact
 from support.slurm import SingleNodeSlurm
 from support.tiny import TinyChain, search_command
 
+ROOT = Path(__file__).parents[2]
 JOB_MINUTES = 30
 INPUTS = {"correct_teacher": "corrected_teacher", "estimate_importance": "importance"}
 
 
-def submit(door: str, *values: str) -> None:
+def submit(directory: Path, door: str, *values: str) -> None:
     command = [sys.executable, "-m", "minitron_nemo.cli", door, "launcher=slurm", f"slurm.time={JOB_MINUTES}", *values]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory)
     assert done.returncode == 0, done.stderr
 
 
@@ -34,7 +35,7 @@ def test_a_swept_stage_is_a_job_for_each_value(
     values = [value for value in tiny_chain.overrides if not value.startswith(("run_dir=", "prune.target.hidden"))]
     values += [f"{key}.output={tiny_chain.run_dir / name}" for key, name in INPUTS.items()]
     values += ["prune.target.hidden_size=24,16", f"run_dir={tmp_path}/run_${{prune.target.hidden_size}}"]
-    submit("prune", *values, f"hydra.sweep.dir={tmp_path}", "--multirun")
+    submit(tmp_path, "prune", *values, "--multirun")
     jobs = {}
     for size in (24, 16):
         [job] = json.loads((tmp_path / f"run_{size}" / "slurm" / "jobs.json").read_text())
@@ -50,13 +51,11 @@ def test_a_swept_stage_is_a_job_for_each_value(
 @pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.timeout(4 * JOB_MINUTES * 60)
-def test_the_tasks_of_an_array_make_one_search_together(
-    slurm_cluster: SingleNodeSlurm, tiny_chain: TinyChain, tmp_path: Path
-) -> None:
+def test_an_array_makes_one_search(slurm_cluster: SingleNodeSlurm, tiny_chain: TinyChain, tmp_path: Path) -> None:
     output, run_dir = tmp_path / "search", tmp_path / "run"
     inputs = {**INPUTS, "import_hf": "teacher", "prepare_data": "data"}
     places = [f"{section}.output={tiny_chain.run_dir / name}" for section, name in inputs.items()]
-    submit(*search_command(tiny_chain, output), *places, f"run_dir={run_dir}", "slurm.jobs_of_search=2")
+    submit(tmp_path, *search_command(tiny_chain, output), *places, f"run_dir={run_dir}", "slurm.jobs_of_search=2")
     [job] = json.loads((run_dir / "slurm" / "jobs.json").read_text())
     ended = slurm_cluster.wait_for_jobs([job["job_id"]])
     said = [log.read_text() for log in sorted((run_dir / "slurm").glob("*.log"))]

@@ -18,12 +18,14 @@ from torch import Tensor
 from minitron_nemo import engine, platform
 from minitron_nemo.artifact import open_artifact
 from minitron_nemo.config.distillation import DivergenceConfig
+from minitron_nemo.config.launcher import TORCHRUN, LauncherConfig
 from minitron_nemo.config.throughput import ThroughputConfig, TimedModel
 from minitron_nemo.config.trainer import Layout
 from minitron_nemo.distillation.offload import keep_on_host
 from minitron_nemo.divergence.streamed import divergence
 from minitron_nemo.evaluation.throughput import measure
 from minitron_nemo.hf.config import hf_config
+from minitron_nemo.launcher import torchrun
 from minitron_nemo.parallel import Groups
 from minitron_nemo.platform.memory import available_bytes, held_bytes
 from minitron_nemo.platform.peak import peak_tflops_here
@@ -188,6 +190,7 @@ def test_the_platform_says_what_is_there(place: Place) -> None:
     assert platform.device().type == place.device and platform.supports_distributed_optimizer() is on_gpu
     assert platform.backend() == ("nccl" if on_gpu else "gloo")
     assert on_gpu or peak_tflops_here() is None
+    assert f"--nproc-per-node={'gpu' if on_gpu else 1}" in torchrun(LauncherConfig(TORCHRUN), "prune", [])
 
 
 def test_a_whole_chain_ends_in_an_export_that_transformers_agrees_with(place: Place, tiny_chain: TinyChain) -> None:

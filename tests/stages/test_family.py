@@ -40,9 +40,9 @@ def folder_of_recipe(directory: Path) -> Path:
     return directory
 
 
-def composed(*overrides: str) -> dict[str, dict[str, str]]:
+def composed(*overrides: str, recipe: str = "nemotron4_15b_to_8b_to_4b") -> dict[str, dict[str, str]]:
     """Of the chain's steps, in their order, what each reads."""
-    config, steps = compose(["recipe=nemotron4_15b_to_8b_to_4b", "run_dir=run", *overrides])
+    config, steps = compose([f"recipe={recipe}", "run_dir=run", *overrides])
     keys = ("model", "importance", "teacher", "student")
     configs = {name: config_of(steps[name], config) for name in chain_of(config)}
     return {
@@ -77,6 +77,12 @@ def test_a_member_has_the_values_of_the_step_it_follows_but_for_its_own() -> Non
     assert [config_of(steps[f"distill_{member}"], config).training.steps for member in ("8b", "4b")] == [70, 70]
 
 
+def test_a_part_of_a_familys_chain_is_run_by_naming_it() -> None:
+    assert list(composed("compress.steps=[import_hf,prepare_data]")) == ["import_hf", "prepare_data"]
+    assert list(composed("compress.steps=[evaluate_4b,report]")) == ["evaluate_4b", "report"]
+    assert list(composed("compress.steps=[distill,report]")) == ["distill_8b", "distill_4b", "report"]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -84,14 +90,23 @@ def test_a_member_has_the_values_of_the_step_it_follows_but_for_its_own() -> Non
         (["family=[8b,'4-b']"], "4-b must be letters, digits and underscores, and there once"),
         (["family_teacher=both"], "family_teacher=both must be first, which teaches all members, or last"),
         (["family=[hf]"], "family: prune_hf is another step already. Name the member otherwise."),
-        (["compress.steps=[import_hf,prune,distill]"], "is made by estimate_importance, which compress.steps lacks"),
         (["family_teacher=last", "distill.teacher_logits=stored"], "and distill.teacher_logits=stored is of one"),
+        (
+            ["distill.distillation.teacher_lr=1e-6", "distill.corrected_teacher=run/taught"],
+            "distill.corrected_teacher=run/taught would be written by every member of the family.",
+        ),
     ],
 )
 def test_a_family_that_cannot_be_says_why(given: list[str], words: str) -> None:
     with pytest.raises(Mistake) as refused:
         composed(*given)
     assert words in str(refused.value)
+
+
+def test_a_member_must_be_smaller_than_the_one_before() -> None:
+    with pytest.raises(Mistake, match="family: 4b would be what 8b is: prune_4b has the same target and layers"):
+        composed("family=[8b,4b]", recipe="nemotron4_15b_to_8b")
+    composed("family=[8b,4b]", "+prune.keep.hidden_size=0.5", "prune.target={}", recipe="nemotron4_15b_to_8b")
 
 
 def test_a_family_of_two_is_made_by_one_command(door: Door, tiny_chain: TinyChain, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.importance import DepthConfig, GreedyConfig, ImportanceConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.stages import estimate_importance, evaluate
-from minitron_nemo.stopping import STOP_FILE
+from minitron_nemo.stopping import STOP_FILE, STOP_SIGNALS, only_this_process
 from support.artifacts import listing
 from support.door import Door
 from support.ranks import Ranks
@@ -30,6 +32,18 @@ STAGES = {  # command, the key of its output, what is in the tiny chain already,
     "teacher-logits": ("teacher_logits", None, True),
     "evaluate section=evaluate_pruned": ("evaluate_pruned", "evaluation_pruned", True),
 }
+
+
+def test_what_is_started_to_write_a_checkpoint_never_hears_a_stop_signal() -> None:
+    """And this thread hears it again behind the save."""
+    asked = [sys.executable, "-c", "import signal; print(*map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))"]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with only_this_process():
+        inside = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    behind = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    assert {str(int(each)) for each in STOP_SIGNALS} <= set(inside)
+    assert not {str(int(each)) for each in STOP_SIGNALS} & set(behind)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
 
 
 @pytest.mark.parametrize("stage", STAGES)

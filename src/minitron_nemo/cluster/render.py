@@ -50,17 +50,23 @@ class StageScript:
 
 
 def render_chain(
-    run_dir: Path | str, jobs: Sequence[StageJob], slurm: SlurmConfig, *, module: str = "minitron_nemo.cli"
+    run_dir: Path | str,
+    jobs: Sequence[StageJob],
+    slurm: SlurmConfig,
+    *,
+    of_chain: Sequence[str] = (),
+    module: str = "minitron_nemo.cli",
 ) -> list[StageScript]:
     """Write one sbatch script per job, numbered from 01 in the order they run; scripts of an earlier chain go.
 
     Args:
         run_dir: made absolute, since a job starts wherever SLURM puts it; must be visible from every node.
+        of_chain: other steps of the recipe, of which `slurm.steps` may speak too.
         module: what torchrun runs on every rank (`python -m <module> <stage> <overrides>`).
     Raises: ValueError: no job, or `slurm.steps` speaks of another.
     """
     require(len(jobs) > 0, "There is nothing to submit: the recipe names no step. Add one to compress.steps.")
-    require_steps_among(slurm, [job.name for job in jobs])
+    require_steps_among(slurm, [*(job.name for job in jobs), *of_chain])
     of_jobs = [of_step(slurm, job.name, one_process=job.one_process) for job in jobs]
     folder = Path(run_dir).resolve() / "slurm"
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from minitron_nemo.checks import Mistake, NothingThere, require
+from minitron_nemo.cluster import queue
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.cluster.resources import of_step
 from minitron_nemo.config.slurm import SlurmConfig
@@ -35,18 +36,21 @@ class SubmittedJob:
     after: int | None
 
 
-def run(config: DictConfig, jobs: Sequence[StageJob]) -> None:
+def run(config: DictConfig, jobs: Sequence[StageJob], of_chain: Sequence[str]) -> None:
     """Render the jobs of a chain, in its order, and submit them; with submit.dry_run=true, only render.
 
     Args:
         config: a composed recipe: `run_dir`, `slurm`, `submit`.
+        of_chain: names of all the recipe's steps, of which the jobs may be one.
+    Raises: Mistake: jobs of an earlier submission still write there, or what `submit_chain` says.
     """
     slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SlurmConfig), config.get("slurm") or {}))
     assert isinstance(slurm, SlurmConfig)
     if not config.submit.dry_run:
         require_sbatch()
         require_image(slurm, [job.name for job in jobs])
-    scripts = render_chain(config.run_dir, jobs, slurm)
+        require_nobody_at_work(Path(config.run_dir))
+    scripts = render_chain(config.run_dir, jobs, slurm, of_chain=of_chain)
     if config.submit.dry_run:
         for script in scripts:
             print(f"rendered {script.path}")
@@ -85,6 +89,20 @@ def require_image(slurm: SlurmConfig, steps: Sequence[str]) -> None:
             "apptainer pull, on a disk that all nodes see.",
             NothingThere,
         )
+
+
+def require_nobody_at_work(run_dir: Path) -> None:
+    """Raises: Mistake: jobs that were submitted there wait or run: their record would go, and both would write."""
+    record = run_dir / "slurm" / JOBS
+    if not record.is_file():
+        return
+    known = queue.ask([job["job_id"] for job in json.loads(record.read_text())]) or {}
+    busy = [task.name for tasks in known.values() for task in tasks if task.unfinished]
+    require(
+        not busy,
+        f"run_dir={run_dir}: jobs {', '.join(busy)} of an earlier submission wait or run there. Wait for them, end "
+        f"them with minitron cancel {run_dir}, or choose another run_dir.",
+    )
 
 
 def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] = print) -> list[SubmittedJob]:

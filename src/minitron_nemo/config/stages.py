@@ -76,8 +76,8 @@ class PrepareDataConfig(Ranged):  # conf/prepare-data.yaml
 
 @dataclass
 class PretrainConfig(Ranged):
-    shape: dict[str, Any] = field(default_factory=dict)
-    """Fields of ModelShape for random weights; empty with `initial` or `like`."""
+    shape: dict[str, Any] | None = field(default_factory=dict)
+    """Fields of ModelShape for random weights; null or empty with `initial` or `like`."""
     like: str | None = None
     """A model artifact whose shape random weights take."""
     initial: str | None = None

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from minitron_nemo.checks import Mistake, require
+from minitron_nemo.checks import Mistake, did_you_mean, require
 from minitron_nemo.config.pruning import CompensationConfig, DepthCorrectionConfig, SurgeryConfig
 from minitron_nemo.config.stages import PruneConfig
 from minitron_nemo.parallel import rank_zero_works
@@ -19,7 +19,7 @@ from minitron_nemo.pruning.ranking import top_k
 from minitron_nemo.pruning.targets import resolve_target
 from minitron_nemo.runtimes import as_family
 from minitron_nemo.scores import STREAM, Importance
-from minitron_nemo.shape import ModelShape
+from minitron_nemo.shape import PRUNABLE_DIMS, ModelShape
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +66,18 @@ def asked(
 
     Args:
         choose: which layers stay of so many, where dense ones and such with experts are mixed.
-    Raises: ValueError: nothing to prune.
+    Raises: ValueError: nothing to prune, or a dim or layer that there is not.
     """
     require(
         bool(config.dims) or bool(config.keep) or config.budget.cost is not None or config.layers is not None,
         "prune.target is empty: nothing would be pruned. Set for example prune.target.hidden_size=3072, "
         "prune.keep.ffn_hidden_size=0.6 or prune.budget.parameters=4.5B.",
     )
+    for dim in config.target.keys() - config.dims.keys():  # the others are looked at with their sizes
+        require(dim in PRUNABLE_DIMS, f"target.{dim} is no dim of a model; {did_you_mean(dim, PRUNABLE_DIMS)}")
     dims, layers, base = config.dims, config.layers, as_family(source, config.family)
+    beyond = [layer for layer in layers or () if layer >= source.num_layers]
+    require(not beyond, f"layers names {beyond}, and the model has 0 to {source.num_layers - 1}. Leave them out.")
     if layers is not None:
         dims.setdefault("num_layers", len(layers))
     if source.moe_layer_freq is not None and "num_layers" in dims:  # which layers stay decides how many have experts
