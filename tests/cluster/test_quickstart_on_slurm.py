@@ -94,6 +94,9 @@ def test_a_chain_submitted_again_starts_where_it_failed_and_a_stage_told_to_stop
         while not (tmp_path / "minitron-estimate_importance").exists():
             assert slurm_cluster.states(ids).get(ids[1]) not in ENDED, logs(tiny_chain.run_dir)
             time.sleep(0.2)
+        again = run("submit", *submitted)
+        assert again.returncode == 2, again.stdout
+        assert f"jobs {ids[1]} of an earlier submission wait or run there" in again.stderr, again.stderr
         subprocess.run(["scancel", "--batch", "--signal=USR1", str(ids[1])], check=True)
         assert slurm_cluster.wait_for_jobs(ids) == dict.fromkeys(ids, "COMPLETED"), logs(tiny_chain.run_dir)
 
@@ -149,12 +152,16 @@ def test_a_rank_that_is_killed_costs_its_job_only_what_came_after_the_last_check
     assert killed.digest == undisturbed.digest
 
 
-def minitron(*arguments: str) -> str:
-    """What `minitron` prints, run as its users' shells run it; the jobs inherit its environment, as SLURM's do."""
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`minitron`, as its users' shells run it; the jobs inherit its environment, as SLURM's do."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "minitron_nemo.cli", *arguments], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, "-m", "minitron_nemo.cli", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def minitron(*arguments: str) -> str:
+    """What it prints."""
+    done = run(*arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

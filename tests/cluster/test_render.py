@@ -100,6 +100,14 @@ def test_what_is_set_is_asked_for_as_written(tmp_path: Path) -> None:
     assert "--nproc-per-node=8" in text
 
 
+def test_values_of_single_steps_may_be_of_steps_that_are_not_submitted(tmp_path: Path) -> None:
+    slurm = replace(EVERYTHING, steps={"correct_teacher": {"nodes": 16}, "distill": {"nodes": 3}})
+    with pytest.raises(ValueError, match=r"slurm\.steps\.correct_teacher is no step of this chain"):
+        render_chain(tmp_path, [StageJob("distill")], slurm)
+    (script,) = render_chain(tmp_path, [StageJob("distill")], slurm, of_chain=["correct_teacher", "prune"])
+    assert "--nodes=3" in directives(script.path.read_text())
+
+
 def test_a_search_is_an_array_of_as_many_jobs_as_asked_for(tmp_path: Path) -> None:
     chain = [StageJob("estimate-importance"), StageJob("search", name="search_4b")]
     importance, search = render_chain(tmp_path, chain, replace(EVERYTHING, jobs_of_search=4))
