@@ -57,7 +57,7 @@ $(REAL_MODEL): $(STAMP)
 
 real: $(REAL_MODEL)
 	$(BIN)/minitron compress recipe=real import_hf.model="$$($(BIN)/python -c '$(REAL_FILE)')"
-	for model in teacher distilled export; do \
+	for model in teacher distilled export_fp32 export; do \
 	    $(BIN)/minitron evaluate recipe=real evaluate.model=runs/real/$$model evaluate.num_samples=0 \
 	        "evaluate.tasks=[docs/tasks]" evaluate.output=runs/real/tasks_of_$$model || exit 1; \
 	done

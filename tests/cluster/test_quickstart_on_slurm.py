@@ -96,7 +96,7 @@ def test_a_chain_submitted_again_starts_where_it_failed_and_a_stage_told_to_stop
             time.sleep(0.2)
         again = run("submit", *submitted)
         assert again.returncode == 2, again.stdout
-        assert f"jobs {ids[1]} of an earlier submission wait or run there" in again.stderr, again.stderr
+        assert f"estimate_importance ({ids[1]}) of an earlier submission waits or runs there" in again.stderr
         subprocess.run(["scancel", "--batch", "--signal=USR1", str(ids[1])], check=True)
         assert slurm_cluster.wait_for_jobs(ids) == dict.fromkeys(ids, "COMPLETED"), logs(tiny_chain.run_dir)
 
@@ -119,7 +119,7 @@ def test_a_chain_submitted_again_starts_where_it_failed_and_a_stage_told_to_stop
 def test_a_rank_that_is_killed_costs_its_job_only_what_came_after_the_last_checkpoint(
     slurm_cluster: SingleNodeSlurm, tiny_chain: TinyChain, tmp_path: Path
 ) -> None:
-    """Beside a job that nothing disturbs."""
+    """Beside one that nothing disturbs."""
     chain = tmp_path / "run"
     shutil.copytree(tiny_chain.run_dir, chain, ignore=shutil.ignore_patterns("slurm"))
     outputs = {name: tmp_path / name for name in ("undisturbed", "killed")}
@@ -135,13 +135,12 @@ def test_a_rank_that_is_killed_costs_its_job_only_what_came_after_the_last_check
         "compress.steps=[distill]",
     ]
     ids = {}
-    for name, output in outputs.items():
+    for name, output in outputs.items():  # one after the other, as both are the step `distill` of one run
+        if ids:
+            slurm_cluster.wait_for_jobs(list(ids.values()))
         minitron("submit", *values, f"distill.output={output}")
         (job,) = json.loads((chain / "slurm" / "jobs.json").read_text())
         ids[name] = job["job_id"]
-        while not ranks_of(output):  # its script is read by then
-            assert slurm_cluster.states([ids[name]]).get(ids[name]) not in ENDED, logs(chain)
-            time.sleep(0.2)
     while not list(tmp_path.glob("killed.training/checkpoints/step-*")):
         assert slurm_cluster.states(list(ids.values())).get(ids["killed"]) not in ENDED, logs(chain)
         time.sleep(0.02)

@@ -17,7 +17,7 @@ from minitron_nemo.cluster import queue
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.cluster.resources import of_step
 from minitron_nemo.config.slurm import SlurmConfig
-from minitron_nemo.run_record import ListedStep, write_steps
+from minitron_nemo.run_record import ListedStep, read_steps, write_steps
 
 JOBS = "jobs.json"
 
@@ -36,28 +36,37 @@ class SubmittedJob:
     after: int | None
 
 
-def run(config: DictConfig, jobs: Sequence[StageJob], of_chain: Sequence[str]) -> None:
+def run(config: DictConfig, jobs: Sequence[StageJob], of_chain: Sequence[str] = ()) -> None:
     """Render the jobs of a chain, in its order, and submit them; with submit.dry_run=true, only render.
 
     Args:
         config: a composed recipe: `run_dir`, `slurm`, `submit`.
         of_chain: names of all the recipe's steps, of which the jobs may be one.
-    Raises: Mistake: jobs of an earlier submission still write there, or what `submit_chain` says.
+    Raises: Mistake: a step of an earlier submission is still to be made there, or what `submit_chain` says.
     """
     slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SlurmConfig), config.get("slurm") or {}))
     assert isinstance(slurm, SlurmConfig)
     if not config.submit.dry_run:
         require_sbatch()
         require_image(slurm, [job.name for job in jobs])
-        require_nobody_at_work(Path(config.run_dir))
+    others = [] if config.submit.dry_run else still_at_work(Path(config.run_dir))
+    names = {job.name for job in jobs}
+    twice = [f"{job.name} ({job.job_id})" for job in others if job.name in names]
+    require(
+        not twice,
+        f"run_dir={config.run_dir}: {', '.join(twice)} of an earlier submission waits or runs there. Wait for it, end "
+        f"it with minitron cancel {config.run_dir}, or choose another run_dir.",
+    )
     scripts = render_chain(config.run_dir, jobs, slurm, of_chain=of_chain)
     if config.submit.dry_run:
         for script in scripts:
             print(f"rendered {script.path}")
         print("Nothing was submitted: submit.dry_run=true.")
         return
-    submit_chain(scripts)
-    write_steps(config.run_dir, "submit", [ListedStep(job.name, job.stage, job.output) for job in jobs])
+    submit_chain(scripts, beside=others)
+    _, listed = read_steps(Path(config.run_dir)) or ("", [])
+    steps = [step for step in listed if step.name in {job.name for job in others}]
+    write_steps(config.run_dir, "submit", [*steps, *(ListedStep(job.name, job.stage, job.output) for job in jobs)])
 
 
 def stage_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
@@ -91,26 +100,24 @@ def require_image(slurm: SlurmConfig, steps: Sequence[str]) -> None:
         )
 
 
-def require_nobody_at_work(run_dir: Path) -> None:
-    """Raises: Mistake: jobs that were submitted there wait or run: their record would go, and both would write."""
+def still_at_work(run_dir: Path) -> list[SubmittedJob]:
+    """Of what was submitted there last, the jobs that wait or run; none where SLURM cannot be asked."""
     record = run_dir / "slurm" / JOBS
     if not record.is_file():
-        return
-    known = queue.ask([job["job_id"] for job in json.loads(record.read_text())]) or {}
-    busy = [task.name for tasks in known.values() for task in tasks if task.unfinished]
-    require(
-        not busy,
-        f"run_dir={run_dir}: jobs {', '.join(busy)} of an earlier submission wait or run there. Wait for them, end "
-        f"them with minitron cancel {run_dir}, or choose another run_dir.",
-    )
+        return []
+    jobs = [SubmittedJob(**each) for each in json.loads(record.read_text())]
+    known = queue.ask([job.job_id for job in jobs]) or {}
+    return [job for job in jobs if any(task.unfinished for task in known.get(job.job_id, ()))]
 
 
-def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] = print) -> list[SubmittedJob]:
+def submit_chain(
+    scripts: Sequence[StageScript], *, beside: Sequence[SubmittedJob] = (), say: Callable[[str], None] = print
+) -> list[SubmittedJob]:
     """Submit the scripts in order, each with `afterok` on the one before; `say` gets one line per job.
 
-    The jobs are recorded in jobs.json beside the scripts. When a job fails, those after it are cancelled by SLURM
-    rather than left pending for ever. When SLURM refuses one, those already accepted are cancelled: a chain runs as
-    a whole or not at all.
+    The jobs are recorded in jobs.json beside the scripts, after those that run `beside` them. When a job fails, those
+    after it are cancelled by SLURM rather than left pending for ever. When SLURM refuses one, those already accepted
+    are cancelled: a chain runs as a whole or not at all.
 
     Raises: NothingThere: no sbatch on this machine. SlurmRefused: its words are quoted.
     """
@@ -122,7 +129,7 @@ def submit_chain(scripts: Sequence[StageScript], *, say: Callable[[str], None] =
         waits = "" if previous is None else f", after job {previous}"
         say(f"job {jobs[-1].job_id}: {script.name}{waits} ({script.path})")
     record = scripts[0].path.with_name(JOBS)
-    record.write_text(json.dumps([asdict(job) for job in jobs], indent=2) + "\n")
+    record.write_text(json.dumps([asdict(job) for job in (*beside, *jobs)], indent=2) + "\n")
     return jobs
 
 
