@@ -186,10 +186,11 @@ def _run(door: str, config: DictConfig, overrides: Sequence[str], steps: Mapping
 
         compress.run(config, chosen)
         return
+    [step] = chosen
+    values = config_of(step, config)  # a mistake in it needs no torch
     from minitron_nemo.standing import make
 
-    [step] = chosen
-    artifact = make(step, config_of(step, config), overwrite=config.overwrite, verify_inputs=config.verify_inputs)
+    artifact = make(step, values, overwrite=config.overwrite, verify_inputs=config.verify_inputs)
     if int(os.environ.get("RANK", 0)) == 0:
         print(artifact.path)
 
