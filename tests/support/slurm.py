@@ -49,6 +49,7 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=1
 ReturnToService=2
 SlurmdParameters=config_overrides
 MinJobAge=3600
+FirstJobId={first_job_id}
 KillWait=5
 NodeName={host} NodeAddr=127.0.0.1 CPUs=8 State=UNKNOWN
 PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
@@ -56,7 +57,8 @@ PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
 # config_overrides: the node has 8 CPUs because we say so, room for jobs side by side, so that only the dependency can
 # be what keeps them in order. MinJobAge: finished jobs stay in squeue, which is where their states are read, as there
 # is no accounting. cred_expire: a job that is queued again waits until its old credential is worth nothing, 2 minutes
-# by default.
+# by default. FirstJobId: two clusters on one machine, each of a process of the suite, have jobs of other numbers, by
+# which their ranks meet (slurm/stage.sbatch).
 
 
 def why_no_slurm() -> str | None:
@@ -143,7 +145,7 @@ def _configure(home: Path) -> None:
         second.bind(("127.0.0.1", 0))
         ports = {"slurmctld_port": first.getsockname()[1], "slurmd_port": second.getsockname()[1]}
     host = socket.gethostname().split(".")[0]
-    values = {"home": home, "host": host, **ports}
+    values = {"home": home, "host": host, "first_job_id": 1 + 100 * (os.getpid() % 199), **ports}
     (home / "slurm.conf").write_text(_SLURM_CONF.format_map(values))
     (home / "cgroup.conf").touch()  # else the machine's own would be read
 
