@@ -101,11 +101,11 @@ def require_image(slurm: SlurmConfig, steps: Sequence[str]) -> None:
 
 
 def still_at_work(run_dir: Path) -> list[SubmittedJob]:
-    """Of what was submitted there last, the jobs that wait or run; none where SLURM cannot be asked."""
-    record = run_dir / "slurm" / JOBS
-    if not record.is_file():
+    """Of what was submitted there last, the jobs that wait or run; none where SLURM or the record cannot be asked."""
+    try:
+        jobs = [SubmittedJob(**each) for each in json.loads((run_dir / "slurm" / JOBS).read_text())]
+    except (OSError, ValueError, TypeError):
         return []
-    jobs = [SubmittedJob(**each) for each in json.loads(record.read_text())]
     known = queue.ask([job.job_id for job in jobs]) or {}
     return [job for job in jobs if any(task.unfinished for task in known.get(job.job_id, ()))]
 
