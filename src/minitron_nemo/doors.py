@@ -87,13 +87,13 @@ class _Command:
         self._door, self._overrides = door, overrides
         self._steps: Mapping[str, Step] = {}
         self._mistakes: list[Exception] = []  # kept from Hydra, which would announce them in its own words first
-        self._broke = False
+        self._failed = False
 
     def run(self) -> None:
         if any(override.startswith("-") for override in self._overrides):  # Hydra's own options, --cfg and --multirun
+            require_one_recipe(self._overrides)
             self._steps = steps_of(self._overrides)
             register_schema(self._steps)
-            require_one_recipe(self._overrides)
             hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=WIRING)(self._run_for_hydra)()
         else:  # composed once, where hydra.main composes to find its mode and again to run
             config, self._steps = compose(self._overrides)
@@ -112,12 +112,14 @@ class _Command:
             self._mistakes.append(_Left())
 
     def _run_for_hydra(self, config: DictConfig) -> None:
-        if self._broke or self._mistakes:  # Hydra runs all jobs of a sweep, whatever became of the first
+        if self._failed or self._mistakes:  # Hydra runs all jobs of a sweep, whatever became of the first
             return
-        self._broke = True
-        follow_tables(config, self._steps)
-        self._run(config, self._of_this_job())
-        self._broke = False
+        try:
+            follow_tables(config, self._steps)
+            self._run(config, self._of_this_job())
+        except BaseException:
+            self._failed = True
+            raise
         if is_one_of_several() and "torch" in sys.modules:
             from minitron_nemo.compress import let_go
 

@@ -23,8 +23,11 @@ A family is several students, each made of the one before (family.py).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
+import itertools
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,10 +106,12 @@ def steps_of(overrides: Sequence[str]) -> dict[str, Step]:
     """Name -> step, of the recipe that a command line names and of what it adds to `compress.steps`.
 
     They have to be known before Hydra composes, which checks each section against its stage's dataclass.
-    Raises: Mistake: a step of no stage, named as another is, or taking its values from nowhere.
+    Raises: Mistake: a step of no stage, named as another is, or taking its values from nowhere; a family or its teacher
+        that cannot be.
     """
+    files = _files(overrides)
     found = dict(OWN_STEPS)
-    for entry in _entries(overrides):
+    for entry in itertools.chain.from_iterable(_settings("compress.steps", list, files, overrides)):
         if isinstance(entry, Mapping):
             step = _step(entry)
             known = found.setdefault(step.name, step)
@@ -114,7 +119,10 @@ def steps_of(overrides: Sequence[str]) -> dict[str, Step]:
                 known == step,
                 f"compress.steps: {step.name} is a step of stage {known.stage} already. Choose another name.",
             )
-    for step in _of_members(overrides):
+    *_, members = [[], *_settings("family", list, files, overrides)]
+    *_, teacher = [family.FIRST, *_settings("family_teacher", object, files, overrides)]
+    for name, (base, wiring) in family.wirings([str(member) for member in members], teacher).items():
+        step = Step(name, base.replace("_", "-"), base, wiring)
         require(step.name not in found, f"family: {step.name} is another step already. Name the member otherwise.")
         found[step.name] = step
     for step in found.values():
@@ -160,36 +168,36 @@ def _with_bases(step: Step, steps: Mapping[str, Step]) -> Step:
     return replace(step, bases=bases)
 
 
-def _of_members(overrides: Sequence[str]) -> list[Step]:
-    """Raises: Mistake: a family or its teacher that cannot be."""
-    *_, members = [[], *_settings("family", overrides)]
-    *_, teacher = [family.FIRST, *_settings("family_teacher", overrides)]
-    if not isinstance(members, list):
-        return []  # the schema will say so
-    wirings = family.wirings([str(member) for member in members], teacher)
-    return [Step(name, base.replace("_", "-"), base, wiring) for name, (base, wiring) in wirings.items()]
-
-
-def _entries(overrides: Sequence[str]) -> Iterator[Any]:
-    """What stands in `compress.steps`, everywhere."""
-    for steps in _settings("compress.steps", overrides):
-        yield from steps if isinstance(steps, list) else ()
-
-
-def _settings(key: str, overrides: Sequence[str]) -> Iterator[Any]:
-    """What `key` is set to: by those that the recipe's file begins from, by it, and by the command line."""
-    plain = [each for each in overrides if not each.startswith("-") and "=" in each]
+def _files(overrides: Sequence[str]) -> list[DictConfig]:
+    """The recipe's file, behind those that it begins from."""
     folders = [conf_dir(), *config_dirs(overrides)]
-    for override in plain:
-        if override.startswith("recipe="):
-            yield from _settings_of_file(key, override.removeprefix("recipe="), folders)
-    for override in plain:
+    names = (each.removeprefix("recipe=") for each in overrides if each.startswith("recipe="))
+    return [file for name in names for file in _with_defaults(name, folders)]
+
+
+def _with_defaults(recipe: str, folders: Sequence[Path]) -> Iterator[DictConfig]:
+    file = next((path for folder in folders if (path := folder / "recipe" / f"{recipe}.yaml").is_file()), None)
+    content = None if file is None else OmegaConf.load(file)
+    if not isinstance(content, DictConfig):
+        return  # Hydra will say so in its own words
+    for default in OmegaConf.select(content, "defaults") or ():
+        if isinstance(default, str) and default != "_self_":
+            yield from _with_defaults(Path(default).name, folders)
+    yield content
+
+
+def _settings(key: str, kind: type, files: Sequence[DictConfig], overrides: Sequence[str]) -> Iterator[Any]:
+    """What `key` is set to by each of the files and by the command line, where it is of this kind: of another kind the
+    schema says so."""
+    found = [OmegaConf.select(file, key, throw_on_resolution_failure=False) for file in files]
+    values = [
+        OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for value in found if value is not None
+    ]
+    for override in overrides:
         if override.lstrip("+").startswith(f"{key}="):
-            try:
-                [parsed] = OverridesParser.create().parse_overrides([override])
-                yield parsed.value()
-            except HydraException:
-                continue  # Hydra will say so in its own words
+            with contextlib.suppress(HydraException):  # Hydra will say so in its own words
+                values += [parsed.value() for parsed in OverridesParser.create().parse_overrides([override])]
+    yield from (value for value in values if isinstance(value, kind))
 
 
 def config_dirs(overrides: Sequence[str]) -> Iterator[Path]:
@@ -198,21 +206,6 @@ def config_dirs(overrides: Sequence[str]) -> Iterator[Path]:
         name, _, value = option.partition("=")
         if name in ("--config-dir", "-cd"):
             yield Path(value or (overrides[place + 1] if place + 1 < len(overrides) else ""))
-
-
-def _settings_of_file(key: str, recipe: str, folders: Sequence[Path]) -> Iterator[Any]:
-    file = next((path for folder in folders if (path := folder / "recipe" / f"{recipe}.yaml").is_file()), None)
-    if file is None:
-        return  # Hydra will say so in its own words
-    content = OmegaConf.load(file)
-    if not isinstance(content, DictConfig):
-        return
-    for default in OmegaConf.select(content, "defaults") or ():
-        if isinstance(default, str) and default != "_self_":
-            yield from _settings_of_file(key, Path(default).name, folders)
-    value = OmegaConf.select(content, key, throw_on_resolution_failure=False)
-    if value is not None:
-        yield OmegaConf.to_container(value, resolve=False) if OmegaConf.is_config(value) else value
 
 
 def chain_of(config: DictConfig) -> list[str]:
@@ -242,24 +235,26 @@ def follow_tables(config: DictConfig, steps: Mapping[str, Step]) -> None:
     what the command line gives the base would not be followed.
     """
     for step in sorted(steps.values(), key=lambda each: len(each.bases)):
-        hints = typing.get_type_hints(step.schema)
-        for name in _given(step) & set(config[step.name]):
-            _follow(config, step, name, hints[name])
+        given = _given(step)
+        for key in _tables(step.schema):
+            own = f"{step.name}.{key}"
+            if key.partition(".")[0] in given and not _is_reference(own, config):
+                both: dict[Any, Any] = {}
+                for table in (f"{step.bases[0].name}.{key}", own):
+                    both |= dict(OmegaConf.select(config, table).items_ex(resolve=False))
+                OmegaConf.update(config, own, both, merge=False, force_add=True)
 
 
-def _follow(config: DictConfig, step: Step, key: str, kind: Any) -> None:
-    own = f"{step.name}.{key}"
-    if _is_reference(own, config):
-        return
-    if typing.get_origin(kind) is dict:
-        both: dict[Any, Any] = {}
-        for table in (f"{step.bases[0].name}.{key}", own):
-            both |= dict(OmegaConf.select(config, table).items_ex(resolve=False))
-        OmegaConf.update(config, own, both, merge=False, force_add=True)
-    elif dataclasses.is_dataclass(kind):
-        for name, inner in typing.get_type_hints(kind).items():
-            if name in OmegaConf.select(config, own):
-                _follow(config, step, f"{key}.{name}", inner)
+@functools.cache
+def _tables(schema: type) -> tuple[str, ...]:
+    """Dotted keys of a dataclass's fields that are tables."""
+    found: list[str] = []
+    for name, kind in typing.get_type_hints(schema).items():
+        if typing.get_origin(kind) is dict:
+            found.append(name)
+        elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+            found += [f"{name}.{inner}" for inner in _tables(kind)]
+    return tuple(found)
 
 
 def _is_reference(key: str, config: DictConfig) -> bool:
