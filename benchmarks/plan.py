@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from minitron_nemo.recipe import OWN_STEPS, stage_module
 from minitron_nemo.shape import ModelShape
 from stages import Stages, begin
 
@@ -77,11 +78,11 @@ def overrides_of(case: str, *, nothing: bool, run_dir: Path) -> tuple[str, list[
 
 def measure(case: str, nothing: bool, run_dir: Path, output: Path) -> int:
     """Bytes, at most, within the steps, beyond what was there before the models."""
-    from minitron_nemo.nemo import survival
-    from minitron_nemo.stages import correct_teacher, distill  # noqa: F401  before the first look
+    from minitron_nemo.nemo import survival, trainer
 
     stages = stages_of(run_dir)
     section, overrides = overrides_of(case, nothing=nothing, run_dir=run_dir)
+    stage_module(OWN_STEPS[section].stage)  # imported before the first look
     before, found = _resident(), 0
 
     class Watching(survival.StopWhenAsked):
@@ -94,9 +95,7 @@ def measure(case: str, nothing: bool, run_dir: Path, output: Path) -> int:
             found = max(found, _peak())
             super().on_train_batch_end(*given, **named)
 
-    import minitron_nemo.nemo.trainer as trainer
-
-    trainer.StopWhenAsked = Watching  # type: ignore[attr-defined]
+    trainer.StopWhenAsked = Watching  # a callback of every training, which has no door for one more
     stages.stage(section, *overrides, output=str(output))
     return found - (0 if torch.cuda.is_available() else before)
 

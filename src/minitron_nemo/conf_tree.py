@@ -1,8 +1,9 @@
-"""Where the Hydra tree is, and which recipes it holds."""
+"""Where the Hydra tree is, which recipes it holds, and the groups of a composed one."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 WIRING = "wiring"
 """The file that every door composes a recipe over."""
@@ -17,3 +18,13 @@ def conf_dir() -> Path:
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in (conf_dir() / "recipe").glob("*.yaml"))
+
+
+def group_of(config: Any, name: str, kind: type) -> Any:
+    """A group at the top of a composed recipe (`slurm`) as its dataclass; its defaults where the recipe has none.
+
+    Raises: Mistake, OmegaConf's errors: a value of the wrong type or range.
+    """
+    from omegaconf import OmegaConf  # this module is at hand before anything is composed
+
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.get(name) or {}))

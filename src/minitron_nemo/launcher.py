@@ -8,16 +8,16 @@ from collections.abc import Sequence
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from minitron_nemo.checks import require
+from minitron_nemo.conf_tree import group_of
 from minitron_nemo.config.launcher import LOCAL, LauncherConfig
 
 
 def launcher_of(config: DictConfig) -> LauncherConfig:
     """Of a composed recipe; local in a process that is a rank already, whatever the recipe says."""
-    asked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LauncherConfig), config.launcher))
-    assert isinstance(asked, LauncherConfig)
+    asked: LauncherConfig = group_of(config, "launcher", LauncherConfig)
     return LauncherConfig(LOCAL) if "LOCAL_RANK" in os.environ else asked  # WORLD_SIZE some clusters set in every shell
 
 

@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from minitron_nemo.checks import Mistake, NothingThere, require
 from minitron_nemo.cluster import queue
 from minitron_nemo.cluster.render import StageJob, StageScript, render_chain
 from minitron_nemo.cluster.resources import of_step
+from minitron_nemo.conf_tree import group_of
 from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.run_record import ListedStep, read_steps, write_steps
 
@@ -44,26 +45,23 @@ def run(config: DictConfig, jobs: Sequence[StageJob], of_chain: Sequence[str] = 
         of_chain: names of all the recipe's steps, of which the jobs may be one.
     Raises: Mistake: a step of an earlier submission is still to be made there, or what `submit_chain` says.
     """
-    slurm = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SlurmConfig), config.get("slurm") or {}))
-    assert isinstance(slurm, SlurmConfig)
-    if not config.submit.dry_run:
-        require_sbatch()
-        require_image(slurm, [job.name for job in jobs])
-    others = [] if config.submit.dry_run else still_at_work(Path(config.run_dir))
+    slurm: SlurmConfig = group_of(config, "slurm", SlurmConfig)
+    if config.submit.dry_run:
+        for script in render_chain(config.run_dir, jobs, slurm, of_chain=of_chain):
+            print(f"rendered {script.path}")
+        print("Nothing was submitted: submit.dry_run=true.")
+        return
     names = {job.name for job in jobs}
+    require_sbatch()
+    require_image(slurm, sorted(names))
+    others = still_at_work(Path(config.run_dir))
     twice = [f"{job.name} ({job.job_id})" for job in others if job.name in names]
     require(
         not twice,
         f"run_dir={config.run_dir}: {', '.join(twice)} of an earlier submission waits or runs there. Wait for it, end "
         f"it with minitron cancel {config.run_dir}, or choose another run_dir.",
     )
-    scripts = render_chain(config.run_dir, jobs, slurm, of_chain=of_chain)
-    if config.submit.dry_run:
-        for script in scripts:
-            print(f"rendered {script.path}")
-        print("Nothing was submitted: submit.dry_run=true.")
-        return
-    submit_chain(scripts, beside=others)
+    submit_chain(render_chain(config.run_dir, jobs, slurm, of_chain=of_chain), beside=others)
     _, listed = read_steps(Path(config.run_dir)) or ("", [])
     steps = [step for step in listed if step.name in {job.name for job in others}]
     write_steps(config.run_dir, "submit", [*steps, *(ListedStep(job.name, job.stage, job.output) for job in jobs)])

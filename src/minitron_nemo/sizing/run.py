@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from minitron_nemo.checks import Mistake, require
 from minitron_nemo.cluster.resources import of_step, require_steps_among
+from minitron_nemo.conf_tree import group_of
 from minitron_nemo.config.plan import PlanConfig
 from minitron_nemo.config.slurm import SlurmConfig
 from minitron_nemo.recipe import Step, config_of
@@ -34,8 +34,8 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     Raises: Mistake: steps that their stages would refuse, all of them; or that do not fit, after the tables.
     """
     require(bool(steps), f"recipe {config.name} has no compress.steps; list the sections to run in order.")
-    plan: PlanConfig = _section(config, "plan", PlanConfig)
-    machine = Machine.of(plan, _section(config, "slurm", SlurmConfig))
+    plan: PlanConfig = group_of(config, "plan", PlanConfig)
+    machine = Machine.of(plan, group_of(config, "slurm", SlurmConfig))
     reckoned = reckon(config, steps, plan, machine)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for each in reckoned:
@@ -59,10 +59,6 @@ def run(config: DictConfig, steps: Sequence[Step]) -> None:
     )
 
 
-def _section(config: DictConfig, name: str, kind: type) -> Any:
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), config.get(name) or {}))
-
-
 def _machine_of(step: Step, slurm: SlurmConfig, machine: Machine) -> Machine:
     """With the ranks that `slurm.steps` gives the step."""
     own = of_step(slurm, step.name)
@@ -73,7 +69,7 @@ def reckon(config: DictConfig, steps: Sequence[Step], plan: PlanConfig, machine:
     """Of the steps that run a model. Raises: Mistake: all that their stages would refuse."""
     shapes = Shapes()
     found = [planned(step, config_of(step, config), shapes, plan) for step in steps]
-    slurm: SlurmConfig = _section(config, "slurm", SlurmConfig)
+    slurm: SlurmConfig = group_of(config, "slurm", SlurmConfig)
     require_steps_among(slurm, [step.name for step in steps])
     machines = {step.name: _machine_of(step, slurm, machine) for step in steps}
     refused: dict[str, list[str]] = {}
