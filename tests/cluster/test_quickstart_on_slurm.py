@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from minitron_nemo.artifact import open_artifact
 from support.artifacts import listing
+from support.door import minitron
 from support.slurm import ENDED, SingleNodeSlurm
 from support.tiny import TinyChain, quickstart_overrides, write_corpus, write_teacher
 
@@ -49,7 +49,7 @@ def test_a_submitted_quickstart_leaves_a_model_that_transformers_loads(
         "slurm.cpus_per_task=2",
         f"slurm.time={JOB_MINUTES}",
     ]
-    said = minitron("submit", *overrides)
+    said = submit(*overrides)
 
     jobs = json.loads((run_dir / "slurm" / "jobs.json").read_text())
     ids = [job["job_id"] for job in jobs]
@@ -84,17 +84,17 @@ def test_a_chain_submitted_again_starts_where_it_failed_and_a_stage_told_to_stop
         f"slurm.time={JOB_MINUTES}",
     ]
     try:
-        minitron("submit", *submitted, f"slurm.setup=['{fails}']")
+        submit(*submitted, f"slurm.setup=['{fails}']")
         ids = [job["job_id"] for job in json.loads((tiny_chain.run_dir / "slurm" / "jobs.json").read_text())]
         states = slurm_cluster.wait_for_jobs(ids)
         assert [states[job] for job in ids] == ["COMPLETED", "FAILED"], logs(tiny_chain.run_dir)
 
-        minitron("submit", *submitted, f"slurm.setup=['{begun}']")
+        submit(*submitted, f"slurm.setup=['{begun}']")
         ids = [job["job_id"] for job in json.loads((tiny_chain.run_dir / "slurm" / "jobs.json").read_text())]
         while not (tmp_path / "minitron-estimate_importance").exists():
             assert slurm_cluster.states(ids).get(ids[1]) not in ENDED, logs(tiny_chain.run_dir)
             time.sleep(0.2)
-        again = run("submit", *submitted)
+        again = minitron("submit", *submitted)
         assert again.returncode == 2, again.stdout
         assert f"estimate_importance ({ids[1]}) of an earlier submission waits or runs there" in again.stderr
         subprocess.run(["scancel", "--batch", "--signal=USR1", str(ids[1])], check=True)
@@ -138,7 +138,7 @@ def test_a_rank_that_is_killed_costs_its_job_only_what_came_after_the_last_check
     for name, output in outputs.items():  # one after the other, as both are the step `distill` of one run
         if ids:
             slurm_cluster.wait_for_jobs(list(ids.values()))
-        minitron("submit", *values, f"distill.output={output}")
+        submit(*values, f"distill.output={output}")
         (job,) = json.loads((chain / "slurm" / "jobs.json").read_text())
         ids[name] = job["job_id"]
     while not list(tmp_path.glob("killed.training/checkpoints/step-*")):
@@ -151,16 +151,9 @@ def test_a_rank_that_is_killed_costs_its_job_only_what_came_after_the_last_check
     assert killed.digest == undisturbed.digest
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`minitron`, as its users' shells run it; the jobs inherit its environment, as SLURM's do."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "minitron_nemo.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def minitron(*arguments: str) -> str:
+def submit(*values: str) -> str:
     """What it prints."""
-    done = run(*arguments)
+    done = minitron("submit", *values)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

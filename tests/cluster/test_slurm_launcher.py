@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from minitron_nemo.artifact import open_artifact
+from support.door import minitron
 from support.slurm import SingleNodeSlurm
 from support.tiny import TinyChain, search_command
 
-ROOT = Path(__file__).parents[2]
 JOB_MINUTES = 30
 INPUTS = {"correct_teacher": "corrected_teacher", "estimate_importance": "importance"}
 
 
 def submit(directory: Path, door: str, *values: str) -> None:
-    command = [sys.executable, "-m", "minitron_nemo.cli", door, "launcher=slurm", f"slurm.time={JOB_MINUTES}", *values]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=directory)
+    done = minitron(door, "launcher=slurm", f"slurm.time={JOB_MINUTES}", *values, cwd=directory)
     assert done.returncode == 0, done.stderr
 
 

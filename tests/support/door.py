@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from support.patience import LOOK_SECONDS, Patience, end
+from support.patience import LOOK_SECONDS, Patience, end, run_patiently
 
 TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
@@ -54,6 +54,12 @@ def environment() -> dict[str, str]:
     """A user's environment: this checkout's sources, nothing of a launcher, one thread a process."""
     variables = {name: value for name, value in os.environ.items() if name not in _OF_A_LAUNCHER}
     return variables | {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+
+
+def minitron(*command: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, as a shell runs it; what it submits inherits its environment."""
+    arguments = [sys.executable, "-m", "minitron_nemo.cli", *command]
+    return run_patiently(arguments, env=environment(), **{"stderr": subprocess.PIPE} | options)
 
 
 _TOLD_BY = "told to stop by "
