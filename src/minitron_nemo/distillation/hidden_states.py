@@ -106,7 +106,7 @@ class HiddenStateLosses(nn.Module):
             student.config,
             teacher.config,
             plan,
-            self._teacher_gammas(teacher),
+            (self._gammas(student, side=0), self._gammas(teacher, side=1)),
             stage=self._stage,
             like=next(student.parameters()),
         )
@@ -122,17 +122,18 @@ class HiddenStateLosses(nn.Module):
             if of_student == self._stage:
                 watch(student, pair.student, partial(self._see_student, index))
 
-    def _teacher_gammas(self, teacher: GPTModel) -> Tensor:
-        """Of each pair what the teacher's norm multiplies by, 1 in the stream itself: [pairs, h_teacher] float32.
+    def _gammas(self, model: GPTModel, side: int) -> Tensor:
+        """Of each pair what the student's (side 0) or the teacher's norm multiplies by, 1 in the stream itself:
+        [pairs, h] float32.
 
         Communicates: pp (sum), once.
         """
-        gammas = torch.zeros(len(self.pairs), teacher.config.hidden_size)
-        for gamma, pair, (_, of_teacher) in zip(gammas, self.pairs, self._stages, strict=True):
-            if of_teacher == self._stage:
-                found = gamma_at(teacher, pair.teacher)
+        gammas = torch.zeros(len(self.pairs), model.config.hidden_size)
+        for gamma, pair, stages in zip(gammas, self.pairs, self._stages, strict=True):
+            if stages[side] == self._stage:
+                found = gamma_at(model, (pair.student, pair.teacher)[side])
                 gamma.copy_(torch.ones_like(gamma) if found is None else found)
-        return all_reduce_sum(gammas.to(platform.device()), group=teacher.pg_collection.pp).cpu()
+        return all_reduce_sum(gammas.to(platform.device()), group=model.pg_collection.pp).cpu()
 
     # ---- one micro-batch -----------------------------------------------------------------------------------------
 

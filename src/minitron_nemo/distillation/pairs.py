@@ -50,6 +50,14 @@ class Reading:
             return 0
         return next((rank for rank, last in enumerate(_layers_up_to(config)) if self.layer < last), _stages(config) - 1)
 
+    def norm_cut_from(self, plan: PruningPlan) -> int | None:
+        """Of a student's state behind a norm: which of the teacher's that was, in the order of plan.norm_scale."""
+        if self.module not in _NORMS:
+            return None
+        behind_all = self.layer >= plan.target.num_layers
+        layer = plan.source.num_layers if behind_all else int(plan.layer[self.layer])
+        return 2 * layer + int(self.module == "mlp_norm")
+
 
 @dataclass(frozen=True)
 class Pair:

@@ -34,7 +34,7 @@ def build_projections(
     student: TransformerConfig,
     teacher: TransformerConfig,
     plan: PruningPlan | None,
-    gammas: Tensor,
+    gammas: tuple[Tensor, Tensor],
     *,
     stage: int,
     like: Tensor,
@@ -43,7 +43,8 @@ def build_projections(
 
     Args:
         pairs: all; `here`: those compared on this `stage`.
-        gammas: [pairs, h_teacher], what the teacher's norm multiplies each pair's state by, 1 in the stream itself.
+        gammas: [pairs, h_student] and [pairs, h_teacher], what the models' norms multiply each pair's states by, 1 in
+            the stream itself.
         like: has the dtype and device the projections get.
     Raises: ValueError: projection=none for unequal sizes, or a start from a plan that is not of these two models.
     """
@@ -59,12 +60,18 @@ def build_projections(
     projections = nn.ParameterDict()
     if kind == "none" or not projected:
         return projections
-    of_pairs = {pair.name: gamma for pair, gamma in zip(pairs, gammas, strict=True) if pair in projected}
-    starts = {SHARED: torch.stack(list(of_pairs.values())).mean(0)} if kind == "shared" else of_pairs
-    for number, (name, gamma) in enumerate(starts.items()):
+    names = [SHARED] if kind == "shared" else [pair.name for pair in projected]
+    for number, name in enumerate(names):
         if kind == "shared" or any(pair.name == name for pair in here):
-            from_plan = config.projection_init == "plan"
-            weight = _plan_weight(sizes, plan, gamma) if from_plan else _random_weight(sizes, number)
+            if config.projection_init == "plan":
+                starts = [
+                    _plan_weight(sizes, plan, pair, *of_pair)
+                    for pair, *of_pair in zip(pairs, *gammas, strict=True)
+                    if pair in projected and name in (SHARED, pair.name)
+                ]
+                weight = torch.stack(starts).mean(0)
+            else:
+                weight = _random_weight(sizes, number)
             parameter = nn.Parameter(weight.to(like))
             parameter.sequence_parallel = student.sequence_parallel  # type: ignore[attr-defined]
             projections[name] = parameter
@@ -83,11 +90,16 @@ def _random_weight(sizes: tuple[int, int], number: int) -> Tensor:
     return torch.randn(sizes, generator=generator) * sizes[0] ** -0.5
 
 
-def _plan_weight(sizes: tuple[int, int], plan: PruningPlan | None, gamma: Tensor) -> Tensor:
+def _plan_weight(
+    sizes: tuple[int, int], plan: PruningPlan | None, pair: Pair, of_student: Tensor, of_teacher: Tensor
+) -> Tensor:
     """The exact embedding: each student channel where the teacher has it, or along its direction in the basis.
 
-    Behind a norm the student's channels carry their gamma, a basis none (`axis_expressions.NormGamma`): there it takes
-    the teacher's, [h_teacher]. For several pairs it is their mean, and the start is not exact.
+    Behind norms that is diag(gamma_T) P diag(s / gamma_S), s what the cut scales the student's norm by. So whatever
+    gammas the student has: those of the norm it was cut from, 1 in a turned stream, other sizes after a refit. For
+    several pairs it is their mean, and the start is not exact.
+
+    Args: of_student, of_teacher: the pair's gammas, [h_student] and [h_teacher].
     """
     plan = require_plan(plan, "projection_init")
     planned = (plan.source.hidden_size, plan.target.hidden_size)
@@ -97,6 +109,8 @@ def _plan_weight(sizes: tuple[int, int], plan: PruningPlan | None, gamma: Tensor
         f"but the teacher has {sizes[0]} and the student {sizes[1]}. Distil from the model that was pruned, or set "
         "projection_init=random.",
     )
-    if plan.has_basis:
-        return gamma.unsqueeze(1) * plan.hidden
-    return torch.eye(sizes[0])[:, plan.hidden]
+    where = plan.hidden if plan.has_basis else torch.eye(sizes[0])[:, plan.hidden]
+    number = pair.student.norm_cut_from(plan)
+    scale = 1.0 if number is None or plan.norm_scale is None else float(plan.norm_scale[number])
+    silent = of_student == 0
+    return of_teacher.unsqueeze(1) * where * (scale / of_student.masked_fill(silent, scale))
