@@ -91,6 +91,8 @@ class Bench(Stages):
         shared = [
             f"distill.training.steps={steps}",
             "distill.training.validation_every=0",
+            "correct_teacher.training.steps=30",
+            "correct_teacher.training.optim.warmup_steps=5",
             "trainer.tensorboard=false",
             "estimate_importance.depth.greedy.metric=squared_error",
             f"estimate_importance.depth.greedy.drop={LAYERS - LAYERS_KEPT}",

@@ -160,15 +160,19 @@ class _Pen:
         self.write()
 
     def get_on(self, done: int, note: str) -> None:
-        record, now = self.record, time.time()
-        first = record.done is None
+        first = self.record.done is None
         if first:
             self.first_done = done - 1
+        self.record.done, self.record.note = done, note
+        self.go_on(at_once=first)
+
+    def go_on(self, *, at_once: bool = False) -> None:
+        record, now = self.record, time.time()
         record.longest = max(record.longest, now - record.updated)
-        record.done, record.note, record.updated = done, note, now
-        if done > self.first_done:
-            record.seconds_each = (now - self.since) / (done - self.first_done)
-        if first or now - self.written >= _WRITES_EVERY:
+        record.updated = now
+        if record.done is not None and record.done > self.first_done:
+            record.seconds_each = (now - self.since) / (record.done - self.first_done)
+        if at_once or now - self.written >= _WRITES_EVERY:
             self.write()
 
     def write(self) -> None:
@@ -237,8 +241,7 @@ def gets_on(label: str, done: int, total: int, note: str = "") -> None:
 def is_at_work() -> None:
     """Something has been done that is not counted, a validation's micro-batch between two steps for instance."""
     for pen in _pen:
-        if pen.record.done is not None:
-            pen.get_on(pen.record.done, pen.record.note)
+        pen.go_on()
 
 
 def _words(error: BaseException) -> str:

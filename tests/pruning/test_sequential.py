@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from megatron.core import parallel_state
 from test_compensation import MASK, TOKENS, Weights, assert_same_choice, calibration, full_weights
 from torch import Tensor
 
+from minitron_nemo import run_record
 from minitron_nemo.axes import norm_number, norm_of
 from minitron_nemo.axis_expressions import norm_gamma
 from minitron_nemo.config.pruning import SequentialConfig
@@ -22,6 +24,7 @@ from minitron_nemo.plan import PruningPlan
 from minitron_nemo.pruning import plan_from_importance, prune_into
 from minitron_nemo.pruning.composition import split
 from minitron_nemo.pruning.sequential import SequentialRefit, refit_sequentially
+from minitron_nemo.run_record import recording
 from minitron_nemo.shape import ModelShape
 from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, fuse_norms, run_gpt, smaller
@@ -289,6 +292,30 @@ def test_where_nothing_is_dropped_no_bit_changes(shape: ModelShape) -> None:
     found = refit_sequentially(model, plan, Groups.from_megatron(), calibration(model))
     for name, full in full_weights(student_of(model, found), shape).items():
         assert torch.equal(full, expected[name]), name
+
+
+def record_of_a_refit(output: Path) -> tuple[list[str], tuple[str, int | None, int | None] | None]:
+    """What was counted, in order, and what the record says in the end, of rank 0."""
+    counted: list[str] = []
+    with recording("prune", output, of_chain=False), pytest.MonkeyPatch.context() as patch:
+        gets_on = run_record.gets_on
+
+        def listen(label: str, done: int, *rest: Any) -> None:
+            counted.append(f"{label} {done}")
+            gets_on(label, done, *rest)
+
+        patch.setattr(run_record, "gets_on", listen)
+        refitted("layers, channels")
+        (pen,) = run_record._pen or [None]
+        return counted, pen and (pen.record.label, pen.record.done, pen.record.total)
+
+
+@pytest.mark.parametrize("layout", ["single", "pp2"])
+def test_a_refit_says_how_many_layers_are_done(ranks: Ranks, layout: str, tmp_path: Path) -> None:
+    (counted, record), *_ = ranks(layout).run(record_of_a_refit, tmp_path / "student")
+    layers = [f"refitting layers {done}" for done in range(1, len(KEPT) + 1)]
+    assert counted == (layers if layout == "single" else [*layers[:2], layers[-1]])  # a stage's layers at once
+    assert record == ("refitting layers", len(KEPT), len(KEPT))
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from minitron_nemo import run_record
 from minitron_nemo.activations.hooks import evaluating, hooks_until_the_end, on_input
 from minitron_nemo.activations.routing import Routing
 from minitron_nemo.activations.tokens import AnnouncedBatch, mark_tokens_over
@@ -38,9 +39,10 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
 from minitron_nemo.least_squares.elimination import inputs_of
 from minitron_nemo.least_squares.fits import Refit, eliminate_and_refit, refit
-from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects
+from minitron_nemo.parallel import Groups, all_gather_shards, gather_objects, is_rank_zero
 from minitron_nemo.places import READERS, in_layer
 from minitron_nemo.plan import PruningPlan, axes_of
+from minitron_nemo.progress import Reporter
 from minitron_nemo.pruning.second_moments import CalibrationPass, DenseInput, ExpertInputs, announced_batch
 from minitron_nemo.shape import DIM_OF_AXIS
 from minitron_nemo.weights import bare_gpt
@@ -174,16 +176,19 @@ def _compensate_layers(
                 inputs += _watch(layer, axes, plan, groups, current, handles)
         run(announce)
     local: list[Outcome] = []
-    while inputs:  # a linear's moment is freed when it is refitted
-        axis, index, seen = inputs.pop(0)
-        if isinstance(seen, DenseInput):
-            whole, moment = _Linear(axis, index, None, seen.name, seen.gather_weight()), seen.merge_over_ranks()
-            choice = _choose(whole, moment, plan, config)
-            outcome, full = _refit(whole, moment, _gather_first_choice(choice.kept, groups), choice, plan, config)
-            seen.set_weight(full)
-            local.append(outcome)
-        else:
-            local += refit_experts(seen, plan, groups, config)
+    total = len(inputs)
+    with Reporter("refitting linears", total, show=is_rank_zero()) as reporter:
+        while inputs:  # a linear's moment is freed when it is refitted
+            axis, index, seen = inputs.pop(0)
+            if isinstance(seen, DenseInput):
+                whole, moment = _Linear(axis, index, None, seen.name, seen.gather_weight()), seen.merge_over_ranks()
+                choice = _choose(whole, moment, plan, config)
+                outcome, full = _refit(whole, moment, _gather_first_choice(choice.kept, groups), choice, plan, config)
+                seen.set_weight(full)
+                local.append(outcome)
+            else:
+                local += refit_experts(seen, plan, groups, config)
+            reporter.update(total - len(inputs))
     everyone: dict[tuple[int, int, int], Outcome] = {}
     of_stage = [outcome for outcomes in gather_objects(local, group=groups.ep) for outcome in outcomes]
     for outcomes in gather_objects(of_stage, group=groups.pp):
@@ -234,6 +239,7 @@ def refit_experts(seen: ExpertInputs, plan: PruningPlan, groups: Groups, config:
     assert plan.expert is not None
     outcomes, tokens = [], seen.tokens_over_ranks()
     for expert in range(plan.source.num_moe_experts or 0):
+        run_record.is_at_work()
         moment = seen.merge_over_ranks(expert)  # every rank takes part, whoever holds the expert
         if expert not in plan.expert[seen.index]:
             continue

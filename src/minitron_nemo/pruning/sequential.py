@@ -35,7 +35,7 @@ from minitron_nemo.checks import require
 from minitron_nemo.config.pruning import CompensationConfig, SequentialConfig
 from minitron_nemo.least_squares.elimination import inputs_of
 from minitron_nemo.least_squares.fits import eliminate_and_refit, refit
-from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, told_by
+from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, is_rank_zero, told_by
 from minitron_nemo.places import (
     EXPERT,
     FINAL_NORM,
@@ -52,6 +52,7 @@ from minitron_nemo.places import (
     with_layer,
 )
 from minitron_nemo.plan import PruningPlan
+from minitron_nemo.progress import Reporter
 from minitron_nemo.pruning.compensation import (
     is_cut,
     pools_of,
@@ -150,19 +151,23 @@ def refit_sequentially(
     stream = KeptStream(plan.hidden, plan.source.hidden_size, next(gpt.parameters()).device)
     with evaluating(gpt):
         streams = capture(gpt, list(dropped_runs(plan)), groups, run, stream.within, config.held_out)
-        mine = _Stage(gpt, plan, groups, stream, streams, config)
         places: list[RefittedPlace] = []
         kept: list[Kept] = []
         exponents: dict[str, Tensor] = {}
-        for stage in range(group_size(groups.pp)):
-            problem = mine.problem_of_refitting() if stage == group_rank(groups.pp) else None
-            said = problem, mine.places, mine.kept, mine.exponents
-            problem, of_stage, kept_there, exponents_there = told_by(said, source=stage, group=groups.pp)
-            require(problem is None, problem or "")
-            exponents |= exponents_there
-            places += of_stage
-            kept.append(kept_there)
-            streams.hand_student_over(stage, groups)
+        with Reporter("refitting layers", len(plan.layer), show=is_rank_zero()) as reporter:
+            mine, layers = _Stage(gpt, plan, groups, stream, streams, config, reporter.update), 0
+            for stage in range(group_size(groups.pp)):
+                problem = mine.problem_of_refitting() if stage == group_rank(groups.pp) else None
+                said = problem, mine.places, mine.kept, mine.exponents, mine.layers
+                problem, of_stage, kept_there, exponents_there, done = told_by(said, source=stage, group=groups.pp)
+                require(problem is None, problem or "")
+                exponents |= exponents_there
+                places += of_stage
+                kept.append(kept_there)
+                layers += done
+                if stage > 0:
+                    reporter.update(layers)
+                streams.hand_student_over(stage, groups)
     return SequentialRefit(_plan_of(plan, kept), tuple(places), mine.output, exponents)
 
 
@@ -205,8 +210,16 @@ class _Stage:
         stream: KeptStream,
         streams: TwoStreams,
         config: SequentialConfig,
+        gets_on: Callable[[int], None],
     ) -> None:
+        """
+        Args:
+            gets_on: told how many layers are done, after each.
+        """
         self._gpt, self._plan, self._groups, self._config = gpt, plan, groups, config
+        self._gets_on = gets_on
+        self.layers = 0
+        """How many were refitted."""
         self._stream, self._streams = stream, streams
         self._parameters = local_parameters(gpt)
         self.places: list[RefittedPlace] = []
@@ -233,6 +246,8 @@ class _Stage:
             self._streams.advance_teacher(partial(_through, runs[0]))
         for layer, *dropped in runs[1:]:
             self._refit_layer(layer, dropped)
+            self.layers += 1
+            self._gets_on(self.layers)
         final = final_norm_in(self._gpt)
         if final is not None:
             self._refit_output(final)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minitron_nemo import run_record
 from minitron_nemo.activations.hooks import hooks_until_the_end, on_output
 from minitron_nemo.activations.tokens import AnnouncedBatch, TokenMask, mark_tokens_over
 from minitron_nemo.parallel import Groups, gather_objects, group_rank, group_size, receive_from, send_to
@@ -64,6 +65,7 @@ class TwoStreams:
         for batch in self._batches:
             current.announce(batch.mask)
             yield batch, batch.teacher.to(self._device), batch.student.to(self._device), current
+            run_record.is_at_work()
 
     def advance_teacher(self, through: Callable[[Tensor, dict[str, Any]], Tensor]) -> None:
         for batch in self._batches:
