@@ -164,6 +164,7 @@ def build_trainer(
         **config.of_model,
         pipeline_dtype=dtype,
         process_group_backend=platform.backend(),
+        use_gloo_process_groups=False,  # `use_layout` builds none
         timeout=config.distributed_timeout,
         cluster_environment=_StandingProcesses(),
         ddp=DistributedDataParallelConfig(

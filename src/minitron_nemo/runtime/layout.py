@@ -60,11 +60,13 @@ def use_layout(layout: Layout, *, seed: int) -> None:
     require_world_holds(layout, dist.get_world_size())
     if not _stands(layout):
         # Groups are kept from stage to stage: Megatron forgets old ones without closing them, and each gloo group has
-        # a thread that wakes a hundred times a second.
+        # a thread that wakes a hundred times a second. Those of gloo beside the backend's own are asked for by no
+        # checkpoint that is written here, and would open a connection to every data-parallel rank for each of them.
         parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
             **layout.sizes,
             distributed_timeout_minutes=layout.distributed_timeout_minutes,
+            create_gloo_process_groups=False,
         )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
