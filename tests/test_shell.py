@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CONSTRAINTS = (ROOT / "constraints" / "cpu.txt").read_text()
+INSTALLED, LEFT_OUT = ("cpu.txt", "cpu-tests.txt"), "cpu-unused.txt"
+"""What `make` installs of constraints/ for a CPU, and what it leaves out."""
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +59,55 @@ def test_the_wheel_carries_nothing_but_the_package(wheel_names: set[str]) -> Non
     }
 
 
-def test_every_dependency_is_pinned_within_its_range() -> None:
-    pins = {canonicalize_name(pin.name): pin for pin in map(Requirement, pin_lines())}
-    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+def test_what_is_installed_asks_for_nothing_but_pins_and_what_is_left_out() -> None:
+    """No resolver has a word in it: the pins are whole on this interpreter, each within the range that asks for it."""
+    pinned = pins(*INSTALLED, LEFT_OUT)
+    asked = {("minitron-nemo", line) for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"])}
+    reached: set[str] = set()
+    while asked:
+        by, line = asked.pop()
         needed = Requirement(line)
-        pin = pins[canonicalize_name(needed.name)]
-        (pinned,) = pin.specifier
-        assert pinned.operator == "==", f"{pin} is not a pin"
-        assert needed.specifier.contains(pinned.version), f"{pin} lies outside {needed}"
+        name = canonicalize_name(needed.name)
+        assert name in pinned, f"{by} asks for {line}, of which constraints/ has no pin"
+        assert needed.specifier.contains(pinned[name]), f"{name}=={pinned[name]}: {by} asks for {line}"
+        for extra in {"", *needed.extras} if name not in pins(LEFT_OUT) else ():
+            if f"{name}[{extra}]" not in reached:
+                reached.add(f"{name}[{extra}]")
+                asked |= {(name, each) for each in metadata.requires(name) or () if applies(each, extra)}
+    needless = pins(*INSTALLED).keys() - {each.partition("[")[0] for each in reached} - {"setuptools"}
+    assert not needless, "installed, and nothing asks for it"
+
+
+def applies(line: str, extra: str) -> bool:
+    """Whether a line is asked for on this machine; CUDA's libraries come with the torch that was built for them."""
+    needed = Requirement(line)
+    cuda = re.match(r"nvidia-(?!ml-py|modelopt)|cuda-toolkit", needed.name)
+    return not cuda and (needed.marker is None or needed.marker.evaluate({"extra": extra}))
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="an environment that make did not make may have more")
+def test_what_is_left_out_is_not_there() -> None:
+    """The rest of the suite is the proof that nothing imports it."""
+    there = {canonicalize_name(each.metadata["Name"]) for each in metadata.distributions()}
+    with_cuda = {"cuda-bindings", "cuda-pathfinder"}  # which a torch that was built for it brings
+    assert not there & (pins(LEFT_OUT).keys() - with_cuda)
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12"])
+def test_every_interpreter_has_one_pin_of_a_package(version: str) -> None:
+    names = [canonicalize_name(each.name) for each in pin_lines(*INSTALLED, LEFT_OUT) if holds(each, version)]
+    assert sorted(names) == sorted(set(names))
+    for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]):
+        needed = Requirement(line)
+        pinned = pins(*INSTALLED, version=version)[canonicalize_name(needed.name)]
+        assert needed.specifier.contains(pinned), f"Python {version}: {needed.name}=={pinned} lies outside {needed}"
 
 
 def test_pins_hold_on_every_machine() -> None:
-    for line in pin_lines():
-        assert "+" not in line, f"{line}: a local version exists in one build only"
-        assert "@" not in line and "/" not in line, f"{line}: a place, not a version"
+    for each in pin_lines(*INSTALLED, LEFT_OUT):
+        (pinned,) = each.specifier
+        assert pinned.operator == "==" and each.url is None, f"{each} is not a pin"
+        assert "+" not in pinned.version, f"{each}: a local version exists in one build only"
 
 
 @pytest.mark.parametrize("answer", ["exit 1", "exit 127"], ids=["too old", "not there"])
@@ -87,7 +125,8 @@ def test_make_names_the_python_it_needs(tmp_path: Path, answer: str) -> None:
 @pytest.mark.parametrize("target", ["quickstart", "test", "lint", "bench", "docs"])
 def test_every_target_sets_itself_up(tmp_path: Path, target: str) -> None:
     planned = make("--dry-run", target, f"VENV={tmp_path / 'venv'}").stdout
-    assert "-m venv" in planned and "-e '.[dev]'" in planned
+    assert "-m venv" in planned and "-e ." in planned
+    assert target == "quickstart" or "constraints/cpu-tests.txt" in planned or "-e '.[dev]'" in planned
 
 
 def test_every_link_in_the_documents_leads_somewhere() -> None:
@@ -110,8 +149,23 @@ def headings(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def pin_lines() -> list[str]:
-    return [line for line in CONSTRAINTS.splitlines() if line and not line.startswith("#")]
+def pin_lines(*files: str) -> list[Requirement]:
+    lines = [line for file in files for line in (ROOT / "constraints" / file).read_text().splitlines()]
+    return [Requirement(line) for line in lines if line and not line.startswith("#")]
+
+
+def holds(pin: Requirement, version: str) -> bool:
+    return pin.marker is None or pin.marker.evaluate({"python_version": version})
+
+
+def pins(*files: str, version: str = f"{sys.version_info[0]}.{sys.version_info[1]}") -> dict[str, str]:
+    """Version of each package that is pinned for an interpreter."""
+    found = {}
+    for each in pin_lines(*files):
+        if holds(each, version):
+            (pinned,) = each.specifier
+            found[canonicalize_name(each.name)] = pinned.version
+    return found
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:
