@@ -13,7 +13,6 @@
 #                     bench-bridge, bench-both-lines, bench-build-memory, bench-search,
 #                     bench-search-space, bench-plan, bench-scale, bench-throughput, bench-overhead, bench-real-surgery,
 #                     bench-long-distillation;
-#                     bench-long-distillation;
 #                     with its options: make bench-search ARGS='--save --run-dir runs/search';
 #                     beside another version of the project: make bench-start BEFORE=<revision>, bench-same-student
 #   make gpu-check    the limits that only an accelerator can measure (benchmarks/gpu_check.py); make gpu-check-tiny runs
