@@ -53,7 +53,7 @@ BATCH = {"quickstart": 16, "real": 4}
 HELD_OUT = {"quickstart": 256, "real": 48}
 STEPS = {"quickstart": 60, "real": 20}
 BYTES, NATS, FORWARDS = 64, 0.01, 1.1
-"""Limits of the sampled store: bytes a token, what its students may end above the live teacher's, and cost of writing."""
+"""Limits of the sampled store: bytes a token, what its students may end above the live teacher's, cost of writing."""
 DIVERGENCE = "distill.distillation.divergence."
 
 
