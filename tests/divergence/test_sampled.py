@@ -94,7 +94,7 @@ def test_a_token_is_drawn_as_often_as_its_probability_says_rounded_up_or_down() 
 
 
 def test_the_likeliest_token_is_the_one_drawn_most_often() -> None:
-    teacher = SampledTeacher(torch.tensor([[1, 4, 4, 7], [2, 2, 7, 7]]), torch.zeros(2))
+    teacher = SampledTeacher(torch.tensor([[1, 4, 4, 7], [2, 2, 2, 7]]), torch.zeros(2))
     student = torch.nn.functional.one_hot(torch.tensor([4, 7]), SIZE).float()
     assert top_1_agreement(student, teacher, WHOLE).tolist() == [1.0, 0.0]
 

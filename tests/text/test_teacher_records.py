@@ -87,7 +87,7 @@ def test_draws_that_are_written_are_read(tmp_path: Path, vocab_size: int) -> Non
 
 def test_draws_take_at_most_64_bytes_a_token_where_text_is_as_uncertain_as_text_is() -> None:
     """A vocabulary of 49152 with Zipf's law behind the likeliest token, which has half of the mass: 3.6 nats."""
-    format = asked_format(TeacherLogitsConfig(), 49_152)
+    format = asked_format(TeacherLogitsConfig(method="sampled"), 49_152)
     generator, vocabulary = torch.Generator().manual_seed(8), Vocabulary.split(49_152, None, None)
     logits = -torch.arange(1, 49_153).double().log()
     logits[0] = logits[1:].logsumexp(0)
@@ -195,3 +195,8 @@ def test_offsets_are_the_sample_s_own_for_ever() -> None:
         format.offsets(7), format.offsets(8)
     )
     assert ((format.offsets(7) >= 0) & (format.offsets(7) < 1)).all()
+
+
+def test_an_unknown_method_is_named() -> None:
+    with pytest.raises(ValueError, match=r"teacher_logits.method=sample is not known; .*sampled"):
+        TeacherLogitsConfig(method="sample")

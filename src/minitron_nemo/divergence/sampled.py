@@ -83,7 +83,7 @@ class SampledTeacher(KnownTeacher):
         return divergence, gradient
 
     def likeliest(self, vocabulary: Vocabulary) -> Tensor:
-        """The token drawn most often, of several the first."""
+        """The token drawn most often; of several, one of them."""
         return self.indices.long().mode(-1).values
 
     def require_fits(self, tokens: torch.Size, config: DivergenceConfig) -> None:
@@ -127,12 +127,12 @@ def _draws_of_chunk(
     group = vocabulary.group
     answer = tempered(scores(logits, config.teacher_logit_scale, config.teacher_softcap), config.temperature)
     top = all_reduce_max(row_max(answer).clamp_min(torch.finfo(answer.dtype).min), group=group)
-    below_top = answer - top.unsqueeze(-1)
+    below_top = (answer - top.unsqueeze(-1)).clamp_min_(-FURTHEST)  # exp of which is 0, and 0 times which is
     exponentials = below_top.exp()
+    weighted = torch.linalg.vecdot(exponentials, below_top).double()
     # float64: in float32 the rounding of a sum over 128k tokens is as large as the probability of many.
-    cumulated = exponentials.cumsum(-1, dtype=torch.float64)
+    cumulated = exponentials.double().cumsum_(-1)  # which may be in the place of the exponentials
     mass = cumulated[:, -1] if vocabulary.local > 0 else cumulated.new_zeros(len(logits))
-    weighted = torch.where(exponentials > 0, exponentials * below_top, 0.0).sum(-1, dtype=torch.float64)
     masses, weighted_sums = torch.stack(all_gather_shards(torch.stack([mass, weighted]), group=group), -1)  # [n, tp]
     ends = masses.cumsum(-1)
     total = ends[:, -1]
