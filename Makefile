@@ -10,7 +10,7 @@
 #   make bench        every benchmark, each with the question it answers; one alone: make bench-importance,
 #                     bench-importance-layouts, bench-surgery, bench-ranking, bench-local-attention, bench-divergence,
 #                     bench-distill-step, bench-paper-in-small, bench-calibrated, bench-calibration-cost, bench-basis-variants,
-#                     bench-bridge, bench-both-lines, bench-build-memory, bench-search,
+#                     bench-bridge, bench-both-lines, bench-build-memory, bench-search, bench-store,
 #                     bench-search-space, bench-plan, bench-scale, bench-throughput, bench-overhead, bench-real-surgery,
 #                     bench-long-distillation;
 #                     with its options: make bench-search ARGS='--save --run-dir runs/search';

@@ -28,7 +28,7 @@ from minitron_nemo.distillation.teacher_student import TeacherStudent, adjust_te
 from minitron_nemo.divergence.fused_linear import OutputHead
 from minitron_nemo.divergence.top_k import STORED
 from minitron_nemo.parallel import Groups
-from minitron_nemo.text.teacher_store import StoreFormat
+from minitron_nemo.text.teacher_records import TopKFormat
 from minitron_nemo.weights import stream_full_parameters
 from support.gathering_attention import build_context_parallel_gpt, positions_on
 from support.megatron import TINY, build_gpt, causal_mask, run_gpt, smaller
@@ -38,7 +38,7 @@ TEACHER = TINY
 STUDENT = smaller(TINY, num_layers=2, hidden_size=16, ffn_hidden_size=28, num_attention_heads=4)
 REAL_VOCABULARY = 61  # of 66 padded
 MICRO_BATCHES, B, S, K = 2, 2, 8, 5
-FORMAT = StoreFormat(k=K, seq_length=S, vocab_size=REAL_VOCABULARY, precision="float32", temperature=2.0, softcap=9.0)
+FORMAT = TopKFormat(k=K, seq_length=S, vocab_size=REAL_VOCABULARY, precision="float32", temperature=2.0, softcap=9.0)
 BUCKET = DistillationConfig(FORMAT.divergence, cross_entropy_weight=0.3)
 RENORMALISED = DistillationConfig(  # at another temperature than what was stored
     DivergenceConfig(kind="top_k", k=K, tail="renormalised", temperature=0.5, teacher_softcap=9.0)
@@ -248,9 +248,9 @@ def test_a_sample_has_the_same_loss_in_any_batch_and_on_any_layout(
 
 def test_what_is_not_stored_cannot_be_asked_for() -> None:
     hidden = DistillationConfig(FORMAT.divergence, hidden_states=HiddenStateConfig(enabled=True))
-    with pytest.raises(ValueError, match=r"hidden_states.enabled=true needs .* only its likeliest tokens are stored"):
+    with pytest.raises(ValueError, match=r"hidden_states.enabled=true needs .* only a few of its tokens are stored"):
         require_stored_is_enough(hidden)
-    with pytest.raises(ValueError, match=r"divergence.kind=forward_kl needs all; use divergence.kind=top_k"):
-        require_stored_is_enough(DistillationConfig())
+    with pytest.raises(ValueError, match=r"divergence.kind=reverse_kl needs all; use divergence.kind=forward_kl"):
+        require_stored_is_enough(DistillationConfig(DivergenceConfig(kind="reverse_kl")))
     with pytest.raises(ValueError, match=r"teacher_lr=0.001 needs the teacher's weights, .* Set it to 0"):
         require_stored_is_enough(DistillationConfig(FORMAT.divergence, teacher_lr=1e-3))

@@ -1,14 +1,11 @@
-"""Claims about the stored teacher: what is on disk, that a kill costs little, and that a distillation reads it."""
+"""Claims about the stored teacher: that a kill costs little, and that a distillation reads it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import os
-import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,19 @@ from minitron_nemo.config.data import DataConfig
 from minitron_nemo.config.distillation import DistillationConfig, DivergenceConfig, HiddenStateConfig
 from minitron_nemo.config.trainer import TrainerConfig
 from minitron_nemo.config.training import OptimConfig, TrainingConfig
+from minitron_nemo.distillation.stored_teacher import StoredTeacher
 from minitron_nemo.distillation.teacher import LiveTeacher
 from minitron_nemo.distillation.teacher_student import TeacherStudent
-from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS, TAIL_MASS, TopKTeacher
+from minitron_nemo.divergence.sampled import DRAWS, STORED_DRAWS
+from minitron_nemo.divergence.top_k import INDICES, LOG_PROBS
 from minitron_nemo.runtime.layout import prepare_layout
 from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.shape import ModelShape
 from minitron_nemo.stages import distill, teacher_logits
 from minitron_nemo.text.blend import open_blend
 from minitron_nemo.text.stored_samples import StoredSamples, samples_of, stored_sources
-from minitron_nemo.text.teacher_store import Shards, StoreFormat, TeacherStore
+from minitron_nemo.text.teacher_records import SampledFormat, TopKFormat
+from minitron_nemo.text.teacher_store import Shards, TeacherStore
 from support.artifacts import change_manifest, full_disk
 from support.gathering_attention import build_context_parallel_gpt
 from support.megatron import TINY, TINY_EXPERTS, build_gpt, smaller
@@ -45,77 +45,10 @@ K, SAMPLES, PER_SHARD = 7, 18, 4  # five shards, the last of two samples
 STEPS = 3
 DENSE = smaller(TINY, padded_vocab_size=VOCAB_SIZE)
 EXPERTS = smaller(TINY_EXPERTS, padded_vocab_size=VOCAB_SIZE)
-SMALL = Shards(Path(), StoreFormat(K, SEQ_LENGTH, VOCAB_SIZE, "float32", samples_per_shard=2), num_samples=6)
+TINY_FORMAT = {"seq_length": SEQ_LENGTH, "vocab_size": VOCAB_SIZE, "samples_per_shard": 2}
+SMALL = Shards(Path(), TopKFormat(k=K, precision="float32", **TINY_FORMAT), num_samples=6)
+DRAWN = Shards(Path(), SampledFormat(draws=24, **TINY_FORMAT), num_samples=6)
 TOP_K = DivergenceConfig(kind="top_k", k=K)
-
-
-# ---- on disk ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("vocab_size", "limit"), [(32_000, 300), (128_256, 300), (256_000, 300)])
-def test_a_token_takes_at_most_300_bytes(vocab_size: int, limit: int) -> None:
-    config = teacher_logits.TeacherLogitsConfig()
-    assert StoreFormat(config.k, 4096, vocab_size, config.precision).bytes_per_token <= limit
-
-
-def random_answer(samples: int, format: StoreFormat) -> TopKTeacher:
-    generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(samples, format.seq_length, format.k + 1, generator=generator)
-    log_probs = logits.log_softmax(-1)
-    indices = torch.randint(format.vocab_size, log_probs[..., 1:].shape, generator=generator)
-    indices[0, 0, 0] = format.vocab_size - 1
-    return TopKTeacher(indices, log_probs[..., 1:], log_probs[..., 0])
-
-
-@pytest.mark.parametrize("vocab_size", [1 << 16, (1 << 16) + 1, (1 << 24) + 1])
-@pytest.mark.parametrize("precision", ["float16", "float32"])
-def test_what_is_written_is_read(tmp_path: Path, vocab_size: int, precision: str) -> None:
-    format = StoreFormat(3, 5, vocab_size, precision, samples_per_shard=2)
-    shards, answer = Shards(tmp_path, format, num_samples=3), random_answer(3, format)
-    records = format.encode(answer)
-    shards.write(0, records[:2])
-    shards.write(1, records[2:])
-    for sample in range(3):
-        read = shards.read(sample)
-        assert torch.equal(read[INDICES].long(), answer.indices[sample])
-        expected = answer.log_probs[sample].to(getattr(torch, precision))
-        assert read[LOG_PROBS].dtype == expected.dtype and torch.equal(read[LOG_PROBS], expected)
-        assert_close(read[TAIL_MASS], answer.log_tail_mass[sample].exp(), rtol=1e-6, atol=0)
-    size = sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert size == 3 * 5 * format.bytes_per_token
-
-
-def test_a_shard_that_was_being_written_when_killed_does_not_count(tmp_path: Path) -> None:
-    format = StoreFormat(3, 5, 100, samples_per_shard=1)
-    shards, records = Shards(tmp_path, format, num_samples=2), format.encode(random_answer(2, format))
-    child = os.fork()
-    if child == 0:  # killed when the second shard's bytes are in their file
-        shards.write(0, records[:1])
-        os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
-        shards.write(1, records[1:])
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert [file.name for file in sorted(tmp_path.iterdir())] == ["shard-000000.bin", "shard-000001.partial"]
-    assert shards.missing() == [1]
-    shards.write(1, records[1:])
-    assert shards.missing() == []
-
-
-@pytest.mark.parametrize("damage", ["cut short", "gone"])
-def test_a_damaged_store_is_refused(tmp_path: Path, damage: str) -> None:
-    format = StoreFormat(3, 5, 100, samples_per_shard=2)
-    shards = Shards(tmp_path, format, num_samples=3)
-    shards.write(0, format.encode(random_answer(2, format)))
-    shards.write(1, format.encode(random_answer(1, format)))
-    shards.require_whole(key="store")
-    if damage == "gone":
-        shards.path(1).unlink()
-    else:
-        os.truncate(shards.path(1), shards.bytes([1]) - 1)
-    found = "is not there" if damage == "gone" else f"has {shards.bytes([1]) - 1} bytes"
-    expected = f"shard-000001.bin {found}, and {shards.bytes([1])} bytes belong there: store={tmp_path} is damaged"
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        shards.require_whole(key="store")
 
 
 # ---- the teacher's pass ----------------------------------------------------------------------------------------------
@@ -135,6 +68,7 @@ def trainer(**values: Any) -> TrainerConfig:
 def write_store(run: TinyRun, output: str, rows: int = 1, **values: Any) -> None:
     config = {
         "model": run.teacher,
+        "method": "top_k",
         "k": K,
         "precision": "float32",
         "num_samples": SAMPLES,
@@ -146,19 +80,19 @@ def write_store(run: TinyRun, output: str, rows: int = 1, **values: Any) -> None
     teacher_logits.run(teacher_logits.TeacherLogitsConfig(**config | values))
 
 
-def write_until_the_first_shard_is_there(run: TinyRun, output: str) -> None:
+def write_until_the_first_shard_is_there(run: TinyRun, output: str, method: str = "top_k") -> None:
     """Every rank stops in the middle of its second shard."""
     write = Shards.write
 
-    def stops(self: Shards, shard: int, records: np.ndarray) -> None:
+    def stops(self: Shards, shard: int, records: list[bytes]) -> None:
         if shard >= 2:
-            self.path(shard).with_suffix(".partial").write_bytes(records.tobytes()[:100])
+            self.path(shard).with_suffix(".partial").write_bytes(records[0][:100])
             raise KeyboardInterrupt
         write(self, shard, records)
 
     with pytest.MonkeyPatch.context() as changed, contextlib.suppress(KeyboardInterrupt):
         changed.setattr(Shards, "write", stops)
-        write_store(run, output)
+        write_store(run, output, method=method)
 
 
 def answers_in(output: str) -> dict[str, Tensor]:
@@ -174,12 +108,49 @@ def store(ranks: Ranks, tiny_run: TinyRun) -> str:
     return output
 
 
+def assert_same_answers(found: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    assert found.keys() == reference.keys()
+    for key, value in found.items():
+        if key in (INDICES, DRAWS):
+            assert (value == reference[key]).double().mean() > 0.999  # a sum in another order may swap two equals
+        else:
+            # float32 sums in another order; half precision, which rounds them
+            assert_close(value, reference[key], rtol=1e-4 if value.dtype == torch.float32 else 1e-3, atol=1e-5)
+
+
 def assert_same_store(output: str, expected: str) -> None:
-    found, reference = answers_in(output), answers_in(expected)
-    for key in (LOG_PROBS, TAIL_MASS):
-        assert_close(found[key], reference[key], rtol=1e-4, atol=1e-5)  # float32 sums in another order
-    assert (found[INDICES] == reference[INDICES]).double().mean() > 0.999  # which may swap two equals
+    assert_same_answers(answers_in(output), answers_in(expected))
     assert open_artifact(output).facts == open_artifact(expected).facts
+
+
+@pytest.fixture(scope="module")
+def drawn(ranks: Ranks, tiny_run: TinyRun) -> str:
+    output = str(tiny_run.directory / "teacher_draws")
+    ranks("single").run(write_store, tiny_run, output, 1, method="sampled")
+    return output
+
+
+def test_a_store_of_draws_is_written_again_to_the_byte_after_a_kill(
+    ranks: Ranks, tiny_run: TinyRun, drawn: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "store"
+    ranks("single").run(write_until_the_first_shard_is_there, tiny_run, str(output), "sampled")
+    assert len(list((tmp_path / "store.shards").glob("*.bin"))) == 2
+    ranks("single").run(write_store, tiny_run, str(output), 1, method="sampled")
+    assert open_artifact(str(output)).facts == open_artifact(drawn).facts
+    for path in sorted(Path(drawn).glob("*.bin")):
+        assert (output / path.name).read_bytes() == path.read_bytes()
+    metrics = open_artifact(drawn).metrics
+    assert metrics["bytes_per_token"] <= 64 and metrics["tokens"] == SAMPLES * SEQ_LENGTH
+
+
+@pytest.mark.parametrize(("layout", "rows"), [("tp2-sp", 1), ("pp2", 3), ("dp2", 2)])
+def test_every_layout_and_batch_size_draws_the_same(
+    ranks: Ranks, tiny_run: TinyRun, drawn: str, tmp_path: Path, layout: str, rows: int
+) -> None:
+    output = str(tmp_path / "store")
+    ranks(layout).run(write_store, tiny_run, output, rows, method="sampled")
+    assert_same_store(output, drawn)
 
 
 @pytest.mark.parametrize(("layout", "rows"), [("tp2-sp", 1), ("pp2", 3), ("dp2", 2)])
@@ -192,27 +163,30 @@ def test_every_layout_and_batch_size_writes_the_same(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
 
 
-def ask(run: TinyRun, shape: ModelShape, directory: Path) -> None:
+def ask(run: TinyRun, shape: ModelShape, directory: Path, small: Shards) -> None:
     """A bare Megatron-core teacher; the dense one with an attention that runs under context parallelism."""
     directory.mkdir(exist_ok=True)
     _, windows = stored_sources(open_blend(DataConfig(prepared=run.data)), SEQ_LENGTH, SMALL.num_samples)
     core = (build_context_parallel_gpt if shape.num_moe_experts is None else build_gpt)(shape)
-    shards = dataclasses.replace(SMALL, directory=directory)
+    shards = dataclasses.replace(small, directory=directory)
     write_missing(core, windows, shards, micro_batch_size=2)
 
 
-@pytest.mark.parametrize(("layout", "shape"), [("cp2", DENSE), ("dp2-ep2", EXPERTS)], ids=["cp2", "dp2-ep2"])
+@pytest.mark.parametrize(
+    ("layout", "shape", "small"),
+    [("cp2", DENSE, SMALL), ("cp2", DENSE, DRAWN), ("dp2-ep2", EXPERTS, SMALL)],
+    ids=["cp2", "cp2-sampled", "dp2-ep2"],
+)
 def test_context_and_expert_parallel_teachers_write_the_same(
-    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path, layout: str, shape: ModelShape
+    ranks: Ranks, tiny_run: TinyRun, tmp_path: Path, layout: str, shape: ModelShape, small: Shards
 ) -> None:
     for each in ("single", layout):  # of three shards, one rank of two runs the last along with the other
-        ranks(each).run(ask, tiny_run, shape, tmp_path / each)
-    for sample in range(SMALL.num_samples):
+        ranks(each).run(ask, tiny_run, shape, tmp_path / each, small)
+    for sample in range(small.num_samples):
         expected, found = (
-            dataclasses.replace(SMALL, directory=tmp_path / each).read(sample) for each in ("single", layout)
+            dataclasses.replace(small, directory=tmp_path / each).read(sample) for each in ("single", layout)
         )
-        for key in (LOG_PROBS, TAIL_MASS):
-            assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
+        assert_same_answers(found, expected)
 
 
 def test_a_run_that_was_cut_off_continues_on_another_layout(
@@ -343,6 +317,43 @@ def test_its_losses_are_the_same_on_every_layout(
     assert losses(output) == pytest.approx(losses(distilled), abs=1e-4)
 
 
+def draws_beside_the_teacher(run: TinyRun, drawn: str) -> dict[str, float]:
+    """Mean over all stored samples of the student's divergence from the draws, and from the teacher in memory."""
+    teacher, student = (engine.open_model(path, key="path") for path in (run.teacher, run.student))
+    prepare_layout(trainer(), student.shape, seq_length=SEQ_LENGTH, seed=0)
+    teaching, pupil = (
+        engine.open_core(model, trainer(), platform.dtype_of(trainer().precision)) for model in (teacher, student)
+    )
+    teachers = {"stored": StoredTeacher(), "live": LiveTeacher(teaching)}
+    store, blend = TeacherStore.open(drawn, key="store"), open_blend(DataConfig(prepared=run.data))
+    dataset = samples_of(store, blend, seed=1, with_teacher=True)(SAMPLES)
+    found = {}
+    for name, each in teachers.items():
+        both = TeacherStudent(pupil, each, DistillationConfig(), vocab_size=student.vocab_size).train()
+        losses = []
+        for index in range(SAMPLES):
+            sample = {key: value[None] for key, value in dataset[index].items()}
+            said = {key: sample[key] for key in (STORED_DRAWS if name == "stored" else ())}
+            loss = both(sample["tokens"], sample["position_ids"], None, sample["labels"], **said)
+            losses.append(float(loss.sum / loss.count))
+        found[name] = float(np.mean(losses))
+    return found
+
+
+def test_a_distillation_from_draws_has_the_loss_of_the_live_teacher_on_average(
+    ranks: Ranks, tiny_run: TinyRun, drawn: str, tmp_path: Path
+) -> None:
+    (found,) = ranks("single").run(draws_beside_the_teacher, tiny_run, drawn)
+    assert found["stored"] == pytest.approx(found["live"], abs=0.02) and found["stored"] != found["live"]
+    output = str(tmp_path / "distilled")
+    ranks("dp2").run(run_distill_from_draws, tiny_run, drawn, output)
+    assert len(losses(output)) == STEPS and open_artifact(output).facts["vocab_size"] == VOCAB_SIZE
+
+
+def run_distill_from_draws(run: TinyRun, store: str, output: str) -> None:
+    distill.run(distill_config(run, store, output, distillation=DistillationConfig()))
+
+
 def test_another_seed_goes_through_the_same_samples_in_another_order(tiny_run: TinyRun, store: str) -> None:
     opened, blend = TeacherStore.open(store, key="store"), open_blend(DataConfig(prepared=tiny_run.data))
     orders = []
@@ -402,6 +413,7 @@ def refusals(run: TinyRun, store: str, other: dict[str, str], output: str) -> di
     cases: dict[str, dict[str, Any]] = {
         "k": of(DivergenceConfig(kind="top_k", k=5)),
         "kind": of(DivergenceConfig()),
+        "reverse": of(DivergenceConfig(kind="reverse_kl")),
         "temperature": of(dataclasses.replace(TOP_K, temperature=2.0)),
         "softcap": of(dataclasses.replace(TOP_K, teacher_softcap=30.0)),
         "hidden states": of(TOP_K, hidden_states=HiddenStateConfig(enabled=True)),
@@ -433,10 +445,12 @@ def test_what_does_not_fit_the_store_is_named(ranks: Ranks, tiny_run: TinyRun, s
     key = "distill.distillation.divergence."
     expected = {
         "k": f"{key}k=5, but distill.teacher_logits={store} was made with 7. Set {key}k=7, or run teacher-logits again",
-        "kind": "divergence.kind=forward_kl needs all; use divergence.kind=top_k",
+        "kind": f"{key}kind=forward_kl, but distill.teacher_logits={store} was made with teacher_logits.method=top_k, "
+        f"which kind=top_k reads. Set {key}kind=top_k, or run teacher-logits again with the other method.",
+        "reverse": "divergence.kind=reverse_kl needs all; use divergence.kind=forward_kl (teacher_logits.method=",
         "temperature": f"{key}temperature=2.0, but distill.teacher_logits={store} was made with 1.0.",
         "softcap": f"{key}teacher_softcap=30.0, but distill.teacher_logits={store} was made with None.",
-        "hidden states": "needs the teacher's hidden states, and only its likeliest tokens are stored. Set it to false",
+        "hidden states": "needs the teacher's hidden states, and only a few of its tokens are stored. Set it to false",
         "seq_length": f"trainer.seq_length=16, but distill.teacher_logits={store} was made with 32.",
         "teacher": f"is not the teacher of distill.teacher_logits={store}, which is {tiny_run.teacher} as it was then.",
         "data": f"data.prepared={other['data']} is not the data that distill.teacher_logits={store} was made from.",

@@ -8,8 +8,8 @@ from typing import ClassVar
 from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.ranges import Ranged, ranged
 
-TOP_K = "top_k"
-KINDS = ("forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "cosine", "mse", TOP_K)
+FORWARD_KL, TOP_K = "forward_kl", "top_k"
+KINDS = (FORWARD_KL, "reverse_kl", "symmetric_kl", "jensen_shannon", "cosine", "mse", TOP_K)
 TAILS = ("bucket", "renormalised")
 PLACES = ("embedding", "block_output", "attention_output", "mlp_input", "relation")
 STATE_LOSSES = ("cosine", "mse", "smooth_l1")
@@ -25,7 +25,7 @@ class DivergenceConfig(Ranged):
 
     KEY: ClassVar[str] = "distillation.divergence"
 
-    kind: str = "forward_kl"
+    kind: str = FORWARD_KL
     """forward_kl KL(teacher || student); reverse_kl KL(student || teacher); symmetric_kl, the mean of both;
     jensen_shannon; cosine and mse of the logits; top_k, forward KL over the teacher's k likeliest tokens."""
     beta: float = ranged(0.5, above=0, below=1, mend="0.5 is Jensen-Shannon")
@@ -158,24 +158,21 @@ class DistillationConfig(Ranged):
     the labels' cross-entropy with this peak learning rate, on the schedule of the student, which sees it improve."""
 
 
-def require_kind_reads_top_k(config: DivergenceConfig) -> None:
-    require(
-        config.kind == TOP_K,
-        f"the teacher is known by its likeliest tokens only, and divergence.kind={config.kind} needs all; use "
-        "divergence.kind=top_k.",
-    )
-
-
 def require_stored_is_enough(config: DistillationConfig) -> None:
-    """Raises: ValueError: `config` asks for more of the teacher than its k likeliest tokens."""
-    require_kind_reads_top_k(config.divergence)
+    """Raises: ValueError: `config` asks for more of the teacher than draws or its k likeliest tokens."""
+    kind = config.divergence.kind
+    require(
+        kind in (FORWARD_KL, TOP_K),
+        f"a stored teacher is known by draws of its distribution or by its likeliest tokens, and divergence.kind="
+        f"{kind} needs all; use divergence.kind={FORWARD_KL} (teacher_logits.method=sampled) or {TOP_K}.",
+    )
     require(
         config.teacher_lr == 0,
-        f"distillation.teacher_lr={config.teacher_lr} needs the teacher's weights, and only its likeliest tokens are "
+        f"distillation.teacher_lr={config.teacher_lr} needs the teacher's weights, and only a few of its tokens are "
         "stored. Set it to 0, or distil with the teacher in memory (distill.teacher_logits=null).",
     )
     require(
         not config.hidden_states.enabled,
-        "distillation.hidden_states.enabled=true needs the teacher's hidden states, and only its likeliest tokens are "
+        "distillation.hidden_states.enabled=true needs the teacher's hidden states, and only a few of its tokens are "
         "stored. Set it to false, or distil with the teacher in memory (distill.teacher_logits=null).",
     )

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron_nemo.checks import require
+from minitron_nemo.checks import did_you_mean, require
 from minitron_nemo.config.data import STDLIB, DataConfig, Documents, Prepared
-from minitron_nemo.config.distillation import DistillationConfig, require_stored_is_enough
+from minitron_nemo.config.distillation import TOP_K, DistillationConfig, require_stored_is_enough
 from minitron_nemo.config.evaluation import PRESETS
 from minitron_nemo.config.identity import how
 from minitron_nemo.config.importance import DepthConfig, ImportanceConfig
@@ -23,6 +23,8 @@ EMBEDDED = "embedded"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
 EXPORT_DTYPES = ("bf16", "fp32")
 SPECIAL_TOKENS = ("auto", "keep", "split")
+SAMPLED = "sampled"
+STORES = (SAMPLED, TOP_K)
 
 
 @dataclass
@@ -224,11 +226,18 @@ class PruneHfConfig(Ranged):
 class TeacherLogitsConfig(Ranged):
     model: str = ""
     """Model artifact that teaches; the corrected teacher."""
+    method: str = TOP_K
+    """top_k: the teacher's likeliest tokens and the mass of the rest, for divergence.kind=top_k. sampled: draws of its
+    distribution, from which divergence.kind=forward_kl is estimated without bias (arXiv:2503.16870)."""
+    draws: int = ranged(64, at_least=1)
+    """sampled: of each token, equidistant through its distribution. 64 take 25 to 35 bytes a token of text."""
+    seed: int = ranged(1234, at_least=0, at_most=SEEDS)
+    """sampled: of where the draws begin."""
     k: int = ranged(56, at_least=1)
-    """Likeliest tokens kept of each token. With float16, 56 take 284 bytes a token at vocabularies above 65536, and 228
-    below."""
+    """top_k: likeliest tokens kept of each token. With float16, 56 take 284 bytes a token at vocabularies above 65536,
+    and 228 below."""
     precision: str = "float16"
-    """Of their log-probabilities; float32 takes 2 bytes more each."""
+    """top_k: of their log-probabilities; float32 takes 2 bytes more each."""
     temperature: float = ranged(1.0, above=0)
     """That of the distillation, as the tail's mass depends on it."""
     softcap: float | None = ranged(None, above=0)
@@ -247,6 +256,10 @@ class TeacherLogitsConfig(Ranged):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
+            self.method in STORES,
+            f"teacher_logits.method={self.method} is not known; {did_you_mean(self.method, STORES)}",
+        )
+        require(
             not self.data.reset_at_documents,
             "data.reset_at_documents=true cannot be stored: a sample is a window whose documents see each other. Set "
             "it to false, or distil with the teacher at hand (distill.teacher_logits=null).",
@@ -258,7 +271,8 @@ class DistillConfig(Ranged):
     teacher: str = ""
     """Model artifact that teaches; the corrected teacher. With teacher_logits it is not opened."""
     teacher_logits: str | None = None
-    """What it says of this data, made by teacher-logits; then no teacher is in memory, and the divergence is top_k."""
+    """What it says of this data, made by teacher-logits; then no teacher is in memory, and the divergence is the
+    one that the store's method goes with: forward_kl or top_k."""
     student: str = ""
     """Model artifact that learns; the pruned student."""
     plan: str | None = None

@@ -27,13 +27,14 @@ from minitron_nemo.divergence.fused_linear import (
     fused_linear_divergence,
     fused_linear_loss,
 )
+from minitron_nemo.divergence.known_teacher import KnownTeacher
 from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.parallel import ProcessGroup
 
 LOSS, DIVERGENCE, CROSS_ENTROPY, AGREEMENT = "loss", "divergence", "cross_entropy", "agreement"
 TEACHER_CROSS_ENTROPY = "teacher_cross_entropy"
 
-Answer: TypeAlias = OutputHead | TopKTeacher
+Answer: TypeAlias = OutputHead | KnownTeacher
 """What a teacher says of the tokens, in a form the divergences read."""
 
 

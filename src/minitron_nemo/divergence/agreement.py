@@ -15,18 +15,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.known_teacher import KnownTeacher
 from minitron_nemo.divergence.vocabulary import Vocabulary, row_max
 from minitron_nemo.parallel import all_gather_shards, all_reduce_max, group_size
 
 BLOCK = 256  # columns; at a vocabulary of 128k the maximum of maxima takes a fifth of the time of torch.max on a CPU
 
 
-def top_1_agreement(student: Tensor, teacher: Tensor | TopKTeacher, vocabulary: Vocabulary) -> Tensor:
+def top_1_agreement(student: Tensor, teacher: Tensor | KnownTeacher, vocabulary: Vocabulary) -> Tensor:
     """[n] float32: 1 where the student's likeliest token is the teacher's, else 0.
 
     Args:
-        student, teacher: [n, real columns]; of a teacher known by its k likeliest tokens, the likeliest of these.
+        student, teacher: [n, real columns]; of a teacher known by less, `KnownTeacher.likeliest`.
     Communicates: tp.
     """
     here, columns = vocabulary.local_columns(_likeliest(teacher, vocabulary).unsqueeze(-1))
@@ -38,11 +38,10 @@ def top_1_agreement(student: Tensor, teacher: Tensor | TopKTeacher, vocabulary: 
     return (score >= top).float()
 
 
-def _likeliest(teacher: Tensor | TopKTeacher, vocabulary: Vocabulary) -> Tensor:
+def _likeliest(teacher: Tensor | KnownTeacher, vocabulary: Vocabulary) -> Tensor:
     """[n] int64, global: the first of the teacher's largest logits. Communicates: tp, unless it is known."""
-    if isinstance(teacher, TopKTeacher):
-        less = teacher.log_probs < teacher.log_probs.amax(-1, keepdim=True)
-        return teacher.indices.long().masked_fill(less, vocabulary.size).amin(-1)
+    if isinstance(teacher, KnownTeacher):
+        return teacher.likeliest(vocabulary)
     local_top, column = max_of_rows(teacher)
     if group_size(vocabulary.group) == 1:
         return column

@@ -36,11 +36,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import TOP_K, DivergenceConfig, require_kind_reads_top_k
+from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
 from minitron_nemo.divergence.agreement import top_1_agreement
+from minitron_nemo.divergence.known_teacher import KnownTeacher
 from minitron_nemo.divergence.streamed import row_losses, top_k_of_rows
 from minitron_nemo.divergence.token_rows import Rows, TeacherRows, even_slices
-from minitron_nemo.divergence.top_k import TopKTeacher
 from minitron_nemo.divergence.vocabulary import Reduced, Vocabulary
 from minitron_nemo.parallel import ProcessGroup, group_size
 
@@ -83,7 +83,7 @@ class WeightedLoss(NamedTuple):
 
 def fused_linear_loss(
     student: OutputHead,
-    teacher: OutputHead | TopKTeacher,
+    teacher: OutputHead | KnownTeacher,
     config: DivergenceConfig,
     token_weights: Tensor,
     *,
@@ -101,7 +101,7 @@ def fused_linear_loss(
     Args:
         student: receives gradient, the weight in its dtype, summed up over the chunks in float32. Both gradients are
             formed here; the backward pass multiplies them by the gradient of the total.
-        teacher: constant; for kind=top_k also what was stored of it, of [s, b, k].
+        teacher: constant; also what was stored of it, of [s, b].
         token_weights: [s, b], the loss mask, or it divided by its sum; constant.
         tp_group: None where the vocabulary is whole.
         vocab_size: real entries of the whole vocabulary; rows of the weights from there on are padding. None: all real.
@@ -133,7 +133,7 @@ def fused_linear_loss(
 
 def fused_linear_divergence(
     student: OutputHead,
-    teacher: OutputHead | TopKTeacher,
+    teacher: OutputHead | KnownTeacher,
     config: DivergenceConfig,
     *,
     tp_group: ProcessGroup | None,
@@ -166,7 +166,7 @@ class _Job:
     tokens: torch.Size
     """[s, b]"""
     tokens_per_chunk: int
-    stored: TopKTeacher | None
+    stored: KnownTeacher | None
     agreement: list[Tensor] | None
     """Of each chunk, once its logits were there; None: not asked for."""
 
@@ -185,7 +185,7 @@ _Inputs: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor 
 
 def _prepare(
     student: OutputHead,
-    teacher: OutputHead | TopKTeacher,
+    teacher: OutputHead | KnownTeacher,
     config: DivergenceConfig,
     labels: Tensor | None,
     tp_group: ProcessGroup | None,
@@ -203,10 +203,9 @@ def _prepare(
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     tokens = hidden.shape[:-1]
-    stored = teacher if isinstance(teacher, TopKTeacher) else None
+    stored = teacher if isinstance(teacher, KnownTeacher) else None
     teacher_hidden = teacher_weight = None
-    if isinstance(teacher, TopKTeacher):
-        require_kind_reads_top_k(config)
+    if isinstance(teacher, KnownTeacher):
         teacher.require_fits(tokens, config)
     else:
         require(
@@ -256,8 +255,8 @@ class _Reread(NamedTuple):
     """What a chunk's backward pass reads again of its forward pass."""
 
     reduced: Reduced
-    top_k: TopKTeacher | None
-    """of kind=top_k, so that the teacher's logits are not formed a second time"""
+    known: KnownTeacher | None
+    """of kind=top_k and of a stored teacher, so that the teacher's logits are not formed a second time"""
 
 
 def _walk(
@@ -275,8 +274,8 @@ def _walk(
     def walk_chunk(chunk: slice, before: _Reread | None) -> tuple[Tensor, _Reread]:  # its logits die with it
         student = student_hidden[chunk] @ student_weight[:local].t()
         teacher: TeacherRows
-        if before is not None and before.top_k is not None:
-            teacher = before.top_k
+        if before is not None and before.known is not None:
+            teacher = before.known
         elif job.stored is not None:
             teacher = job.stored[chunk]
         else:
@@ -297,7 +296,7 @@ def _walk(
         losses, reduced = row_losses(rows, job.config, job.vocabulary, reduced=reduced)
         if gradients is not None:
             gradients.add(chunk, student)
-        return losses, _Reread(reduced, teacher if isinstance(teacher, TopKTeacher) else None)
+        return losses, _Reread(reduced, teacher if isinstance(teacher, KnownTeacher) else None)
 
     kind = student_hidden.device.type
     with torch.no_grad(), torch.autocast(kind, enabled=False) if _knows_autocast(kind) else nullcontext():

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import TOP_K, DivergenceConfig, require_kind_reads_top_k
+from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
 from minitron_nemo.divergence.formulas import (
     OF_PROBABILITIES,
     OF_SCORES,
@@ -38,8 +38,9 @@ from minitron_nemo.divergence.formulas import (
     softmaxes,
     tempered,
 )
+from minitron_nemo.divergence.known_teacher import KnownTeacher
 from minitron_nemo.divergence.token_rows import Rows, TeacherRows, chunks, real_rows
-from minitron_nemo.divergence.top_k import TopKTeacher, top_k_of, top_k_of_chunk
+from minitron_nemo.divergence.top_k import TopKTeacher, top_k_of_chunk
 from minitron_nemo.divergence.vocabulary import Reduced, Reductions, Vocabulary
 from minitron_nemo.parallel import ProcessGroup, all_reduce_sum
 
@@ -66,7 +67,7 @@ def divergence(
 
     Args:
         student_logits: [s, b, v/tp] (any order of s and b), bf16 or fp32; receives gradient.
-        teacher_logits: the same shape and padded vocabulary, or for kind=top_k a `TopKTeacher` of [s, b, k]; constant.
+        teacher_logits: the same shape and padded vocabulary, or what is known of it, of [s, b]; constant.
         tp_group: None where the vocabulary is whole.
         vocab_size: real entries of the whole vocabulary; columns from there on are padding and do not exist for the
             loss. None: all are real.
@@ -123,8 +124,7 @@ def _teacher_rows(
     student_logits: Tensor, teacher: TeacherRows, config: DivergenceConfig, vocabulary: Vocabulary
 ) -> TeacherRows:
     """The teacher in the form the formulas of this kind read. Communicates: tp, to choose the k largest."""
-    if isinstance(teacher, TopKTeacher):
-        require_kind_reads_top_k(config)
+    if isinstance(teacher, KnownTeacher):
         teacher.require_fits(student_logits.shape[:-1], config)
         return teacher.of_tokens(-1)
     require(
@@ -155,7 +155,7 @@ class _Divergence(torch.autograd.Function):
         losses, ctx.reduced = row_losses(Rows(student, rows, labels), config, vocabulary)
         # Saved as autograd saves: logits that are overwritten before the backward pass raise an error there.
         ctx.save_for_backward(student_logits, teacher if isinstance(teacher, Tensor) else None, labels)
-        ctx.top_k, ctx.config, ctx.vocabulary = teacher, config, vocabulary
+        ctx.known, ctx.config, ctx.vocabulary = teacher, config, vocabulary
         return losses
 
     @staticmethod
@@ -164,7 +164,7 @@ class _Divergence(torch.autograd.Function):
         student_logits, teacher_logits, labels = ctx.saved_tensors
         vocabulary = ctx.vocabulary
         student = real_rows(student_logits, vocabulary)
-        rows = real_rows(teacher_logits, vocabulary) if teacher_logits is not None else ctx.top_k
+        rows = real_rows(teacher_logits, vocabulary) if teacher_logits is not None else ctx.known
         gradient = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=student_logits.device)
         gradient_rows = gradient.view(-1, gradient.shape[-1])
         gradient_rows[:, vocabulary.local :] = 0
@@ -197,7 +197,7 @@ def row_losses(
     """Divergence and cross-entropy of n tokens, and on request the gradient of their weighted sum.
 
     Args:
-        rows: for kind=top_k their teacher is a TopKTeacher.
+        rows: for kind=top_k their teacher is a TopKTeacher, for forward_kl logits or a SampledTeacher.
         reduced: what the forward pass returned; nothing is communicated then.
     Returns: [1, n] divergence, or [2, n] with the cross-entropy on the labels, some of it this rank's part only where
         `reduced` is given; and what the ranks agreed on.
@@ -206,7 +206,7 @@ def row_losses(
     student = rows.student
     dtype = torch.promote_types(student.dtype, torch.float32)
     losses = torch.empty(1 if rows.labels is None else 2, student.shape[0], dtype=dtype, device=student.device)
-    kernels = _kernels(student, config)
+    kernels = _kernels(student, config) if isinstance(rows.teacher, Tensor) else None
     chunk_losses = _chunk_losses if kernels is None else kernels.chunk_losses
     reduce = Reductions(vocabulary.group, student.shape[0], reduced)
     for chunk in chunks(student, vocabulary) if kernels is None else [slice(None)]:
@@ -272,8 +272,8 @@ def _chunk_results(
     else:
         student_scores = scores(rows.student, config.student_logit_scale, config.student_softcap)
         student = tempered(student_scores, config.temperature)
-        if isinstance(teacher, TopKTeacher):
-            result = top_k_of(teacher, student, config, vocabulary, reduce)
+        if isinstance(teacher, KnownTeacher):
+            result = teacher.divergence(student, config, vocabulary, reduce)
         else:
             teacher_scores = scores(teacher, config.teacher_logit_scale, config.teacher_softcap)
             teacher_scores = tempered(teacher_scores, config.temperature)

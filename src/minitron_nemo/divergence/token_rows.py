@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from minitron_nemo.divergence.top_k import TopKTeacher
+from minitron_nemo.divergence.known_teacher import KnownTeacher
 from minitron_nemo.divergence.vocabulary import Vocabulary
 from minitron_nemo.parallel import group_size
 
@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = 17 << 20
 CPU_CHUNK_ELEMENTS = 1 << 17  # what a chunk's temporaries leave in a core's cache, which they are read from ten times
 CPU_CHUNK_ELEMENTS_OF_RANKS = 1 << 19  # with smaller ones the chunks' reductions take more time than their arithmetic
 
-TeacherRows: TypeAlias = Tensor | TopKTeacher
+TeacherRows: TypeAlias = Tensor | KnownTeacher
 """Logits [n, v/tp], or what is known of them."""
 
 
@@ -34,7 +34,7 @@ class Rows:
     student: Tensor
     """[n, real columns]"""
     teacher: TeacherRows
-    """[n, real columns], or the n tokens' likeliest ones"""
+    """[n, real columns], or what is known of the n tokens"""
     labels: Tensor | None
     """[n], global"""
     weights: Tensor | None = None

@@ -13,15 +13,15 @@ student's k scores and, for the bucket, agrees on a maximum and a sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minitron_nemo.checks import require
-from minitron_nemo.config.distillation import DivergenceConfig
+from minitron_nemo.config.distillation import TOP_K, DivergenceConfig
 from minitron_nemo.divergence.formulas import FURTHEST, Result, scores, tempered
+from minitron_nemo.divergence.known_teacher import KnownTeacher
 from minitron_nemo.divergence.vocabulary import Reductions, Vocabulary, column, row_max
 from minitron_nemo.parallel import all_gather_shards
 
@@ -31,11 +31,9 @@ STORED = (LOG_PROBS, TAIL_MASS, INDICES)
 
 
 @dataclass(frozen=True)
-class TopKTeacher:
+class TopKTeacher(KnownTeacher):
     """A teacher's answer as k tokens and the rest, at one temperature; constant."""
 
-    indices: Tensor
-    """[..., k] integer, global"""
     log_probs: Tensor
     """[..., k], of the whole vocabulary's softmax, in nats; without a tail mass, up to a constant"""
     log_tail_mass: Tensor | None
@@ -57,22 +55,23 @@ class TopKTeacher:
         tail_mass = tail_mass.to(log_probs.dtype)
         return cls(indices, log_probs + torch.log1p(-tail_mass).unsqueeze(-1), tail_mass.log(), temperature)
 
-    def __getitem__(self, tokens: slice) -> TopKTeacher:
-        return self._with(lambda tensor: tensor[tokens])
+    def divergence(
+        self, student: Tensor, config: DivergenceConfig, vocabulary: Vocabulary, reduce: Reductions
+    ) -> Result:
+        return top_k_of(self, student, config, vocabulary, reduce)
 
-    def of_tokens(self, *shape: int) -> TopKTeacher:
-        """With these leading dimensions; -1 makes them one."""
-        leading = self.indices.dim() - 1
-        return self._with(lambda tensor: tensor.reshape(*shape, *tensor.shape[leading:]))
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> TopKTeacher:
-        tail = self.log_tail_mass
-        return TopKTeacher(
-            change(self.indices), change(self.log_probs), None if tail is None else change(tail), self.temperature
-        )
+    def likeliest(self, vocabulary: Vocabulary) -> Tensor:
+        """Of several the first in the vocabulary."""
+        less = self.log_probs < self.log_probs.amax(-1, keepdim=True)
+        return self.indices.long().masked_fill(less, vocabulary.size).amin(-1)
 
     def require_fits(self, tokens: torch.Size, config: DivergenceConfig) -> None:
         """Raises: ValueError: other tokens, another k, or a tail that the divergence needs and this does not have."""
+        require(
+            config.kind == TOP_K,
+            f"the teacher is known by its likeliest tokens only, and divergence.kind={config.kind} needs all; use "
+            f"divergence.kind={TOP_K}.",
+        )
         require(
             self.indices.shape == (*tokens, config.k) == self.log_probs.shape,
             f"the stored teacher has indices {list(self.indices.shape)} and log_probs {list(self.log_probs.shape)}, "

@@ -20,17 +20,20 @@ from torch import Tensor
 
 from minitron_nemo.by_source import SOURCE
 from minitron_nemo.distillation.loss import Loss
-from minitron_nemo.divergence.top_k import STORED
+from minitron_nemo.distillation.stored_teacher import StoredTeacher
 from minitron_nemo.text.documents import DOCUMENT_STARTS, documents_of, documents_on_rank
+
+OFFSETS = "teacher_offsets"
+"""Key of a batch that holds where the draws of a teacher's distribution begin, [b, s]."""
 
 
 def on_this_rank(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """One micro-batch on this rank's device: tokens, labels, loss_mask, position_ids, each [b, s/cp].
 
-    Where the teacher's answers are stored, these too, [b, s/cp, ...]; where samples hold several documents that do not
-    see each other, also packed_seq_params; where text is blended, SOURCE [b].
+    Where the teacher's answers are stored or drawn, these or the draws' OFFSETS too, [b, s/cp, ...]; where samples hold
+    several documents that do not see each other, also packed_seq_params; where text is blended, SOURCE [b].
     """
-    wanted = {"tokens", "position_ids", "labels", "loss_mask", *STORED}
+    wanted = {"tokens", "position_ids", "labels", "loss_mask", OFFSETS, *StoredTeacher.reads}
     on_device = {key: value.cuda(non_blocking=True) for key, value in batch.items() if key in wanted}
     if DOCUMENT_STARTS in batch:
         local = documents_on_rank(
@@ -60,7 +63,7 @@ def forward_step(model: Any, batch: Mapping[str, Any]) -> Tensor:
 
 def distillation_step(model: Any, batch: Mapping[str, Any]) -> Tensor | Loss:
     """As `forward_step`, of a model that forms its gradients with the loss and must know how tokens are weighed."""
-    stored = {key: batch[key] for key in STORED if key in batch}
+    stored = {key: batch[key] for key in StoredTeacher.reads if key in batch}
     output: Tensor | Loss = model(
         **model_inputs(batch), loss_mask=batch["loss_mask"], source=batch.get(SOURCE), **stored
     )

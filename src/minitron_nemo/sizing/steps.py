@@ -28,7 +28,7 @@ from minitron_nemo.sizing.activations import FLOAT32
 from minitron_nemo.sizing.cost import checkpoint_bytes
 from minitron_nemo.sizing.jobs import CROSS_ENTROPY, DIVERGENCE, NONE, STREAMED, Job, Model
 from minitron_nemo.sizing.shapes import Shapes, student_shape, teacher_shape
-from minitron_nemo.text.teacher_store import StoreFormat
+from minitron_nemo.text.teacher_records import asked_format
 
 BF16 = 2
 
@@ -180,9 +180,10 @@ def _prune(name: str, config: PruneConfig, shapes: Shapes, plan: PlanConfig) -> 
 def _store(name: str, config: TeacherLogitsConfig, shapes: Shapes, plan: PlanConfig) -> Job:
     shape = shapes.at(config.model, f"{name}.model")
     job = _passes(config.trainer, [shape], STREAMED, config.num_samples)
-    stored = StoreFormat(config.k, config.trainer.seq_length, shape.padded_vocab_size, config.precision)
-    disk = {} if job.tokens is None else {"store": job.tokens * stored.bytes_per_token}
-    return dataclasses.replace(job, disk=disk, notes=(f"{stored.bytes_per_token} bytes are stored of each token",))
+    stored = asked_format(config, shape.padded_vocab_size)
+    per_token, most = stored.most_bytes_per_token, "" if stored.all_alike else "at most "
+    disk = {} if job.tokens is None else {"store": job.tokens * per_token}
+    return dataclasses.replace(job, disk=disk, notes=(f"{most}{per_token} bytes are stored of each token",))
 
 
 def _evaluate(name: str, config: EvaluateConfig, shapes: Shapes, plan: PlanConfig) -> Job | None:

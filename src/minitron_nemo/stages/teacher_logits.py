@@ -1,10 +1,12 @@
 """teacher-logits: what the teacher says of the prepared training text, written once beside it.
 
-    shard-*.bin   of every token the teacher's k likeliest next tokens, their log-probabilities and the mass of the rest
+    shard-*.bin   method=sampled: of every token, draws of the teacher's distribution
+                  method=top_k: its k likeliest next tokens, their log-probabilities and the mass of the rest
 
-`distill` then needs no teacher in memory (distill.teacher_logits), at any layout, batch size and order of samples. The
-divergence is `top_k`. With 100 tokens and less, arXiv:2407.14679 lost accuracy; here the rest is not left out, but one
-outcome with its true mass.
+`distill` then needs no teacher in memory (distill.teacher_logits), at any layout, batch size and order of samples. From
+draws it minimises an unbiased estimate of forward KL (arXiv:2503.16870), from likeliest tokens the divergence `top_k`:
+with 100 of them and less, arXiv:2407.14679 lost accuracy; here the rest is not left out, but one outcome with its true
+mass.
 
 A run that was killed continues with the shards that are missing, one that was told to stop with the next sample; what
 is there waits in `<output>.shards` until all of it is.
@@ -31,7 +33,8 @@ from minitron_nemo.runtime.teacher_pass import write_missing
 from minitron_nemo.text.blend import open_blend, require_length, require_tokenizer_of
 from minitron_nemo.text.corpus import TRAIN
 from minitron_nemo.text.stored_samples import stored_sources
-from minitron_nemo.text.teacher_store import Shards, StoreFormat, TeacherStore
+from minitron_nemo.text.teacher_records import asked_format
+from minitron_nemo.text.teacher_store import Shards, TeacherStore
 from minitron_nemo.text.tokenizer import load_tokenizer
 from minitron_nemo.text.tokenizer_files import tokenizer_digest
 
@@ -45,16 +48,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
     require_tokenizer_of(blend[0][0], load_tokenizer(teacher.tokenizer))
     for artifact, _ in blend:
         require_length(artifact, TRAIN, trainer.seq_length)
-    format = StoreFormat(
-        k=config.k,
-        seq_length=trainer.seq_length,
-        vocab_size=teacher.vocab_size,
-        precision=config.precision,
-        temperature=config.temperature,
-        softcap=config.softcap,
-        logit_scale=config.logit_scale,
-        samples_per_shard=config.samples_per_shard,
-    )
+    format = asked_format(config, teacher.vocab_size)
     prepare_layout(trainer, teacher.shape, seq_length=trainer.seq_length)
     sources, windows = stored_sources(blend, trainer.seq_length, config.num_samples)
     facts = TeacherStore.facts(format, sources) | {
@@ -76,7 +70,7 @@ def run(config: TeacherLogitsConfig) -> Artifact:
         draft.metrics.update(
             samples=shards.num_samples,
             tokens=shards.num_samples * trainer.seq_length,
-            bytes_per_token=format.bytes_per_token,
+            bytes_per_token=round(shards.bytes_written() / (shards.num_samples * trainer.seq_length), 1),
             teacher_seconds=round(time.monotonic() - started, 1),
         )
     rank_zero_works(partial(shutil.rmtree, directory))
@@ -110,19 +104,20 @@ def _require_same(directory: Path, facts: dict[str, Any]) -> None:
 
 
 def _require_space(output: Path, shards: Shards) -> None:
-    """Say what the store will take. Raises: ValueError: more than is free."""
-    missing = shards.missing()
-    need, per_token = shards.bytes(missing), shards.format.bytes_per_token
+    """Say what the store will take, at most. Raises: ValueError: more than is free."""
+    missing, format = shards.missing(), shards.format
+    need, whole = shards.most_bytes(missing), shards.most_bytes(range(len(shards)))
     place = next(folder for folder in output.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
-    tokens = shards.num_samples * shards.format.seq_length
-    said = f"{tokens:,} tokens at {per_token} bytes each take {_size(shards.bytes(range(len(shards))))}"
+    most, (key, value) = "" if format.all_alike else "at most ", format.size
+    tokens = shards.num_samples * format.seq_length
+    said = f"{tokens:,} tokens at {most}{format.most_bytes_per_token} bytes each take {most}{_size(whole)}"
     if len(missing) < len(shards):
-        said += f", of which {_size(need)} are missing"
+        said += f", of which {most}{_size(need)} are missing"
     require(
         need <= free,
-        f"teacher_logits.output={output}: {said}, and {_size(free)} are free in {place}. Lower teacher_logits.k "
-        f"({shards.format.k}), set teacher_logits.num_samples, or set teacher_logits.output to a larger disk.",
+        f"teacher_logits.output={output}: {said}, and {_size(free)} are free in {place}. Lower teacher_logits.{key} "
+        f"({value}), set teacher_logits.num_samples, or set teacher_logits.output to a larger disk.",
     )
     print(f"teacher logits: {said}; {_size(free)} are free.", file=sys.stderr, flush=True)
 
