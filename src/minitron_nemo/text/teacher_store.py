@@ -148,7 +148,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class StoredSource:
-    """The first windows of a source's training file; samples first to first + samples - 1 of a store."""
+    """Windows of a source's training file; samples first to first + samples - 1 of a store."""
 
     data: str
     """Digest of the prepared data."""
@@ -156,6 +156,8 @@ class StoredSource:
     """Its training file there, without ending."""
     first: int
     samples: int
+    spread_over: int | None = None
+    """Windows of the file, over which they are spread evenly; None, as older stores have it: they are its first."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,22 @@ from minitron_nemo.text.token_files import TokenStream
 
 
 class Windows:
-    """The first `counts` windows of several token files, numbered through."""
+    """`counts` windows of several token files, numbered through.
 
-    def __init__(self, streams: Sequence[TokenStream], counts: Sequence[int], seq_length: int) -> None:
+    Args:
+        out_of: of so many of each file, spread evenly over these: neighbouring windows are of the same documents; None:
+            the first ones.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        counts: Sequence[int],
+        seq_length: int,
+        out_of: Sequence[int] | None = None,
+    ) -> None:
         self.streams, self.seq_length = streams, seq_length
+        self.counts, self.out_of = counts, counts if out_of is None else out_of
         self.ends = np.cumsum(counts)
 
     def __len__(self) -> int:
@@ -36,7 +48,8 @@ class Windows:
     def read(self, window: int) -> dict[str, Tensor]:
         """tokens, labels, position_ids and loss_mask [s]."""
         source = int(np.searchsorted(self.ends, window, side="right"))
-        start = window - (int(self.ends[source - 1]) if source else 0)
+        place = window - (int(self.ends[source - 1]) if source else 0)
+        start = place * self.out_of[source] // self.counts[source]
         stored = self.streams[source].read(start * self.seq_length, self.seq_length + 1)
         text, supervised = unmark(torch.from_numpy(stored))
         return {
