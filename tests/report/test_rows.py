@@ -111,7 +111,7 @@ def test_missing_models_are_named_and_what_else_is_missing_with_the_stage_that_m
     assert "export (stage export-hf): no artifact." in values["missing"]
     assert not any("teacher:" in missing and "corrected" not in missing for missing in values["missing"])
     assert not any("calibrated" in missing for missing in values["missing"])  # optional
-    claim = "The expected order (distilled < pruned + CE < from scratch < pruned only) cannot be checked."
+    claim = "The expected order (distilled < pruned + CE < pruned only) cannot be checked."
     assert values["order"]["statement"].startswith(claim)
 
 
@@ -160,12 +160,12 @@ def test_a_moved_run_is_still_read(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_said_and_keeps_the_json_valid(tmp_path: Path) -> None:
-    write_run(tmp_path, {**LOSSES, "from_scratch": math.nan})
+    write_run(tmp_path, {**LOSSES, "pruned_ce": math.nan})
     artifact = run(report_of(tmp_path))
     values = json.loads((artifact.path / "summary.json").read_text(), parse_constant=pytest.fail)
 
-    assert "The held-out loss of from_scratch is nan, not a finite number: its training diverged." in values["notes"]
-    assert "from scratch" in values["order"]["statement"].split("Not compared")[1]
+    assert "The held-out loss of pruned_ce is nan, not a finite number: its training diverged." in values["notes"]
+    assert "pruned + CE" in values["order"]["statement"].split("Not compared")[1]
 
 
 def test_an_empty_or_absent_run_directory_is_refused_and_nothing_written(tmp_path: Path) -> None:
