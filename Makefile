@@ -40,15 +40,14 @@ REAL_MODEL := $(VENV)/.real-model
 # The pins of constraints/ were tried without an accelerator; a CUDA machine resolves the ranges of pyproject.toml.
 HAS_CUDA := $(shell command -v nvidia-smi 2>/dev/null)
 PINNED := $(if $(HAS_CUDA)$(filter 1,$(MINITRON_USE_SYSTEM)),,yes)
-# uv does not read pip's settings: it is taken where it is there and pip has no place of its own to look in. Neither
-# compiles: importing does that, for a third of the modules.
+# uv does not read pip's settings: it is taken where it is there and pip has no place of its own to look in. Both compile:
+# where PYTHONDONTWRITEBYTECODE is set, as in many images, every process would do so again, for a minute.
 INSTALL = $$(command -v uv >/dev/null && ! $(BIN)/python -m pip config list | grep -qE 'index|find-links' \
-    && echo uv pip install -q --python $(BIN)/python || echo $(BIN)/python -m pip install -q --no-compile)
+    && echo uv pip install -q --compile-bytecode --python $(BIN)/python || echo $(BIN)/python -m pip install -q)
 # $(call step,what it does,command): says so, then how long it took and how large the environment is.
 step = @echo "$(1) ..."; begin=$$(date +%s); $(2) || exit 1; \
     echo "    $$(($$(date +%s) - begin)) s; $(VENV) has $$(du -sm $(VENV) | cut -f1) MB"
 comma := ,
-FIRST_IMPORT := import minitron_nemo.doors, minitron_nemo.nemo.implementation, lm_eval.evaluator
 # What benchmarks share, and those that need another version of the project or an accelerator.
 NOT_ALONE := $(addprefix benchmarks/, stages.py checkouts.py start.py same_student.py gpu_check.py)
 DEV_TOOLS := gguf hatchling hypothesis import-linter mypy pytest pytest-timeout pytest-xdist ruff
@@ -125,7 +124,7 @@ setup: $(TEST_TOOLS) $(NEWEST) $(LAST_IMAGE)
 
 $(NEWEST) $(LAST_IMAGE): $(VENV)/%/.installed: $(STAMP) constraints/%.txt
 	$(call step,Packages of constraints/$*.txt beside the environment,\
-	    $(BIN)/python -m pip install -q --no-compile --no-deps --upgrade --target $(@D) -r constraints/$*.txt)
+	    $(BIN)/python -m pip install -q --no-deps --upgrade --target $(@D) -r constraints/$*.txt)
 	@touch $@
 
 $(TEST_TOOLS): $(STAMP) constraints/cpu-tests.txt
@@ -154,7 +153,6 @@ else ifeq ($(PINNED),yes)
 	    $(INSTALL) $(addprefix -c ,$(sort $(wildcard constraints/cpu*.txt))) torch setuptools hatchling)
 	$(call step,The other packages of constraints/cpu.txt as they stand,\
 	    $(INSTALL) --no-deps --no-build-isolation -r constraints/cpu.txt -e .)
-	$(call step,A first import$(comma) which compiles what is imported,$(BIN)/python -c '$(FIRST_IMPORT)')
 else
 	$(call step,The package and what pyproject.toml asks for,$(BIN)/python -m pip install -e .)
 endif
