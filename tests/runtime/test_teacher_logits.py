@@ -211,7 +211,10 @@ def test_the_manifest_says_what_was_asked_of_whom_about_what(tiny_run: TinyRun, 
     artifact, data = open_artifact(store), open_artifact(tiny_run.data)
     assert artifact.facts["tokenizer_digest"] == data.facts["tokenizer_digest"]
     assert artifact.facts["teacher"]["digest"] == open_artifact(tiny_run.teacher).digest
-    assert artifact.facts["sources"] == [{"data": data.digest, "file": "train", "first": 0, "samples": SAMPLES}]
+    windows = data.facts["sources"][0]["train_tokens"] - 1
+    assert artifact.facts["sources"] == [
+        {"data": data.digest, "file": "train", "first": 0, "samples": SAMPLES, "spread_over": windows // SEQ_LENGTH}
+    ]
     assert artifact.metrics["tokens"] == SAMPLES * SEQ_LENGTH
 
 
