@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import pstats
 import resource
 import statistics
 import sys
@@ -87,11 +86,14 @@ def where_the_time_goes(run: Callable[[], Any], steps: int) -> dict[str, Any]:
     profile.runcall(run)
     by_package: Counter[str] = Counter()
     by_function: Counter[str] = Counter()
-    for (file, _, function), (_, _, own, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
-        package = next((name for name in PACKAGES if f"/{name}/" in file), "built in" if file == "~" else "other")
-        by_package[package] += own
-        if file != "~":
-            by_function[f"{package}: {Path(file).name}:{function}"] += own
+    for entry in profile.getstats():
+        if isinstance(entry.code, str):
+            by_package["built in"] += entry.inlinetime
+            continue
+        file = entry.code.co_filename
+        package = next((name for name in PACKAGES if f"/{name}/" in file), "other")
+        by_package[package] += entry.inlinetime
+        by_function[f"{package}: {Path(file).name}:{entry.code.co_name}"] += entry.inlinetime
     return {
         "by_package_ms": {name: round(1e3 * own / steps, 2) for name, own in by_package.most_common()},
         "dearest_ms": {name: round(1e3 * own / steps, 2) for name, own in by_function.most_common(12)},

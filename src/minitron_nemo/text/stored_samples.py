@@ -5,8 +5,7 @@ new order every time. Sample i of a run is the same on every layout and at every
 
     tokens, labels, position_ids           [s]      int64
     loss_mask                              [s]      float32
-    teacher_log_probs, teacher_indices     [s, k]   as stored
-    teacher_tail_mass                      [s]      float32
+    teacher_*                              [s, ...] as stored (teacher_records.py)
 """
 
 from __future__ import annotations

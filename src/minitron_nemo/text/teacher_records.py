@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import zlib
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -242,13 +242,7 @@ class TopKFormat(StoreFormat):
 
     @property
     def divergence(self) -> DivergenceConfig:
-        return DivergenceConfig(
-            kind=TOP_K,
-            k=self.k,
-            temperature=self.temperature,
-            teacher_softcap=self.softcap,
-            teacher_logit_scale=self.logit_scale,
-        )
+        return replace(super().divergence, kind=TOP_K, k=self.k)
 
     def encode(self, answer: TopKTeacher) -> list[bytes]:
         assert answer.log_tail_mass is not None
